@@ -1,0 +1,1 @@
+//! `softhsm2.conf`, as SoftHSM finds and reads it.

@@ -1,0 +1,3 @@
+//! The command `tokenfs`, and `mount.tokenfs` under that name.
+
+fn main() {}

@@ -1,0 +1,221 @@
+//! What is on disk: tokens, objects and attributes of a SoftHSM v2 object store, in both of its backends.
+//!
+//! This layer owns the formats, SoftHSM's locks and the detection of changes. It knows nothing of the mounted tree: no
+//! names or texts of attributes, no inodes, no masks. `docs/store-format.md` has the facts that it relies on.
+//!
+//! A caller says with [`Patience`] whether it can wait. What is cached is served only while the backing file looks
+//! exactly as it did when it was read.
+
+pub mod attribute;
+
+use std::ffi::{OsStr, OsString};
+use std::fmt;
+use std::os::unix::ffi::OsStrExt;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use crate::error::{Error, ErrorKind, Result};
+use attribute::Attributes;
+
+/// Which of SoftHSM's two backends a token is stored in (`objectstore.backend`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Backend {
+    /// One binary `.object` file per object.
+    File,
+    /// One SQLite database per token.
+    Db,
+}
+
+impl fmt::Display for Backend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::File => "file",
+            Self::Db => "db",
+        })
+    }
+}
+
+/// How long a caller can wait for a lock, for a writer that has not finished, or for a long scan.
+#[derive(Clone, Copy, Debug)]
+pub enum Patience {
+    /// Not at all: answer [`ErrorKind::WouldBlock`] instead.
+    Now,
+    /// Until then: answer [`ErrorKind::Busy`] afterwards.
+    Until(Instant),
+}
+
+impl Patience {
+    /// As long as `limit` from now.
+    #[must_use]
+    pub fn at_most(limit: Duration) -> Self {
+        Self::Until(Instant::now() + limit)
+    }
+
+    /// Waits a little, `pause` or what is left; an error if nothing is left. `what` is what is being waited for.
+    ///
+    /// # Errors
+    /// [`ErrorKind::WouldBlock`] if the caller cannot wait, [`ErrorKind::Busy`] if it has waited long enough.
+    pub fn wait(self, pause: Duration, what: &str) -> Result<()> {
+        match self {
+            Self::Now => Err(Error::new(ErrorKind::WouldBlock, what)),
+            Self::Until(deadline) => {
+                let left = deadline.saturating_duration_since(Instant::now());
+                if left.is_zero() {
+                    return Err(Error::new(ErrorKind::Busy, what));
+                }
+                std::thread::sleep(pause.min(left));
+                Ok(())
+            }
+        }
+    }
+}
+
+/// The name of a token's directory: one component of a path, any bytes.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct TokenName(Arc<OsStr>);
+
+/// The name of an object in its token: the stem of its `.object` file, or the UUID of a row of the `db` backend.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ObjectName(Arc<OsStr>);
+
+/// Whether `name` can be one component of a path.
+fn is_component(name: &OsStr) -> bool {
+    let bytes = name.as_bytes();
+    !bytes.is_empty()
+        && bytes != b"."
+        && bytes != b".."
+        && !bytes.iter().any(|byte| matches!(byte, b'/' | 0))
+}
+
+macro_rules! component {
+    ($name:ident) => {
+        impl $name {
+            /// `name`, if it can be one component of a path.
+            #[must_use]
+            pub fn new(name: &OsStr) -> Option<Self> {
+                is_component(name).then(|| Self(Arc::from(name)))
+            }
+
+            /// The name as the operating system has it.
+            #[must_use]
+            pub fn as_os_str(&self) -> &OsStr {
+                &self.0
+            }
+
+            /// The bytes of the name.
+            #[must_use]
+            pub fn as_bytes(&self) -> &[u8] {
+                self.0.as_bytes()
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, "{}", self.0.to_string_lossy().escape_debug())
+            }
+        }
+
+        impl From<$name> for OsString {
+            fn from(name: $name) -> Self {
+                name.0.to_os_string()
+            }
+        }
+    };
+}
+
+component!(TokenName);
+component!(ObjectName);
+
+/// Which object of a token.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum ObjectId {
+    /// The token itself: `token.object`, or row 1.
+    Token,
+    /// One of its objects.
+    Object(ObjectName),
+}
+
+/// What `stat` says of a backing file or directory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Metadata {
+    /// Permission bits, set-id and sticky bits (`07777`), without a mask applied.
+    pub mode: u32,
+    /// Owner.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+    /// Last access.
+    pub atime: SystemTime,
+    /// Last modification.
+    pub mtime: SystemTime,
+    /// Last change of status.
+    pub ctime: SystemTime,
+}
+
+/// One version of an object, whole.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Object {
+    /// Of the backing file when this version was read.
+    pub metadata: Metadata,
+    /// The generation in the first 8 bytes (`file` backend).
+    pub generation: Option<u64>,
+    /// What is stored.
+    pub attributes: Attributes,
+}
+
+/// One token, in either backend.
+///
+/// All methods may be called from several threads. A damaged object fails by itself and leaves the others alone.
+pub trait Token: Send + Sync + fmt::Debug {
+    /// The name of its directory.
+    fn name(&self) -> &TokenName;
+
+    /// The backend that it is stored in.
+    fn backend(&self) -> Backend;
+
+    /// Of the token's directory.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] if the directory is gone.
+    fn metadata(&self) -> Result<Metadata>;
+
+    /// The names of its objects, in ascending order, damaged ones included, without the token's own object.
+    ///
+    /// # Errors
+    /// [`ErrorKind::PermissionDenied`]; in the `db` backend all that [`Token::object`] can fail with.
+    fn list(&self, patience: Patience) -> Result<Arc<[ObjectName]>>;
+
+    /// Of the backing file of an object, which may be damaged.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] if there is no such object.
+    fn object_metadata(&self, id: &ObjectId, patience: Patience) -> Result<Metadata>;
+
+    /// The present version of an object. As long as nothing changes, the same `Arc` is returned each time.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`], [`ErrorKind::PermissionDenied`]; [`ErrorKind::Damaged`] with the offset where it does not
+    /// parse; [`ErrorKind::Busy`] or [`ErrorKind::WouldBlock`] if a lock stays taken or a writer does not finish.
+    fn object(&self, id: &ObjectId, patience: Patience) -> Result<Arc<Object>>;
+}
+
+/// How a store is read.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The backend that SoftHSM is configured for. A directory that holds both kinds of token is read as this one.
+    pub backend: Backend,
+    /// Never write, not even to let SQLite roll back what a crashed writer left.
+    pub read_only: bool,
+    /// The longest wait for a lock or for an unfinished writer.
+    pub lock_wait: Duration,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            backend: Backend::File,
+            read_only: false,
+            lock_wait: Duration::from_secs(5),
+        }
+    }
+}
