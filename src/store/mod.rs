@@ -7,12 +7,17 @@
 //! exactly as it did when it was read.
 
 pub mod attribute;
+pub mod file;
+mod lock;
+mod metadata;
+
+pub use metadata::{Metadata, Stamp};
 
 use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use crate::error::{Error, ErrorKind, Result};
 use attribute::Attributes;
@@ -133,23 +138,6 @@ pub enum ObjectId {
     Token,
     /// One of its objects.
     Object(ObjectName),
-}
-
-/// What `stat` says of a backing file or directory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Metadata {
-    /// Permission bits, set-id and sticky bits (`07777`), without a mask applied.
-    pub mode: u32,
-    /// Owner.
-    pub uid: u32,
-    /// Group.
-    pub gid: u32,
-    /// Last access.
-    pub atime: SystemTime,
-    /// Last modification.
-    pub mtime: SystemTime,
-    /// Last change of status.
-    pub ctime: SystemTime,
 }
 
 /// One version of an object, whole.

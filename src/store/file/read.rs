@@ -1,0 +1,162 @@
+//! Reading one `.object` file beside its writers.
+//!
+//! Lock order: `.lock`, then `.object`, both shared, as a SoftHSM transaction takes them (exclusively). SoftHSM's own readers
+//! take the second alone; the first keeps us clear of 2.6.1, which unlocks `.object` before its buffer has
+//! reached the file, but holds `.lock` until it has.
+//!
+//! Where 2.6.1 holds no `.lock` (`token.object` on every login, an object while it is being made), a reader with all locks
+//! can still meet a file that is empty or half written. What is written last is written by one `write` of less than a
+//! page, all before it in multiples of 4096: so a file that is empty, does not parse or ends at such a multiple is let go
+//! and read again, until it has stayed as it is for [`SETTLED`].
+
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::BorrowedFd;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::fcntl::{AtFlags, OFlag, openat};
+use nix::sys::stat::{FileStat, Mode, fstat, fstatat};
+
+use super::decode::{Decoded, decode};
+use crate::error::{Error, ErrorKind, Result};
+use crate::store::metadata::{Metadata, Stamp, is_file};
+use crate::store::{Patience, lock};
+
+/// How long a file that looks unfinished has to stay as it is to be taken for what it looks like.
+pub const SETTLED: Duration = Duration::from_secs(1);
+
+/// The largest file that is read. The largest objects that SoftHSM makes are data objects of its callers; this is far
+/// beyond, and keeps a sparse file from taking all memory.
+pub const LARGEST: u64 = 256 * 1024 * 1024;
+
+/// The buffer of a C library's stream, after which it writes.
+const STREAM_BUFFER: usize = 4096;
+
+/// A file as it was found, parsed or not.
+#[derive(Debug)]
+pub struct Version {
+    /// Identity and times while the locks were held.
+    pub stamp: Stamp,
+    /// Of the file.
+    pub metadata: Metadata,
+    /// What is in it.
+    pub content: Result<Decoded>,
+}
+
+/// Reads the file `object` in the directory `directory` under the locks; `lock` is its lock file, where SoftHSM
+/// takes one.
+///
+/// # Errors
+/// [`ErrorKind::NotFound`] if there is no such regular file, [`ErrorKind::PermissionDenied`]; [`ErrorKind::WouldBlock`] or
+/// [`ErrorKind::Busy`] if a lock is not to be had or a writer does not finish. That the content is damaged is no
+/// error of this function, but of [`Version::content`].
+pub fn read_object(
+    directory: BorrowedFd<'_>,
+    object: &Path,
+    lock: Option<&Path>,
+    patience: Patience,
+) -> Result<Version> {
+    let mut first_seen: Option<(Stamp, Instant)> = None;
+    loop {
+        let (version, looks_unfinished) = match attempt(directory, object, lock, patience)? {
+            Attempt::Read(version, looks_unfinished) => (version, looks_unfinished),
+            Attempt::Replaced => continue,
+        };
+        if !looks_unfinished {
+            return Ok(version);
+        }
+        let since = match first_seen {
+            Some((stamp, since)) if stamp == version.stamp => since,
+            _ => Instant::now(),
+        };
+        first_seen = Some((version.stamp, since));
+        let age = version.stamp.age().unwrap_or_default().max(since.elapsed());
+        if age >= SETTLED {
+            return Ok(version);
+        }
+        patience.wait(
+            Duration::from_millis(2),
+            "the file looks unfinished and has not been left alone for a second yet",
+        )?;
+    }
+}
+
+enum Attempt {
+    /// The file, and whether it may be in the middle of a write.
+    Read(Version, bool),
+    /// Between opening and locking the name has come to mean another file.
+    Replaced,
+}
+
+fn attempt(
+    directory: BorrowedFd<'_>,
+    object: &Path,
+    lock: Option<&Path>,
+    patience: Patience,
+) -> Result<Attempt> {
+    // Held until the end of this function. An object without a lock file, or with one that we may not read, is read all
+    // the same: that is what SoftHSM does.
+    let _transaction = match lock.map(|lock| open_regular(directory, lock)) {
+        Some(Ok((file, _))) => {
+            lock::lock_shared(&file, patience)?;
+            Some(file)
+        }
+        Some(Err(error)) if error.kind() == ErrorKind::System(libc::EMFILE) => return Err(error),
+        Some(Err(_)) | None => None,
+    };
+    let (mut file, _) = open_regular(directory, object)?;
+    lock::lock_shared(&file, patience)?;
+    let before = fstat(&file).map_err(|errno| Error::system("stat", errno))?;
+    let named = match fstatat(directory, object, AtFlags::AT_SYMLINK_NOFOLLOW) {
+        Ok(named) => named,
+        Err(errno) => return Err(Error::system("stat", errno)),
+    };
+    if !Stamp::from(&named).same_file(&Stamp::from(&before)) {
+        return Ok(Attempt::Replaced);
+    }
+    let bytes = read_all(&mut file, &before)?;
+    let after = fstat(&file).map_err(|errno| Error::system("stat", errno))?;
+    let stamp = Stamp::from(&after);
+    let written_meanwhile = stamp != Stamp::from(&before) || bytes.len() as i64 != after.st_size;
+    let content = decode(&bytes);
+    let looks_unfinished =
+        written_meanwhile || content.is_err() || bytes.len().is_multiple_of(STREAM_BUFFER);
+    Ok(Attempt::Read(
+        Version {
+            stamp,
+            metadata: Metadata::from(&after),
+            content,
+        },
+        looks_unfinished,
+    ))
+}
+
+fn read_all(file: &mut File, stat: &FileStat) -> Result<Vec<u8>> {
+    let size = u64::try_from(stat.st_size).unwrap_or(0);
+    if size > LARGEST {
+        return Err(Error::damaged(format!(
+            "the file has {size} bytes, more than any object ({LARGEST})"
+        )));
+    }
+    let mut bytes = Vec::with_capacity(usize::try_from(size).unwrap_or(0));
+    file.take(LARGEST)
+        .read_to_end(&mut bytes)
+        .map_err(|error| Error::io("read", &error))?;
+    Ok(bytes)
+}
+
+/// Opens a regular file for reading. A symbolic link is not followed, and a pipe not waited for: SoftHSM looks at neither.
+fn open_regular(directory: BorrowedFd<'_>, name: &Path) -> Result<(File, FileStat)> {
+    let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
+    let fd = openat(directory, name, flags, Mode::empty()).map_err(|errno| match errno {
+        Errno::ELOOP => Error::not_found("a symbolic link, which SoftHSM does not follow"),
+        other => Error::system("open", other),
+    })?;
+    let stat = fstat(&fd).map_err(|errno| Error::system("stat", errno))?;
+    if !is_file(&stat) {
+        return Err(Error::not_found("not a regular file"));
+    }
+    Ok((File::from(fd), stat))
+}
