@@ -20,3 +20,4 @@ pub mod diagnostics;
 pub mod error;
 pub mod pkcs11;
 pub mod store;
+pub mod tree;

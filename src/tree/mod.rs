@@ -1,0 +1,4 @@
+//! What a user sees of a store.
+
+pub mod name;
+pub mod text;
