@@ -7,6 +7,7 @@
 //! exactly as it did when it was read.
 
 pub mod attribute;
+pub mod db;
 pub mod file;
 mod lock;
 mod metadata;
