@@ -18,6 +18,7 @@
 pub mod config;
 pub mod diagnostics;
 pub mod error;
+pub mod fuse;
 pub mod pkcs11;
 pub mod store;
 pub mod tree;

@@ -11,8 +11,11 @@ pub mod db;
 pub mod file;
 mod lock;
 mod metadata;
+mod tokendir;
+pub mod watch;
 
 pub use metadata::{Metadata, Stamp};
+pub use tokendir::Store;
 
 use std::ffi::{OsStr, OsString};
 use std::fmt;

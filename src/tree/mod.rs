@@ -1,4 +1,445 @@
-//! What a user sees of a store.
+//! The tree that a user sees: names, texts, sizes, modes, inodes and `.tokenfs`, over any [`Store`].
+//!
+//! Knows nothing of FUSE: its operations are the system calls' in plain types, and `docs/tree.md` is their contract. An adapter
+//! translates, and sends what [`Tree::stale`] returns to whoever remembers answers.
+//!
+//! The parts: [`name`] and [`text`] spell attributes, [`mode`] masks, [`label`] spells `by-label`; [`node`] says what an inode
+//! stands for, [`inode`] which of them the kernel knows; `view` looks a node up in the store; this file has the
+//! operations, and `stale` what becomes of answers when the store changes.
+//!
+//! Locks: the inode table, the handles and the label index each have one. None is held while the store is asked, and none while
+//! another is taken.
 
+mod by_label;
+mod handle;
+pub mod inode;
+pub mod label;
+pub mod mode;
 pub mod name;
+pub mod node;
+mod stale;
 pub mod text;
+mod view;
+
+use std::ffi::{OsStr, OsString};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use crate::diagnostics::Diagnostics;
+use crate::error::{Error, ErrorKind, Result};
+use crate::store::watch::Coverage;
+use crate::store::{Object, Patience, Store};
+
+pub use handle::HandleId;
+use handle::{Handle, Handles};
+use inode::InodeTable;
+pub use node::Ino;
+use node::Node;
+pub use stale::Stale;
+
+/// How a tree is shown.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// The bits that no mode has: `objectstore.umask` or'ed with the process umask.
+    pub mask: u32,
+    /// The owner of `.tokenfs/log`.
+    pub uid: u32,
+    /// Its group.
+    pub gid: u32,
+    /// How long an answer may be remembered where every change is reported.
+    pub kept: Duration,
+    /// How long elsewhere: what others change shows up this much later at most.
+    pub unwatched: Duration,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            mask: 0o077,
+            uid: 0,
+            gid: 0,
+            // A minute, not for ever: should a change ever go unnoticed, it does not stay so.
+            kept: Duration::from_secs(60),
+            unwatched: Duration::from_millis(500),
+        }
+    }
+}
+
+/// What a directory entry is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum FileKind {
+    /// A regular file.
+    File,
+    /// A directory.
+    Directory,
+    /// A symbolic link.
+    Link,
+}
+
+/// What `stat` says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Attributes {
+    /// Inode number.
+    pub ino: Ino,
+    /// What it is.
+    pub kind: FileKind,
+    /// In bytes: exactly what a read gives.
+    pub size: u64,
+    /// Permission bits.
+    pub mode: u32,
+    /// Owner.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+    /// Last access.
+    pub atime: SystemTime,
+    /// Last modification.
+    pub mtime: SystemTime,
+    /// Last change of status.
+    pub ctime: SystemTime,
+}
+
+/// An answer that may be remembered for a while.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// What `stat` says.
+    pub attributes: Attributes,
+    /// For how long.
+    pub valid: Duration,
+}
+
+/// One name in a directory.
+#[derive(Clone, Debug)]
+pub struct Listed {
+    /// The name.
+    pub name: OsString,
+    /// What it is.
+    pub kind: FileKind,
+    /// The number that it has.
+    pub ino: Ino,
+    node: Node,
+}
+
+/// How an open file's content may be cached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Caching {
+    /// Pages that are there are of the version that is open.
+    Keep,
+    /// Pages that are there may be of another version.
+    Fresh,
+    /// Not at all: each read has to come from this handle.
+    Never,
+}
+
+/// A mounted store.
+#[derive(Debug)]
+pub struct Tree {
+    store: Store,
+    settings: Settings,
+    diagnostics: Arc<Diagnostics>,
+    coverage: Coverage,
+    inodes: Mutex<InodeTable>,
+    handles: Mutex<Handles>,
+    labels: Mutex<by_label::Index>,
+    /// Counts the changes that were reported.
+    changes: AtomicU64,
+    mounted_at: SystemTime,
+}
+
+impl Tree {
+    /// The tree of `store`.
+    #[must_use]
+    pub fn new(store: Store, settings: Settings, diagnostics: Arc<Diagnostics>) -> Self {
+        Self {
+            store,
+            settings,
+            diagnostics,
+            coverage: Coverage::default(),
+            inodes: Mutex::default(),
+            handles: Mutex::default(),
+            labels: Mutex::default(),
+            changes: AtomicU64::new(0),
+            mounted_at: SystemTime::now(),
+        }
+    }
+
+    /// The store.
+    #[must_use]
+    pub fn store(&self) -> &Store {
+        &self.store
+    }
+
+    /// What is watched: to be given to the [`crate::store::watch::Watcher`] whose changes go to [`Tree::stale`].
+    #[must_use]
+    pub fn coverage(&self) -> &Coverage {
+        &self.coverage
+    }
+
+    /// The ring behind `.tokenfs/log`.
+    #[must_use]
+    pub fn diagnostics(&self) -> &Arc<Diagnostics> {
+        &self.diagnostics
+    }
+
+    /// Looks `name` up in the directory `parent`. The answer counts as one that has to be taken back with
+    /// [`Tree::forget`].
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`], [`ErrorKind::NotADirectory`], and what the store fails with.
+    pub fn lookup(&self, parent: Ino, name: &OsStr, patience: Patience) -> Result<Entry> {
+        let directory = self.node(parent)?;
+        self.noted(self.child(&directory, name, patience).and_then(|node| {
+            let (attributes, seen) = self.describe(&node, patience)?;
+            Ok(self.remember(&node, parent, attributes, seen))
+        }))
+    }
+
+    /// What `stat` says of one entry of a directory that is being listed, as [`Tree::lookup`] would, and counted likewise.
+    ///
+    /// # Errors
+    /// As [`Tree::lookup`]; [`ErrorKind::NotFound`] if it is gone by now.
+    pub fn look_at(&self, parent: Ino, listed: &Listed, patience: Patience) -> Result<Entry> {
+        let (attributes, seen) = self.describe(&listed.node, patience)?;
+        Ok(self.remember(&listed.node, parent, attributes, seen))
+    }
+
+    /// Takes back `count` answers that named `ino`.
+    pub fn forget(&self, ino: Ino, count: u64) {
+        lock(&self.inodes).forget(ino, count);
+    }
+
+    /// What `stat` says.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] if it is gone by now, and what the store fails with.
+    pub fn attributes(&self, ino: Ino, patience: Patience) -> Result<Entry> {
+        let node = self.node(ino)?;
+        let (mut attributes, seen) = self.noted(self.describe(&node, patience))?;
+        attributes.ino = ino;
+        let valid = self.validity(&node);
+        if let Some(inode) = lock(&self.inodes).get_mut(ino) {
+            inode.seen = seen;
+            inode.told_at = std::time::Instant::now();
+        }
+        Ok(Entry { attributes, valid })
+    }
+
+    /// Where a symbolic link leads.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`] if it is none (`readlink(2)`).
+    pub fn read_link(&self, ino: Ino) -> Result<OsString> {
+        match self.node(ino)? {
+            Node::ObjectByLabel(token, object) => Ok(by_label::target(&token, &object)),
+            _ => Err(Error::new(ErrorKind::Invalid, "not a symbolic link")),
+        }
+    }
+
+    /// Opens a file for reading.
+    ///
+    /// # Errors
+    /// [`ErrorKind::IsADirectory`]; [`ErrorKind::NotFound`] if it is gone by now, and what the store fails with.
+    pub fn open(&self, ino: Ino, patience: Patience) -> Result<(HandleId, Caching)> {
+        let node = self.node(ino)?;
+        if node == Node::Log {
+            let content = self.diagnostics.render().into_bytes();
+            return Ok((
+                self.open_handle(Handle::Content(content.into())),
+                Caching::Never,
+            ));
+        }
+        let current = self.noted(self.object_of(&node, patience))?;
+        let Some(content) = self.noted(view::content(&node, &current))? else {
+            return Err(Error::new(ErrorKind::IsADirectory, "a directory"));
+        };
+        let mut inodes = lock(&self.inodes);
+        let inode = inodes.get_mut(ino).ok_or_else(unknown_inode)?;
+        // A page is read in one go and the kernel knows the right size for it: that is one version. Anything longer, or
+        // newer than the size that the kernel knows, would be cut or mixed, and comes from the handle instead.
+        let is_seen = same_value(&node, inode.seen.as_ref(), &current);
+        if !is_seen || content.len() > PAGE {
+            drop(inodes);
+            return Ok((
+                self.open_handle(Handle::Content(content.into())),
+                Caching::Never,
+            ));
+        }
+        let caching = if same_value(&node, inode.pages.as_ref(), &current) {
+            Caching::Keep
+        } else {
+            Caching::Fresh
+        };
+        inode.pages = Some(current);
+        Ok((HandleId::NONE, caching))
+    }
+
+    /// Reads at most `size` bytes at `offset`; fewer only at the end.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] if the handle or the inode is not known.
+    pub fn read(&self, ino: Ino, handle: HandleId, offset: u64, size: u32) -> Result<Vec<u8>> {
+        if handle != HandleId::NONE {
+            return match lock(&self.handles).get(handle) {
+                Some(Handle::Content(content)) => Ok(slice(content, offset, size)),
+                _ => Err(Error::not_found("no such handle")),
+            };
+        }
+        let (node, seen) = {
+            let inodes = lock(&self.inodes);
+            let inode = inodes.get(ino).ok_or_else(unknown_inode)?;
+            (inode.node.clone(), inode.seen.clone())
+        };
+        let object = seen.ok_or_else(unknown_inode)?;
+        match self.noted(view::content(&node, &object))? {
+            Some(content) => Ok(slice(&content, offset, size)),
+            None => Err(Error::new(ErrorKind::IsADirectory, "a directory")),
+        }
+    }
+
+    /// Opens a directory: its entries as they are now.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotADirectory`], and what the store fails with.
+    pub fn open_dir(&self, ino: Ino, patience: Patience) -> Result<HandleId> {
+        let node = self.node(ino)?;
+        let children = self.noted(self.children(&node, patience))?;
+        let listing: Vec<Listed> = {
+            let inodes = lock(&self.inodes);
+            children
+                .into_iter()
+                .map(|(name, kind, node)| Listed {
+                    ino: inodes.number(&node),
+                    name,
+                    kind,
+                    node,
+                })
+                .collect()
+        };
+        Ok(self.open_handle(Handle::Listing(listing.into())))
+    }
+
+    /// The entries of an open directory, without `.` and `..`. They stay as they are while it is open.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] if the handle is not known.
+    pub fn read_dir(&self, handle: HandleId) -> Result<Arc<[Listed]>> {
+        match lock(&self.handles).get(handle) {
+            Some(Handle::Listing(listing)) => Ok(Arc::clone(listing)),
+            _ => Err(Error::not_found("no such handle")),
+        }
+    }
+
+    /// The directory that `ino` is in.
+    #[must_use]
+    pub fn parent(&self, ino: Ino) -> Ino {
+        lock(&self.inodes)
+            .get(ino)
+            .map_or(node::ROOT, |inode| inode.parent)
+    }
+
+    /// Closes a file or a directory.
+    pub fn release(&self, handle: HandleId) {
+        lock(&self.handles).remove(handle);
+    }
+
+    fn open_handle(&self, handle: Handle) -> HandleId {
+        lock(&self.handles).insert(handle)
+    }
+
+    fn node(&self, ino: Ino) -> Result<Node> {
+        let inodes = lock(&self.inodes);
+        inodes
+            .get(ino)
+            .map(|inode| inode.node.clone())
+            .ok_or_else(unknown_inode)
+    }
+
+    fn remember(
+        &self,
+        node: &Node,
+        parent: Ino,
+        mut attributes: Attributes,
+        seen: Option<Arc<Object>>,
+    ) -> Entry {
+        attributes.ino = lock(&self.inodes).remember(node, parent, seen);
+        Entry {
+            attributes,
+            valid: self.validity(node),
+        }
+    }
+
+    /// How long an answer about `node` may be remembered.
+    fn validity(&self, node: &Node) -> Duration {
+        let covered = match node {
+            Node::Token(token)
+            | Node::Object(token, _)
+            | Node::Attribute(token, _, _)
+            | Node::MapEntry(token, _, _, _) => self.coverage.has_token(token),
+            Node::Root | Node::Control => self.coverage.has_tokendir(),
+            // Made on the spot from what is remembered anyway.
+            Node::Log | Node::ByLabel | Node::TokenByLabel(_) | Node::ObjectByLabel(_, _) => {
+                return Duration::ZERO;
+            }
+        };
+        if covered {
+            self.settings.kept
+        } else {
+            self.settings.unwatched
+        }
+    }
+
+    /// Records a failure that a user will want explained.
+    fn noted<T>(&self, outcome: Result<T>) -> Result<T> {
+        if let Err(error) = &outcome {
+            match error.kind() {
+                ErrorKind::Damaged
+                | ErrorKind::Busy
+                | ErrorKind::PermissionDenied
+                | ErrorKind::NoSpace
+                | ErrorKind::System(_) => self.diagnostics.error(error),
+                ErrorKind::NotFound
+                | ErrorKind::NotADirectory
+                | ErrorKind::IsADirectory
+                | ErrorKind::ReadOnly
+                | ErrorKind::WouldBlock
+                | ErrorKind::Invalid
+                | ErrorKind::NameTooLong
+                | ErrorKind::Unsupported => {}
+            }
+        }
+        outcome
+    }
+
+    /// How many changes have been reported.
+    fn change_count(&self) -> u64 {
+        self.changes.load(Ordering::Acquire)
+    }
+}
+
+/// The size of a page of the kernel's cache on most machines, and the smallest on any.
+const PAGE: usize = 4096;
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Whatever panicked did not do so between two halves of a change: each change is one call.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn unknown_inode() -> Error {
+    Error::not_found("no such inode")
+}
+
+fn slice(content: &[u8], offset: u64, size: u32) -> Vec<u8> {
+    let start = usize::try_from(offset)
+        .unwrap_or(usize::MAX)
+        .min(content.len());
+    let end = start.saturating_add(size as usize).min(content.len());
+    content.get(start..end).unwrap_or_default().to_vec()
+}
+
+/// Whether `node` has the same value in both versions of its object.
+fn same_value(node: &Node, known: Option<&Arc<Object>>, current: &Arc<Object>) -> bool {
+    known.is_some_and(|known| {
+        Arc::ptr_eq(known, current) || view::value(node, known) == view::value(node, current)
+    })
+}

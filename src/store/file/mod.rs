@@ -11,6 +11,7 @@ mod token;
 pub use decode::{Decoded, decode};
 pub use encode::encode;
 pub use token::FileToken;
+pub(crate) use token::object_name;
 
 // `ObjectFile.cpp` and `OSAttribute.h` number the kinds alike but for the names.
 const KIND_BOOLEAN: u64 = 1;

@@ -1,0 +1,249 @@
+//! The tokendir: which of its directories are tokens, and of which backend.
+//!
+//! A directory is a token if it holds `token.object` or `sqlite3.db`; all else in the tokendir is none of ours.
+//! Symbolic links are not followed, as SoftHSM does not follow them. One that we cannot look into is a token
+//! nobody can read through us: it is listed, and fails with [`ErrorKind::PermissionDenied`].
+
+use std::collections::HashMap;
+use std::ffi::OsStr;
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use nix::dir::Dir;
+use nix::errno::Errno;
+use nix::fcntl::{AtFlags, OFlag, open};
+use nix::sys::stat::{FileStat, Mode, fstat, fstatat};
+use nix::sys::statvfs::{Statvfs, fstatvfs};
+
+use super::db::DbToken;
+use super::file::{FileToken, TOKEN_OBJECT};
+use super::metadata::{is_directory, is_file};
+use super::{Backend, Metadata, Object, ObjectId, ObjectName, Options, Patience, Token, TokenName};
+use crate::diagnostics::Diagnostics;
+use crate::error::{Error, ErrorKind, Result};
+
+/// The file of a token of the `db` backend.
+pub(crate) const DATABASE: &str = "sqlite3.db";
+
+/// An object store: SoftHSM's `directories.tokendir`.
+#[derive(Debug)]
+pub struct Store {
+    path: PathBuf,
+    directory: OwnedFd,
+    options: Options,
+    diagnostics: Arc<Diagnostics>,
+    known: Mutex<HashMap<TokenName, Known>>,
+}
+
+/// A token that was opened, and the directory that it was then.
+#[derive(Debug)]
+struct Known {
+    directory: (u64, u64),
+    token: Arc<dyn Token>,
+}
+
+impl Store {
+    /// The store in the directory `tokendir`, which may be given through symbolic links.
+    ///
+    /// # Errors
+    /// If it does not exist, is no directory or cannot be read.
+    pub fn open(tokendir: &Path, options: Options, diagnostics: Arc<Diagnostics>) -> Result<Self> {
+        let path = tokendir
+            .canonicalize()
+            .map_err(|error| Error::io("open", &error).at(tokendir))?;
+        let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        let directory = open(&path, flags, Mode::empty())
+            .map_err(|errno| Error::system("open", errno).at(&path))?;
+        Ok(Self {
+            path,
+            directory,
+            options,
+            diagnostics,
+            known: Mutex::default(),
+        })
+    }
+
+    /// The tokendir, without symbolic links.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// How the store is read.
+    #[must_use]
+    pub fn options(&self) -> &Options {
+        &self.options
+    }
+
+    /// The tokendir, open.
+    pub(crate) fn directory(&self) -> &OwnedFd {
+        &self.directory
+    }
+
+    /// Of the tokendir.
+    ///
+    /// # Errors
+    /// What `fstat` fails with.
+    pub fn metadata(&self) -> Result<Metadata> {
+        match fstat(&self.directory) {
+            Ok(stat) => Ok(Metadata::from(&stat)),
+            Err(errno) => Err(Error::system("stat", errno).at(&self.path)),
+        }
+    }
+
+    /// Of the file system that the store is on.
+    ///
+    /// # Errors
+    /// What `fstatvfs` fails with.
+    pub fn statvfs(&self) -> Result<Statvfs> {
+        fstatvfs(&self.directory).map_err(|errno| Error::system("statvfs", errno).at(&self.path))
+    }
+
+    /// The names of the tokens, in ascending order.
+    ///
+    /// # Errors
+    /// What reading the directory fails with.
+    pub fn tokens(&self) -> Result<Vec<TokenName>> {
+        let failed = |errno| Error::system("read the directory", errno).at(&self.path);
+        let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        let mut directory =
+            Dir::openat(&self.directory, ".", flags, Mode::empty()).map_err(failed)?;
+        let mut names = Vec::new();
+        for entry in directory.iter() {
+            let entry = entry.map_err(failed)?;
+            let name = OsStr::from_bytes(entry.file_name().to_bytes());
+            if let Some(name) = TokenName::new(name)
+                && self.probe(&name).is_ok()
+            {
+                names.push(name);
+            }
+        }
+        names.sort_unstable();
+        Ok(names)
+    }
+
+    /// A token by its name. The same `Arc` each time, until the directory is another.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] if there is no such token.
+    pub fn token(&self, name: &TokenName) -> Result<Arc<dyn Token>> {
+        let (stat, backend) = self.probe(name)?;
+        let directory = (stat.st_dev, stat.st_ino);
+        if let Some(known) = self.known().get(name)
+            && known.directory == directory
+            && Some(known.token.backend()) == backend
+        {
+            return Ok(Arc::clone(&known.token));
+        }
+        let path = self.path.join(name.as_os_str());
+        let diagnostics = Arc::clone(&self.diagnostics);
+        let token: Arc<dyn Token> = match backend {
+            Some(Backend::File) => Arc::new(FileToken::open(name.clone(), &path, diagnostics)?),
+            Some(Backend::Db) => {
+                let options = self.options.clone();
+                Arc::new(DbToken::open(name.clone(), &path, options, diagnostics)?)
+            }
+            // Not remembered: what keeps us out can end at any time.
+            None => {
+                return Ok(Arc::new(Closed {
+                    name: name.clone(),
+                    backend: self.options.backend,
+                    path,
+                    metadata: Metadata::from(&stat),
+                }));
+            }
+        };
+        let known = Known {
+            directory,
+            token: Arc::clone(&token),
+        };
+        self.known().insert(name.clone(), known);
+        Ok(token)
+    }
+
+    /// Whether a directory is a token, and of which backend; no backend if we may not look into it.
+    fn probe(&self, name: &TokenName) -> Result<(FileStat, Option<Backend>)> {
+        let failed = |errno| Error::system("stat", errno).at(self.path.join(name.as_os_str()));
+        let stat = fstatat(
+            &self.directory,
+            name.as_os_str(),
+            AtFlags::AT_SYMLINK_NOFOLLOW,
+        )
+        .map_err(failed)?;
+        let no_token = || Error::not_found("not a token").at(self.path.join(name.as_os_str()));
+        if !is_directory(&stat) {
+            return Err(no_token());
+        }
+        // The configured backend first: a directory that holds both is read as SoftHSM reads it.
+        let order = match self.options.backend {
+            Backend::File => [Backend::File, Backend::Db],
+            Backend::Db => [Backend::Db, Backend::File],
+        };
+        for backend in order {
+            let file = Path::new(name.as_os_str()).join(match backend {
+                Backend::File => TOKEN_OBJECT,
+                Backend::Db => DATABASE,
+            });
+            match fstatat(&self.directory, &file, AtFlags::AT_SYMLINK_NOFOLLOW) {
+                Ok(marker) if is_file(&marker) => return Ok((stat, Some(backend))),
+                Ok(_) | Err(Errno::ENOENT) => {}
+                Err(Errno::EACCES) => return Ok((stat, None)),
+                Err(errno) => return Err(failed(errno)),
+            }
+        }
+        self.known().remove(name);
+        Err(no_token())
+    }
+
+    fn known(&self) -> MutexGuard<'_, HashMap<TokenName, Known>> {
+        // Every change of the map is one call, so a panic elsewhere leaves it whole.
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A directory that we may not look into.
+#[derive(Debug)]
+struct Closed {
+    name: TokenName,
+    backend: Backend,
+    path: PathBuf,
+    metadata: Metadata,
+}
+
+impl Closed {
+    fn refuse<T>(&self) -> Result<T> {
+        Err(Error::new(
+            ErrorKind::PermissionDenied,
+            "the process that serves the mount may not look into this directory",
+        )
+        .at(&self.path))
+    }
+}
+
+impl Token for Closed {
+    fn name(&self) -> &TokenName {
+        &self.name
+    }
+
+    fn backend(&self) -> Backend {
+        self.backend
+    }
+
+    fn metadata(&self) -> Result<Metadata> {
+        Ok(self.metadata)
+    }
+
+    fn list(&self, _patience: Patience) -> Result<Arc<[ObjectName]>> {
+        self.refuse()
+    }
+
+    fn object_metadata(&self, _id: &ObjectId, _patience: Patience) -> Result<Metadata> {
+        self.refuse()
+    }
+
+    fn object(&self, _id: &ObjectId, _patience: Patience) -> Result<Arc<Object>> {
+        self.refuse()
+    }
+}

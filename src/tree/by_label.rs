@@ -1,0 +1,174 @@
+//! `.tokenfs/by-label`: the tokens and objects by the names that people gave them.
+//!
+//! An index is made from a whole token, and kept until a change is reported, or for a moment where none is.
+
+use std::collections::{BTreeMap, HashMap};
+use std::ffi::OsString;
+use std::os::unix::ffi::OsStringExt;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::label::{Labelled, identity, names, unpadded};
+use super::{Tree, lock};
+use crate::error::{Error, ErrorKind, Result};
+use crate::pkcs11;
+use crate::store::{Object, ObjectId, ObjectName, Patience, TokenName};
+
+/// How long an index is kept where changes are not reported: long enough for one `ls -l`.
+const UNWATCHED: Duration = Duration::from_millis(200);
+
+type Tokens = Arc<BTreeMap<OsString, TokenName>>;
+type Objects = Arc<BTreeMap<OsString, ObjectName>>;
+
+/// What has been looked up.
+#[derive(Debug, Default)]
+pub(super) struct Index {
+    tokens: Option<Kept<Tokens>>,
+    objects: HashMap<TokenName, Kept<Objects>>,
+}
+
+#[derive(Debug)]
+struct Kept<T> {
+    names: T,
+    changes: u64,
+    made_at: Instant,
+}
+
+impl<T: Clone> Kept<T> {
+    fn get(&self, changes: u64, covered: bool) -> Option<T> {
+        let fresh = self.changes == changes && (covered || self.made_at.elapsed() < UNWATCHED);
+        fresh.then(|| self.names.clone())
+    }
+}
+
+/// Where the link to an object leads, from `.tokenfs/by-label/<token label>/`.
+pub(super) fn target(token: &TokenName, object: &ObjectName) -> OsString {
+    let mut path = b"../../../".to_vec();
+    path.extend_from_slice(token.as_bytes());
+    path.push(b'/');
+    path.extend_from_slice(object.as_bytes());
+    OsString::from_vec(path)
+}
+
+impl Tree {
+    /// The tokens under the names of their directories in `by-label`.
+    pub(super) fn tokens_by_label(&self, patience: Patience) -> Result<Tokens> {
+        let changes = self.change_count();
+        let covered = self.coverage.has_tokendir();
+        let kept = lock(&self.labels)
+            .tokens
+            .as_ref()
+            .and_then(|kept| kept.get(changes, covered));
+        if let Some(names) = kept {
+            return Ok(names);
+        }
+        let mut all = Vec::new();
+        let mut whole = true;
+        for token in self.store.tokens()? {
+            let own = self
+                .store
+                .token(&token)
+                .and_then(|token| token.object(&ObjectId::Token, patience));
+            whole &= own.is_ok();
+            let label = match own {
+                Ok(object) => label_of_token(&object),
+                Err(error) => damaged(&error).map(|()| None)?,
+            };
+            all.push(Labelled {
+                label: label.unwrap_or_else(|| token.as_bytes().to_vec()),
+                extension: String::new(),
+                identity: identity(token.as_os_str()),
+                target: token,
+            });
+        }
+        let names: Tokens = Arc::new(names(all));
+        if whole {
+            lock(&self.labels).tokens = Some(Kept {
+                names: Arc::clone(&names),
+                changes,
+                made_at: Instant::now(),
+            });
+        }
+        Ok(names)
+    }
+
+    /// The objects of a token under the names of the links to them.
+    pub(super) fn objects_by_label(
+        &self,
+        token: &TokenName,
+        patience: Patience,
+    ) -> Result<Objects> {
+        let changes = self.change_count();
+        let covered = self.coverage.has_token(token);
+        let kept = {
+            let labels = lock(&self.labels);
+            labels
+                .objects
+                .get(token)
+                .and_then(|kept| kept.get(changes, covered))
+        };
+        if let Some(names) = kept {
+            return Ok(names);
+        }
+        if matches!(patience, Patience::Now) {
+            // A read of every object there is.
+            return Err(Error::new(
+                ErrorKind::WouldBlock,
+                "the labels have to be read",
+            ));
+        }
+        let opened = self.store.token(token)?;
+        let mut all = Vec::new();
+        for object in opened.list(patience)?.iter() {
+            let id = ObjectId::Object(object.clone());
+            let (label, class) = match opened.object(&id, patience) {
+                Ok(read) => (label_of_object(&read), class_of(&read)),
+                Err(error) if error.kind() == ErrorKind::NotFound => continue,
+                Err(error) => damaged(&error).map(|()| (None, "damaged".to_owned()))?,
+            };
+            all.push(Labelled {
+                label: label.unwrap_or_else(|| object.as_bytes().to_vec()),
+                extension: format!(".{class}"),
+                identity: identity(object.as_os_str()),
+                target: object.clone(),
+            });
+        }
+        let names: Objects = Arc::new(names(all));
+        let kept = Kept {
+            names: Arc::clone(&names),
+            changes,
+            made_at: Instant::now(),
+        };
+        lock(&self.labels).objects.insert(token.clone(), kept);
+        Ok(names)
+    }
+}
+
+/// Lets pass what is wrong with one thing and no reason to hide the others.
+fn damaged(error: &Error) -> Result<()> {
+    match error.kind() {
+        ErrorKind::Damaged | ErrorKind::PermissionDenied | ErrorKind::Busy => Ok(()),
+        _ => Err(error.clone()),
+    }
+}
+
+fn label_of_token(object: &Object) -> Option<Vec<u8>> {
+    let label = unpadded(object.attributes.bytes(pkcs11::CKA_OS_TOKENLABEL)?);
+    (!label.is_empty()).then(|| label.to_vec())
+}
+
+/// The label, where there is one that can be read without a PIN: that of a private object is ciphertext.
+pub(crate) fn label_of_object(object: &Object) -> Option<Vec<u8>> {
+    if object.attributes.boolean(pkcs11::CKA_PRIVATE) == Some(true) {
+        return None;
+    }
+    let label = object.attributes.bytes(pkcs11::CKA_LABEL)?;
+    (!label.is_empty()).then(|| label.to_vec())
+}
+
+fn class_of(object: &Object) -> String {
+    match object.attributes.ulong(pkcs11::CKA_CLASS) {
+        Some(class) => pkcs11::class_word(class),
+        None => "object".to_owned(),
+    }
+}

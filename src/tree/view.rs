@@ -1,0 +1,329 @@
+//! From a node to what it is: its attributes, its children, its content.
+
+use std::borrow::Cow;
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt;
+use std::sync::Arc;
+
+use super::name::Name;
+use super::node::Node;
+use super::text::Context;
+use super::{Attributes, FileKind, Tree, by_label, mode, name, text};
+use crate::error::{Error, ErrorKind, Result};
+use crate::store::attribute::{AttributeKey, Kind, Value};
+use crate::store::{Metadata, Object, ObjectId, ObjectName, Patience, TokenName};
+
+/// The directory of everything derived, in the root and not listed there.
+const CONTROL: &str = ".tokenfs";
+
+/// The directory of the token's own attributes.
+const TOKEN: &str = "token";
+
+/// The two names in `.tokenfs`.
+const BY_LABEL: &str = "by-label";
+const LOG: &str = "log";
+
+impl Tree {
+    /// The child `name` of `directory`. That it exists is for [`Tree::describe`] to find out.
+    pub(super) fn child(&self, directory: &Node, name: &OsStr, patience: Patience) -> Result<Node> {
+        let absent = || Error::not_found("no such file or directory");
+        match directory {
+            Node::Root if name == CONTROL => Ok(Node::Control),
+            Node::Root => TokenName::new(name).map(Node::Token).ok_or_else(absent),
+            Node::Token(token) if name == TOKEN => Ok(Node::Object(token.clone(), ObjectId::Token)),
+            Node::Token(token) => {
+                let object = ObjectName::new(name).ok_or_else(absent)?;
+                Ok(Node::Object(token.clone(), ObjectId::Object(object)))
+            }
+            Node::Object(token, id) => {
+                // Also of a name that can be no attribute: in a damaged object nobody can tell what there is.
+                self.object(token, id, patience)?;
+                let key = attribute_key(name).ok_or_else(absent)?;
+                Ok(Node::Attribute(token.clone(), id.clone(), key))
+            }
+            Node::Attribute(token, id, map) if map.kind == Kind::Map => {
+                let key = attribute_key(name).ok_or_else(absent)?;
+                Ok(Node::MapEntry(
+                    token.clone(),
+                    id.clone(),
+                    map.attribute_type,
+                    key,
+                ))
+            }
+            Node::Control if name == BY_LABEL => Ok(Node::ByLabel),
+            Node::Control if name == LOG => Ok(Node::Log),
+            Node::Control => Err(absent()),
+            Node::ByLabel => {
+                let tokens = self.tokens_by_label(patience)?;
+                tokens
+                    .get(name)
+                    .cloned()
+                    .map(Node::TokenByLabel)
+                    .ok_or_else(absent)
+            }
+            Node::TokenByLabel(token) => {
+                let objects = self.objects_by_label(token, patience)?;
+                let object = objects.get(name).cloned().ok_or_else(absent)?;
+                Ok(Node::ObjectByLabel(token.clone(), object))
+            }
+            Node::Attribute(..) | Node::MapEntry(..) | Node::Log | Node::ObjectByLabel(..) => {
+                Err(not_a_directory())
+            }
+        }
+    }
+
+    /// What `stat` says of `node`, and of which version of which object.
+    pub(super) fn describe(
+        &self,
+        node: &Node,
+        patience: Patience,
+    ) -> Result<(Attributes, Option<Arc<Object>>)> {
+        let mask = self.settings.mask;
+        Ok(match node {
+            Node::Root | Node::Control | Node::ByLabel => {
+                let metadata = self.store.metadata()?;
+                (directory(&metadata, metadata.mode), None)
+            }
+            Node::Token(token) | Node::TokenByLabel(token) => {
+                let metadata = self.store.token(token)?.metadata()?;
+                (
+                    directory(&metadata, mode::of_token(metadata.mode, mask)),
+                    None,
+                )
+            }
+            Node::Object(token, id) => {
+                let metadata = self.store.token(token)?.object_metadata(id, patience)?;
+                (
+                    directory(&metadata, mode::of_object(metadata.mode, mask)),
+                    None,
+                )
+            }
+            Node::Attribute(token, id, _) | Node::MapEntry(token, id, _, _) => {
+                let object = self.object(token, id, patience)?;
+                let metadata = &object.metadata;
+                let attributes = match content_length(node, &object)? {
+                    Some(size) => Attributes {
+                        kind: FileKind::File,
+                        size,
+                        mode: mode::of_attribute(metadata.mode, mask),
+                        ..directory(metadata, 0)
+                    },
+                    None => directory(metadata, mode::of_object(metadata.mode, mask)),
+                };
+                (attributes, Some(object))
+            }
+            Node::Log => (self.describe_log(), None),
+            Node::ObjectByLabel(token, object) => {
+                let id = ObjectId::Object(object.clone());
+                let metadata = self.store.token(token)?.object_metadata(&id, patience)?;
+                let attributes = Attributes {
+                    kind: FileKind::Link,
+                    size: by_label::target(token, object).len() as u64,
+                    ..directory(&metadata, 0o777)
+                };
+                (attributes, None)
+            }
+        })
+    }
+
+    fn describe_log(&self) -> Attributes {
+        let latest = self.diagnostics.latest().unwrap_or(self.mounted_at);
+        Attributes {
+            ino: 0,
+            kind: FileKind::File,
+            size: self.diagnostics.render().len() as u64,
+            mode: 0o600,
+            uid: self.settings.uid,
+            gid: self.settings.gid,
+            atime: latest,
+            mtime: latest,
+            ctime: latest,
+        }
+    }
+
+    /// What is listed in `directory`.
+    pub(super) fn children(
+        &self,
+        directory: &Node,
+        patience: Patience,
+    ) -> Result<Vec<(OsString, FileKind, Node)>> {
+        let as_directory = |name: OsString, node| (name, FileKind::Directory, node);
+        Ok(match directory {
+            Node::Root => {
+                let tokens = self.store.tokens()?.into_iter();
+                tokens
+                    .map(|token| as_directory(token.as_os_str().into(), Node::Token(token.clone())))
+                    .collect()
+            }
+            Node::Token(token) => {
+                let objects = self.store.token(token)?.list(patience)?;
+                let own = Node::Object(token.clone(), ObjectId::Token);
+                std::iter::once(as_directory(TOKEN.into(), own))
+                    .chain(objects.iter().map(|object| {
+                        let id = ObjectId::Object(object.clone());
+                        let node = Node::Object(token.clone(), id);
+                        as_directory(object.as_os_str().into(), node)
+                    }))
+                    .collect()
+            }
+            Node::Object(token, id) => {
+                let object = self.object(token, id, patience)?;
+                listed(&object.attributes, |key| {
+                    Node::Attribute(token.clone(), id.clone(), key)
+                })
+            }
+            Node::Attribute(token, id, map) => {
+                let object = self.object(token, id, patience)?;
+                match value(directory, &object) {
+                    Some(Value::Map(entries)) => listed(entries, |key| {
+                        Node::MapEntry(token.clone(), id.clone(), map.attribute_type, key)
+                    }),
+                    Some(_) => return Err(not_a_directory()),
+                    None => return Err(gone()),
+                }
+            }
+            Node::Control => vec![
+                as_directory(BY_LABEL.into(), Node::ByLabel),
+                (LOG.into(), FileKind::File, Node::Log),
+            ],
+            Node::ByLabel => {
+                let tokens = self.tokens_by_label(patience)?;
+                tokens
+                    .iter()
+                    .map(|(name, token)| {
+                        as_directory(name.clone(), Node::TokenByLabel(token.clone()))
+                    })
+                    .collect()
+            }
+            Node::TokenByLabel(token) => {
+                let objects = self.objects_by_label(token, patience)?;
+                objects
+                    .iter()
+                    .map(|(name, object)| {
+                        let node = Node::ObjectByLabel(token.clone(), object.clone());
+                        (name.clone(), FileKind::Link, node)
+                    })
+                    .collect()
+            }
+            Node::MapEntry(..) | Node::Log | Node::ObjectByLabel(..) => {
+                return Err(not_a_directory());
+            }
+        })
+    }
+
+    /// The present version of the object that `node` is in.
+    pub(super) fn object_of(&self, node: &Node, patience: Patience) -> Result<Arc<Object>> {
+        match node {
+            Node::Object(token, id)
+            | Node::Attribute(token, id, _)
+            | Node::MapEntry(token, id, _, _) => self.object(token, id, patience),
+            _ => Err(Error::new(ErrorKind::IsADirectory, "a directory")),
+        }
+    }
+
+    fn object(&self, token: &TokenName, id: &ObjectId, patience: Patience) -> Result<Arc<Object>> {
+        self.store.token(token)?.object(id, patience)
+    }
+}
+
+fn attribute_key(file: &OsStr) -> Option<AttributeKey> {
+    match name::parse(file.as_bytes()) {
+        Name::Attribute(key) => Some(key),
+        Name::Impossible | Name::Scratch => None,
+    }
+}
+
+fn listed(
+    attributes: &crate::store::attribute::Attributes,
+    node: impl Fn(AttributeKey) -> Node,
+) -> Vec<(OsString, FileKind, Node)> {
+    attributes
+        .iter()
+        .map(|(key, value)| {
+            let kind = match value {
+                Value::Map(_) => FileKind::Directory,
+                _ => FileKind::File,
+            };
+            (OsString::from(&*name::file_name(key)), kind, node(key))
+        })
+        .collect()
+}
+
+/// The value that `node` stands for in a version of its object.
+pub(super) fn value<'a>(node: &Node, object: &'a Object) -> Option<&'a Value> {
+    match node {
+        Node::Attribute(_, _, key) => object.attributes.get(*key),
+        Node::MapEntry(_, _, map, key) => match object.attributes.get(map_key(*map)) {
+            Some(Value::Map(entries)) => entries.get(*key),
+            _ => None,
+        },
+        _ => None,
+    }
+}
+
+/// The text of the value that `node` stands for; nothing if it is a directory.
+pub(super) fn content(node: &Node, object: &Object) -> Result<Option<Vec<u8>>> {
+    with_text(node, object, |key, value, context| {
+        text::render(key.attribute_type, value, context).map(Cow::into_owned)
+    })
+}
+
+fn content_length(node: &Node, object: &Object) -> Result<Option<u64>> {
+    with_text(node, object, |key, value, context| {
+        text::length(key.attribute_type, value, context)
+    })
+}
+
+fn with_text<T>(
+    node: &Node,
+    object: &Object,
+    ask: impl FnOnce(AttributeKey, &Value, Context) -> Result<T>,
+) -> Result<Option<T>> {
+    let (Node::Attribute(_, _, key) | Node::MapEntry(_, _, _, key)) = node else {
+        return Ok(None);
+    };
+    match value(node, object).ok_or_else(gone)? {
+        Value::Map(_) => Ok(None),
+        value => ask(*key, value, context(node, object)).map(Some),
+    }
+}
+
+/// What the text of an attribute depends on: the object that it is in, or the map.
+fn context(node: &Node, object: &Object) -> Context {
+    match node {
+        Node::MapEntry(_, _, map, _) => match object.attributes.get(map_key(*map)) {
+            Some(Value::Map(entries)) => Context::of(entries),
+            _ => Context::default(),
+        },
+        _ => Context::of(&object.attributes),
+    }
+}
+
+fn map_key(attribute_type: u64) -> AttributeKey {
+    AttributeKey {
+        attribute_type,
+        kind: Kind::Map,
+    }
+}
+
+fn directory(metadata: &Metadata, mode: u32) -> Attributes {
+    Attributes {
+        ino: 0,
+        kind: FileKind::Directory,
+        size: 0,
+        mode,
+        uid: metadata.uid,
+        gid: metadata.gid,
+        atime: metadata.atime,
+        mtime: metadata.mtime,
+        ctime: metadata.ctime,
+    }
+}
+
+fn not_a_directory() -> Error {
+    Error::new(ErrorKind::NotADirectory, "not a directory")
+}
+
+fn gone() -> Error {
+    Error::not_found("the attribute is gone")
+}
