@@ -7,6 +7,8 @@
 //! exactly as it did when it was read.
 
 pub mod attribute;
+pub mod db;
+mod metadata;
 
 use std::ffi::{OsStr, OsString};
 use std::fmt;

@@ -1,0 +1,126 @@
+//! One read transaction: what is known still holds, or everything is read again.
+//!
+//! `pragma data_version` takes SQLite's shared lock and compares the change counter in the file with the one of the
+//! connection's cache of pages (`pager_reset` in SQLite's `pager.c`). `stat` is taken after that, while nobody can write.
+
+use std::path::Path;
+use std::time::{Duration, SystemTime};
+
+use nix::sys::stat::FileStat;
+use rusqlite::Connection;
+
+use super::connection::{Database, Stamp, stat};
+use super::failure::{Failure, classify};
+use super::scan::{self, Rows};
+
+/// Files take their times from a clock that ticks every 1 to 10 ms (the kernel's `CONFIG_HZ`); two changes within one
+/// tick look the same. Well above that, for the clocks of the servers of network file systems.
+const GRANULARITY: Duration = Duration::from_millis(50);
+
+/// What was read before, and with which connection.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Version {
+    /// Of the file, under the shared lock.
+    pub stamp: Stamp,
+    /// [`Database::serial`].
+    pub serial: u64,
+    /// Of that connection.
+    pub data_version: i64,
+}
+
+/// The file under the shared lock.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Seen {
+    pub stat: FileStat,
+    pub version: Version,
+    /// Whether the stamp is old enough for an equal one to mean equal content.
+    pub settled: bool,
+}
+
+/// What a transaction gives.
+#[derive(Debug)]
+pub(super) enum Outcome {
+    /// What was read before is what is there.
+    Same(Seen),
+    /// This is what is there.
+    New(Seen, Rows),
+    /// The connection does not show what is at the path: another file has taken its place, or the file was overwritten
+    /// without SQLite, which would believe its cache of pages.
+    Stale,
+}
+
+/// Compares the database with what is `known` of it, and reads it if that has changed and `may_scan` a file of its size.
+pub(super) fn read(
+    database: &Database,
+    path: &Path,
+    known: Option<Version>,
+    may_scan: impl Fn(&FileStat) -> bool,
+) -> Result<Outcome, Failure> {
+    let fail = |error| classify(&error, path);
+    // Rolled back when it is dropped, which lets go of the shared lock: nothing is written in it.
+    let transaction = database.connection.unchecked_transaction().map_err(fail)?;
+    let data_version = data_version(&transaction).map_err(fail)?;
+    let stat = stat(path).map_err(Failure::Other)?;
+    let now = SystemTime::now();
+    let stamp = Stamp::of(&stat);
+    if stamp.identity != database.identity {
+        return Ok(Outcome::Stale);
+    }
+    // A write-ahead log takes the commits and leaves the database as it is. SoftHSM never asks for one.
+    let log = journal_mode(&transaction)
+        .map_err(fail)?
+        .eq_ignore_ascii_case("wal");
+    let seen = Seen {
+        stat,
+        version: Version {
+            stamp,
+            serial: database.serial,
+            data_version,
+        },
+        settled: !log && stamp.is_settled(now, GRANULARITY),
+    };
+    if let Some(known) = known
+        && (known.serial, known.data_version) == (database.serial, data_version)
+    {
+        if stamp.written_since(&known.stamp) && !log {
+            return Ok(Outcome::Stale);
+        }
+        return Ok(Outcome::Same(seen));
+    }
+    if !may_scan(&stat) {
+        return Err(Failure::Taken);
+    }
+    let missing = scan::missing_tables(&transaction).map_err(fail)?;
+    if !missing.is_empty() {
+        let missing = missing.join(", ");
+        return Err(Failure::damaged(
+            path,
+            format!("the database is not that of a token: it lacks the tables {missing}"),
+        ));
+    }
+    let rows = scan::read(&transaction).map_err(fail)?;
+    drop(transaction);
+    // The pages are of no use any more: the next scan is for a change.
+    database.connection.release_memory().map_err(fail)?;
+    Ok(Outcome::New(seen, rows))
+}
+
+/// A number that changes when somebody else has committed; commits of this connection leave it alone
+/// (<https://www.sqlite.org/pragma.html#pragma_data_version>).
+fn data_version(connection: &Connection) -> rusqlite::Result<i64> {
+    connection
+        .prepare_cached("pragma data_version")?
+        .query_row([], |row| row.get(0))
+}
+
+fn journal_mode(connection: &Connection) -> rusqlite::Result<String> {
+    connection
+        .prepare_cached("pragma journal_mode")?
+        .query_row([], |row| row.get(0))
+}
+
+/// Whether a failure of the content, met just now in a file of which `stat` was taken before, holds as long as the file
+/// stays as it is.
+pub(super) fn is_settled(stat: &FileStat) -> bool {
+    Stamp::of(stat).is_settled(SystemTime::now(), GRANULARITY)
+}

@@ -1,0 +1,230 @@
+//! One version of a whole token, made of the rows of a scan.
+//!
+//! Knows nothing of SQLite's locks and files. A row that makes no sense damages its object alone; the message names table,
+//! row and, in a blob, the byte, and never the value.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+use std::sync::Arc;
+
+use super::decode::{self, Undecodable};
+use super::scan::{Cell, Row, Rows, Table};
+use super::uuid;
+use crate::error::{Error, Result};
+use crate::store::attribute::{AttributeType, Attributes, Value};
+use crate::store::{Metadata, Object, ObjectId, ObjectName, TokenName};
+
+/// `CKA_ALLOWED_MECHANISMS` (PKCS #11, section 4.9): the one type whose rows in `attribute_binary` are mechanism sets
+/// (`attributeKind` in SoftHSM's `DBObject.cpp`).
+const CKA_ALLOWED_MECHANISMS: AttributeType = 0x4000_0600;
+
+/// The row of the token's own object (`DBTOKEN_OBJECT_TOKENINFO` in SoftHSM's `DBToken.cpp`).
+pub(super) const TOKEN_ROW: i64 = 1;
+
+/// A token as it was at one moment.
+#[derive(Debug)]
+pub(super) struct Snapshot {
+    /// Of `sqlite3.db`.
+    pub metadata: Metadata,
+    /// The names of its objects, ascending.
+    pub names: Arc<[ObjectName]>,
+    /// What was odd and does not stand in the way.
+    pub warnings: Vec<String>,
+    token: Result<Arc<Object>>,
+    objects: HashMap<ObjectName, Entry>,
+}
+
+#[derive(Debug)]
+struct Entry {
+    row: i64,
+    content: Result<Arc<Object>>,
+}
+
+impl Snapshot {
+    /// What `rows` of the database at `path` mean.
+    pub fn new(name: &TokenName, path: &Path, metadata: Metadata, rows: Rows) -> Self {
+        let mut warnings = Vec::new();
+        if !rows.stray.is_empty() {
+            let tables: Vec<&str> = rows.stray.iter().map(|table| table.name()).collect();
+            warnings.push(format!(
+                "rows in {} belong to no object; they are ignored",
+                tables.join(", ")
+            ));
+        }
+
+        let mut by_object: BTreeMap<i64, Vec<Row>> = BTreeMap::new();
+        for id in &rows.objects {
+            by_object.insert(*id, Vec::new());
+        }
+        for row in rows.attributes {
+            if let Some(of_object) = by_object.get_mut(&row.object) {
+                of_object.push(row);
+            }
+        }
+
+        let finish = |attributes: Result<Attributes>| {
+            attributes
+                .map(|attributes| {
+                    Arc::new(Object {
+                        metadata,
+                        generation: None,
+                        attributes,
+                    })
+                })
+                .map_err(|error| error.at(path))
+        };
+        let token = by_object.remove(&TOKEN_ROW).map_or_else(
+            || {
+                Err(Error::damaged(
+                    "the table object lacks row 1, which is the token itself",
+                ))
+            },
+            attributes_of,
+        );
+        let token = finish(token);
+
+        let ids: Vec<i64> = by_object.keys().copied().collect();
+        let mut names = uuid::assign(name, &ids, &rows.remembered);
+        warnings.append(&mut names.warnings);
+        let objects: HashMap<ObjectName, Entry> = by_object
+            .into_iter()
+            .filter_map(|(row, rows)| {
+                let content = finish(attributes_of(rows));
+                Some((names.of_row.remove(&row)?, Entry { row, content }))
+            })
+            .collect();
+        let mut names: Vec<ObjectName> = objects.keys().cloned().collect();
+        names.sort();
+        Self {
+            metadata,
+            names: names.into(),
+            warnings,
+            token,
+            objects,
+        }
+    }
+
+    /// The same content in a file whose owner, mode or times have changed.
+    pub fn with_metadata(&self, metadata: Metadata) -> Self {
+        let renew = |content: &Result<Arc<Object>>| {
+            content.clone().map(|object| {
+                Arc::new(Object {
+                    metadata,
+                    ..Object::clone(&object)
+                })
+            })
+        };
+        Self {
+            metadata,
+            names: Arc::clone(&self.names),
+            warnings: self.warnings.clone(),
+            token: renew(&self.token),
+            objects: self
+                .objects
+                .iter()
+                .map(|(name, Entry { row, content })| {
+                    let (row, content) = (*row, renew(content));
+                    (name.clone(), Entry { row, content })
+                })
+                .collect(),
+        }
+    }
+
+    /// One object.
+    ///
+    /// # Errors
+    /// Of kind `NotFound` if there is no such object, `Damaged` if it makes no sense.
+    pub fn object(&self, id: &ObjectId) -> Result<Arc<Object>> {
+        match id {
+            ObjectId::Token => self.token.clone(),
+            ObjectId::Object(name) => self.entry(name)?.content.clone(),
+        }
+    }
+
+    /// The id of the row of an object, damaged or not.
+    ///
+    /// # Errors
+    /// Of kind `NotFound` if there is no such object.
+    pub fn row(&self, id: &ObjectId) -> Result<i64> {
+        match id {
+            ObjectId::Token => Ok(TOKEN_ROW),
+            ObjectId::Object(name) => Ok(self.entry(name)?.row),
+        }
+    }
+
+    fn entry(&self, name: &ObjectName) -> Result<&Entry> {
+        self.objects
+            .get(name)
+            .ok_or_else(|| Error::not_found(format!("the token has no object {name}")))
+    }
+}
+
+/// The attributes in the rows of one object; the first row that makes no sense fails it.
+fn attributes_of(rows: Vec<Row>) -> Result<Attributes> {
+    let mut decoded = Vec::with_capacity(rows.len());
+    for row in rows {
+        decoded.push(attribute(row)?);
+    }
+    // In order, each one goes to the end; in any other order, inserting would be quadratic.
+    decoded.sort_by_key(|(attribute_type, value)| (*attribute_type, value.kind()));
+    let mut attributes = Attributes::new();
+    for (attribute_type, value) in decoded {
+        attributes.insert(attribute_type, value);
+    }
+    Ok(attributes)
+}
+
+fn attribute(row: Row) -> Result<(AttributeType, Value)> {
+    let Row {
+        table,
+        id,
+        attribute_type,
+        value,
+        ..
+    } = row;
+    let place = || format!("row {id} of {}", table.name());
+    let wrong = |wanted: &str, cell: &Cell| {
+        let found = cell.type_name();
+        Error::damaged(format!(
+            "{}: the value is {found}, where {wanted} belongs",
+            place()
+        ))
+    };
+    let undecodable = |what: &str, undecodable: Undecodable| {
+        let reason = undecodable.reason;
+        Error::damaged(format!("{}: in the {what}, {reason}", place()))
+            .at_offset(undecodable.offset as u64)
+    };
+    let attribute_type = attribute_type
+        .map_err(|found| {
+            Error::damaged(format!(
+                "{}: the attribute's type is {found}, where an integer belongs",
+                place()
+            ))
+        })?
+        .cast_unsigned();
+    let value = match (table, value) {
+        // SoftHSM asks for an `int`, for which SQLite gives the low 32 bits.
+        (Table::Boolean, Cell::Integer(value)) => Value::Bool(value as i32 != 0),
+        (Table::Integer, Cell::Integer(value)) => Value::Ulong(value.cast_unsigned()),
+        (Table::Boolean | Table::Integer, other) => return Err(wrong("an integer", &other)),
+        (Table::Binary | Table::Array, cell) => {
+            let blob = match cell {
+                Cell::Blob(blob) => blob,
+                // `sqlite3_column_bytes` of NULL is 0, so that SoftHSM sees an empty value.
+                Cell::Null => Vec::new(),
+                other => return Err(wrong("a blob", &other)),
+            };
+            if table == Table::Array {
+                let map = decode::map(&blob);
+                Value::Map(map.map_err(|error| undecodable("attribute map", error))?)
+            } else if attribute_type == CKA_ALLOWED_MECHANISMS {
+                let set = decode::mechanisms(&blob);
+                Value::Mechs(set.map_err(|error| undecodable("mechanism set", error))?)
+            } else {
+                Value::Bytes(blob)
+            }
+        }
+    };
+    Ok((attribute_type, value))
+}
