@@ -128,3 +128,48 @@ impl Database {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stamp_settles_when_the_clock_has_moved_on() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("file");
+        std::fs::write(&path, b"").unwrap();
+        let mut stamp = Stamp::of(&stat(&path).unwrap());
+        stamp.ctime = (1000, 999_000_000);
+        let granularity = Duration::from_millis(50);
+        let at = |milliseconds| UNIX_EPOCH + Duration::from_millis(milliseconds);
+        for (now, settled) in [
+            (0, false),
+            (1_000_998, false),
+            (1_000_999, false),
+            (1_001_049, false),
+            (1_001_050, true),
+            (9_000_000, true),
+        ] {
+            assert_eq!(stamp.is_settled(at(now), granularity), settled, "{now}");
+        }
+    }
+
+    #[test]
+    fn only_what_a_write_changes_counts_as_written() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("file");
+        std::fs::write(&path, b"").unwrap();
+        let old = Stamp::of(&stat(&path).unwrap());
+        let mut new = old;
+        new.ctime.1 += 1;
+        assert!(!new.written_since(&old));
+        new.mtime.1 += 1;
+        assert!(new.written_since(&old));
+        new = old;
+        new.size += 1;
+        assert!(new.written_since(&old));
+        new = old;
+        new.identity.inode += 1;
+        assert!(new.written_since(&old));
+    }
+}

@@ -301,3 +301,49 @@ impl Token for DbToken {
         object.map_err(|error| error.at(&self.path))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rusqlite::Connection;
+    use std::ffi::OsStr;
+
+    /// Kernels with fine-grained times (Linux 6.13) never give two versions one stamp, so it is forged here.
+    #[test]
+    fn an_equal_stamp_counts_only_once_it_is_settled() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join(DATABASE);
+        let writer = Connection::open(&path).unwrap();
+        writer
+            .execute_batch("create table object (id integer primary key autoincrement)")
+            .unwrap();
+        for table in scan::Table::ALL {
+            let name = table.name();
+            let columns = "value, type integer, object_id integer, id integer primary key";
+            writer
+                .execute_batch(&format!("create table {name} ({columns})"))
+                .unwrap();
+        }
+        let name = TokenName::new(OsStr::new("token")).unwrap();
+        let log = Arc::default();
+        let token = DbToken::open(name, directory.path(), Options::default(), log).unwrap();
+        let objects = || token.list(Patience::Now).unwrap().len();
+        assert_eq!(objects(), 0);
+        let (version, snapshot) = token.lock_cache().clone().unwrap().content.clone().unwrap();
+
+        writer
+            .execute_batch("insert into object values (2)")
+            .unwrap();
+        let forge = |settled| {
+            token.remember(Cached {
+                stamp: Stamp::of(&stat(&path).unwrap()),
+                settled,
+                content: Ok((version, Arc::clone(&snapshot))),
+            });
+        };
+        forge(true);
+        assert_eq!(objects(), 0, "the forgery is good enough");
+        forge(false);
+        assert_eq!(objects(), 1);
+    }
+}
