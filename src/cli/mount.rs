@@ -1,0 +1,206 @@
+//! `tokenfs mount`.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use super::args::{MountArgs, StoreArgs};
+use super::daemon::{self, Stage};
+use super::{Failure, stub, watch};
+use crate::config::{self, Config, Places};
+use crate::diagnostics::Diagnostics;
+use crate::error::{Error, ErrorKind, Result};
+use crate::fuse::mount::{Request, check_point, check_tokendir};
+use crate::fuse::options::{MountOptions, Unknown};
+use crate::fuse::session;
+use crate::fuse::signals::Signals;
+use crate::store;
+
+/// A mount, as the user wants it.
+#[derive(Debug)]
+pub struct Wish {
+    /// Which store.
+    pub store: StoreArgs,
+    /// `--umask`
+    pub umask: Option<u32>,
+    /// `-o`
+    pub options: MountOptions,
+    /// Where.
+    pub point: PathBuf,
+}
+
+/// A mount that has been checked. All paths are absolute and without links.
+#[derive(Debug)]
+pub struct Plan {
+    /// The store.
+    pub tokendir: PathBuf,
+    /// How it is read.
+    pub store: store::Options,
+    /// The effective mask.
+    pub mask: u32,
+    /// Whether the kernel is asked to report changes; otherwise the tree looks once a second.
+    pub notify: bool,
+    /// Whether to unmount even if the server is killed.
+    pub auto_unmount: bool,
+    /// What is mounted where.
+    pub request: Request,
+    /// What is odd about the configuration.
+    pub warnings: Vec<String>,
+}
+
+/// Mounts, and leaves a server in the background unless `-f` is given.
+///
+/// # Errors
+/// See [`Failure`].
+pub fn run(args: &MountArgs, argv: &[OsString], stage: Stage) -> Result<(), Failure> {
+    let options = MountOptions::parse(
+        args.options.iter().map(OsString::as_os_str),
+        Unknown::Refuse,
+    )
+    .map_err(Failure::Usage)?;
+    let wish = Wish {
+        store: args.store.clone(),
+        umask: args.umask,
+        options,
+        point: args.point.clone(),
+    };
+    if args.foreground && stage == Stage::First {
+        let log = env_logger::Env::default().default_filter_or("warn");
+        // It can only be initialized twice in a test.
+        let _ = env_logger::Builder::from_env(log).try_init();
+        return Ok(mount(wish, || Ok(()))?);
+    }
+    in_background(wish, argv, stage)
+}
+
+/// Mounts from a process in the background; in the first process, starts that one.
+///
+/// # Errors
+/// See [`Failure`].
+pub fn in_background(wish: Wish, argv: &[OsString], stage: Stage) -> Result<(), Failure> {
+    match stage {
+        Stage::Daemon => {
+            daemon::detach()?;
+            Ok(mount(wish, daemon::ready)?)
+        }
+        Stage::First | Stage::Watch => daemon::start(argv),
+    }
+}
+
+/// Mounts and serves until the end; calls `ready` when the tree can be used.
+fn mount(wish: Wish, ready: impl FnOnce() -> Result<()>) -> Result<()> {
+    // Before anything that might start a thread.
+    let signals = Signals::start()?;
+    let plan = plan(wish)?;
+    for warning in &plan.warnings {
+        eprintln!("tokenfs: warning: {warning}");
+    }
+    // No directory is kept in use, and all paths are absolute by now.
+    std::env::set_current_dir("/").map_err(|error| Error::io("chdir", &error).at("/"))?;
+    serve(&plan, &signals, ready)
+}
+
+/// Puts the layers together.
+fn serve(plan: &Plan, signals: &Signals, ready: impl FnOnce() -> Result<()>) -> Result<()> {
+    let diagnostics = Arc::new(Diagnostics::new());
+    for warning in &plan.warnings {
+        diagnostics.warning(warning);
+    }
+    // GLUE: here come
+    //   let store = Store::open(&plan.tokendir, plan.store.clone(), diagnostics.clone())?;
+    //   let tree = Arc::new(Tree::new(store, tree::Settings { mask: plan.mask, .. }, diagnostics)?);
+    //   let filesystem = Adapter::new(tree.clone());
+    // and in place of `|_notifier| Ok(())`: `|notifier| invalidate::start(tree, notifier)`, unless !plan.notify.
+    let filesystem = stub::Empty::new(plan.mask);
+    session::serve(
+        filesystem,
+        &plan.request,
+        signals,
+        |_notifier| Ok(()),
+        |mount| {
+            let watcher = plan.auto_unmount.then(|| watch::start(mount)).transpose()?;
+            ready()?;
+            Ok(watcher)
+        },
+    )
+}
+
+/// Reads the configuration and checks everything that can be checked before the mount. What the command line says
+/// counts more than what `-o` says, and that more than the configuration.
+///
+/// # Errors
+/// The first thing that is wrong.
+pub fn plan(wish: Wish) -> Result<Plan> {
+    let options = wish.options;
+    let (config, mut warnings) = configuration(&StoreArgs {
+        config: wish.store.config.or(options.config),
+        tokendir: wish.store.tokendir.or(options.tokendir),
+        backend: wish.store.backend.or(options.backend),
+    })?;
+    let tokendir = check_tokendir(&config.tokendir)?;
+    let point = check_point(&wish.point, &tokendir)?;
+    let mask = config::effective_mask(wish.umask.or(options.umask).unwrap_or(config.umask));
+    if mask & 0o700 == 0o700 {
+        warnings.push(format!(
+            "the umask {mask:04o} leaves the owner no permission at all"
+        ));
+    }
+    let defaults = store::Options::default();
+    Ok(Plan {
+        store: store::Options {
+            backend: config.backend,
+            read_only: true,
+            lock_wait: options.lock_wait.unwrap_or(defaults.lock_wait),
+        },
+        mask,
+        notify: !options.noinotify,
+        auto_unmount: options.auto_unmount,
+        request: Request {
+            fsname: options
+                .fsname
+                .unwrap_or_else(|| tokendir.clone().into_os_string()),
+            subtype: options.subtype.unwrap_or_else(|| "tokenfs".to_owned()),
+            sharing: options.sharing,
+            flags: options.flags,
+            max_read: options.max_read,
+            point,
+        },
+        tokendir,
+        warnings,
+    })
+}
+
+/// The configuration with what the command line says instead, and what is odd about it. A configuration file that
+/// nobody named need not be there if the command line says which store.
+///
+/// # Errors
+/// See [`config::load`].
+pub fn configuration(args: &StoreArgs) -> Result<(Config, Vec<String>)> {
+    let (mut config, mut warnings) = (Config::default(), Vec::new());
+    let places = Places::of_this_process();
+    match config::load(args.config.as_deref(), &places) {
+        Ok(loaded) => config = loaded,
+        Err(error) => {
+            let there = matches!(
+                error.kind(),
+                ErrorKind::NotFound | ErrorKind::PermissionDenied
+            );
+            if args.config.is_some() || args.tokendir.is_none() || !there {
+                return Err(error);
+            }
+            // One that SoftHSM would read might say something that we do not know.
+            if places.find().is_some() {
+                warnings.push(format!(
+                    "{error}; going on without it, with {} and {:04o} where the command line does not say",
+                    config.backend, config.umask
+                ));
+            }
+        }
+    }
+    warnings.extend(config.warnings.iter().map(ToString::to_string));
+    if let Some(tokendir) = &args.tokendir {
+        config.tokendir.clone_from(tokendir);
+    }
+    config.backend = args.backend.unwrap_or(config.backend);
+    Ok((config, warnings))
+}
