@@ -41,10 +41,7 @@ pub fn run(args: &HelperArgs, argv: &[OsString], stage: Stage) -> Result<(), Fai
         point: args.point.clone(),
     };
     if args.fake {
-        let plan = plan(wish)?;
-        for warning in &plan.warnings {
-            eprintln!("mount.tokenfs: warning: {warning}");
-        }
+        plan(wish, super::HELPER_NAME)?;
         return Ok(());
     }
     in_background(wish, argv, stage)?;

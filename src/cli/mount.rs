@@ -48,6 +48,13 @@ pub struct Plan {
     pub warnings: Vec<String>,
 }
 
+/// Where log messages go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Log {
+    ToStderr,
+    Nowhere,
+}
+
 /// Mounts, and leaves a server in the background unless `-f` is given.
 ///
 /// # Errors
@@ -65,10 +72,7 @@ pub fn run(args: &MountArgs, argv: &[OsString], stage: Stage) -> Result<(), Fail
         point: args.point.clone(),
     };
     if args.foreground && stage == Stage::First {
-        let log = env_logger::Env::default().default_filter_or("warn");
-        // It can only be initialized twice in a test.
-        let _ = env_logger::Builder::from_env(log).try_init();
-        return Ok(mount(wish, || Ok(()))?);
+        return Ok(mount(wish, Log::ToStderr, || Ok(()))?);
     }
     in_background(wish, argv, stage)
 }
@@ -81,30 +85,38 @@ pub fn in_background(wish: Wish, argv: &[OsString], stage: Stage) -> Result<(), 
     match stage {
         Stage::Daemon => {
             daemon::detach()?;
-            Ok(mount(wish, daemon::ready)?)
+            Ok(mount(wish, Log::Nowhere, daemon::ready)?)
         }
         Stage::First | Stage::Watch => daemon::start(argv),
     }
 }
 
 /// Mounts and serves until the end; calls `ready` when the tree can be used.
-fn mount(wish: Wish, ready: impl FnOnce() -> Result<()>) -> Result<()> {
+fn mount(wish: Wish, log: Log, ready: impl FnOnce() -> Result<()>) -> Result<()> {
     // Before anything that might start a thread.
     let signals = Signals::start()?;
-    let plan = plan(wish)?;
-    for warning in &plan.warnings {
-        eprintln!("tokenfs: warning: {warning}");
-    }
+    let plan = plan(wish, "tokenfs")?;
     // No directory is kept in use, and all paths are absolute by now.
     std::env::set_current_dir("/").map_err(|error| Error::io("chdir", &error).at("/"))?;
-    serve(&plan, &signals, ready)
+    serve(&plan, &signals, log, ready)
 }
 
 /// Puts the layers together.
-fn serve(plan: &Plan, signals: &Signals, ready: impl FnOnce() -> Result<()>) -> Result<()> {
+fn serve(
+    plan: &Plan,
+    signals: &Signals,
+    log: Log,
+    ready: impl FnOnce() -> Result<()>,
+) -> Result<()> {
     let diagnostics = Arc::new(Diagnostics::new());
     for warning in &plan.warnings {
         diagnostics.warning(warning);
+    }
+    // After the warnings, which the user has seen already.
+    if log == Log::ToStderr {
+        let filter = env_logger::Env::default().default_filter_or("warn");
+        // It fails if there is a logger, as in a test.
+        let _ = env_logger::Builder::from_env(filter).try_init();
     }
     // GLUE: here come
     //   let store = Store::open(&plan.tokendir, plan.store.clone(), diagnostics.clone())?;
@@ -126,25 +138,25 @@ fn serve(plan: &Plan, signals: &Signals, ready: impl FnOnce() -> Result<()>) -> 
 }
 
 /// Reads the configuration and checks everything that can be checked before the mount. What the command line says
-/// counts more than what `-o` says, and that more than the configuration.
+/// counts more than what `-o` says, and that more than the configuration. Warnings go to stderr after `name`, also
+/// when something else fails: they may be the reason.
 ///
 /// # Errors
 /// The first thing that is wrong.
-pub fn plan(wish: Wish) -> Result<Plan> {
+pub fn plan(wish: Wish, name: &str) -> Result<Plan> {
     let options = wish.options;
-    let (config, mut warnings) = configuration(&StoreArgs {
+    let store = StoreArgs {
         config: wish.store.config.or(options.config),
         tokendir: wish.store.tokendir.or(options.tokendir),
         backend: wish.store.backend.or(options.backend),
-    })?;
+    };
+    let (config, warnings) = configuration(&store, wish.umask.or(options.umask))?;
+    for warning in &warnings {
+        eprintln!("{name}: warning: {warning}");
+    }
     let tokendir = check_tokendir(&config.tokendir)?;
     let point = check_point(&wish.point, &tokendir)?;
-    let mask = config::effective_mask(wish.umask.or(options.umask).unwrap_or(config.umask));
-    if mask & 0o700 == 0o700 {
-        warnings.push(format!(
-            "the umask {mask:04o} leaves the owner no permission at all"
-        ));
-    }
+    let mask = config::effective_mask(config.umask);
     let defaults = store::Options::default();
     Ok(Plan {
         store: store::Options {
@@ -171,11 +183,11 @@ pub fn plan(wish: Wish) -> Result<Plan> {
 }
 
 /// The configuration with what the command line says instead, and what is odd about it. A configuration file that
-/// nobody named need not be there if the command line says which store.
+/// nobody named need not be there, or be readable, if the command line says which store.
 ///
 /// # Errors
 /// See [`config::load`].
-pub fn configuration(args: &StoreArgs) -> Result<(Config, Vec<String>)> {
+pub fn configuration(args: &StoreArgs, umask: Option<u32>) -> Result<(Config, Vec<String>)> {
     let (mut config, mut warnings) = (Config::default(), Vec::new());
     let places = Places::of_this_process();
     match config::load(args.config.as_deref(), &places) {
@@ -189,10 +201,14 @@ pub fn configuration(args: &StoreArgs) -> Result<(Config, Vec<String>)> {
                 return Err(error);
             }
             // One that SoftHSM would read might say something that we do not know.
-            if places.find().is_some() {
+            if let Some(path) = places.find()
+                && (args.backend.is_none() || umask.is_none())
+            {
                 warnings.push(format!(
-                    "{error}; going on without it, with {} and {:04o} where the command line does not say",
-                    config.backend, config.umask
+                    "{}: cannot be read, so it does not count; the backend is {} and the umask {:04o} (see --backend and --umask)",
+                    path.display(),
+                    args.backend.unwrap_or(config.backend),
+                    umask.unwrap_or(config.umask)
                 ));
             }
         }
@@ -202,5 +218,6 @@ pub fn configuration(args: &StoreArgs) -> Result<(Config, Vec<String>)> {
         config.tokendir.clone_from(tokendir);
     }
     config.backend = args.backend.unwrap_or(config.backend);
+    config.umask = umask.unwrap_or(config.umask);
     Ok((config, warnings))
 }

@@ -11,7 +11,7 @@ use crate::fuse::mount::check_tokendir;
 /// # Errors
 /// See [`Failure`].
 pub fn run(args: &TreeArgs) -> Result<(), Failure> {
-    let (config, warnings) = configuration(&args.store)?;
+    let (config, warnings) = configuration(&args.store, None)?;
     for warning in &warnings {
         eprintln!("tokenfs: warning: {warning}");
     }

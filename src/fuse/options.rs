@@ -293,7 +293,7 @@ fn split(list: &[u8]) -> Vec<Vec<u8>> {
     options
 }
 
-/// `value` such that libfuse's reader gives it back ([`split`] does the same).
+/// `value` such that libfuse's reader gives it back (ours does the same).
 #[must_use]
 pub fn escape(value: &OsStr) -> OsString {
     let mut out = Vec::with_capacity(value.len());
