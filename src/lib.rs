@@ -15,6 +15,7 @@
 //! `architecture.md` for how the code is laid out and which locks it takes in which order.
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
+pub mod cli;
 pub mod config;
 pub mod diagnostics;
 pub mod error;

@@ -1,6 +1,18 @@
-//! The adapter between the tree and the kernel.
+//! Between the tree and the kernel: mounting, unmounting and serving.
 //!
-//! [`adapter`] translates requests, one short function each; [`invalidate`] tells the kernel what it has to forget.
+//! - [`adapter`]: translates requests, one short function each.
+//! - [`invalidate`]: tells the kernel what it has to forget.
+//! - [`options`]: what stands behind `-o`.
+//! - [`mountinfo`]: the mounts of this process, as the kernel lists them.
+//! - [`mount`], [`unmount`]: the checks before a mount, the mount itself, and taking it away.
+//! - [`session`]: a file system that is being served, from its mount to its end.
+//! - [`signals`]: what a signal does to a mount.
 
 pub mod adapter;
 pub mod invalidate;
+pub mod mount;
+pub mod mountinfo;
+pub mod options;
+pub mod session;
+pub mod signals;
+pub mod unmount;

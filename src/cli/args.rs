@@ -1,0 +1,210 @@
+//! The definition of the command line. Help, man page and completions are made from it.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use clap::{ArgAction, Args, Parser, Subcommand};
+
+use crate::config::{parse_backend, parse_umask};
+use crate::store::Backend;
+
+const AFTER_HELP: &str = "\
+Examples:
+  mkdir ~/tokens
+  tokenfs mount ~/tokens                 mount the store that SoftHSM uses
+  ls ~/tokens/*                          one directory per token, one per object in it
+  cat ~/tokens/*/token/CKA_OS_TOKENLABEL
+  tokenfs umount ~/tokens
+  tokenfs mount --tokendir ./tokens --backend db /mnt/tokens
+  tokenfs tree                           print the store without mounting it
+
+Which store:
+  SoftHSM's configuration says it: the file that --config names, or else $SOFTHSM2_CONF, or else
+  ~/.config/softhsm2/softhsm2.conf, or else /etc/softhsm/softhsm2.conf, or else /etc/softhsm2.conf.
+  With --tokendir no configuration is needed.
+
+Exit codes:
+  0  it is done
+  1  it failed; a line on stderr says why, and what to do
+  2  the command line is wrong";
+
+const MOUNT_AFTER_HELP: &str = "\
+Options for -o, separated by commas (a backslash takes a comma into a value):
+  ro                  never write to the store, not even to let SQLite roll back what a crashed
+                      writer left in a database; that database is EIO then
+  rw                  the opposite; this version mounts read-only in any case: writes get EROFS
+  allow_other         let all users use the mount, as far as the modes of its files let them
+                      (for ordinary users only if /etc/fuse.conf has user_allow_other)
+  allow_root          let root use it (root is the owner of its own mounts; others use allow_other)
+  auto_unmount        unmount even if the server is killed
+  config=FILE         as --config
+  tokendir=DIR        as --tokendir
+  backend=file|db     as --backend
+  umask=OCTAL         as --umask
+  lock_wait=SECONDS   how long to wait for a lock that SoftHSM holds, before EBUSY (5)
+  noinotify           look for changes once a second instead of being told by the kernel
+  fsname=NAME         the source that mount and df show (the token directory)
+  subtype=NAME        the part of the type behind \"fuse.\" (tokenfs); another one hides the mount
+                      from \"tokenfs umount\"
+  max_read=BYTES      the longest read
+  [no]dev [no]suid [no]exec [no]atime [no]diratime relatime strictatime lazytime sync async dirsync
+                      as in mount(8); nodev and nosuid unless told otherwise
+  default_permissions, nonempty
+                      accepted; it is always so
+  defaults auto noauto user users owner group nofail _netdev comment= x-*
+                      accepted and ignored, for /etc/fstab
+
+In /etc/fstab, with tokenfs linked to /sbin/mount.tokenfs:
+  /var/lib/softhsm/tokens  /mnt/tokens  tokenfs  allow_other  0  0
+
+Exit codes:
+  0  the tree is mounted and can be used (with -f: it was, and is unmounted)
+  1  it failed; a line on stderr says why, and what to do
+  2  the command line is wrong";
+
+/// Mount a SoftHSM v2 token store as a tree of files
+///
+/// A token is a directory, an object of it is a directory, and an attribute of that is a file.
+#[derive(Debug, Parser)]
+#[command(name = "tokenfs", version, after_help = AFTER_HELP, max_term_width = 100)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Mount the token store on a directory
+    Mount(MountArgs),
+    /// Unmount it
+    ///
+    /// Works for whoever mounted it and for root, and also if the server of the mount is dead.
+    Umount(UmountArgs),
+    /// Print the token store without mounting it
+    Tree(TreeArgs),
+}
+
+/// Which store.
+#[derive(Clone, Debug, Default, Args)]
+pub struct StoreArgs {
+    /// SoftHSM's configuration file, instead of the one that SoftHSM finds
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// The directory of the tokens, instead of the configured one
+    #[arg(long, value_name = "DIR")]
+    pub tokendir: Option<PathBuf>,
+    /// The backend, file or db, instead of the configured one
+    #[arg(long, value_name = "BACKEND", value_parser = |text: &str| parse_backend(text.as_ref()))]
+    pub backend: Option<Backend>,
+}
+
+/// `tokenfs mount`
+///
+/// Returns when the tree can be used, and leaves a server in the background.
+#[derive(Debug, Args)]
+#[command(after_help = MOUNT_AFTER_HELP)]
+pub struct MountArgs {
+    /// Which store.
+    #[command(flatten)]
+    pub store: StoreArgs,
+    /// Bits that no mode in the tree has, instead of the configured ones; the umask of the shell is added
+    #[arg(long, value_name = "OCTAL", value_parser = |text: &str| parse_umask(text.as_ref()))]
+    pub umask: Option<u32>,
+    /// Options of the mount, see below
+    #[arg(short = 'o', value_name = "OPT[,OPT...]", action = ArgAction::Append)]
+    pub options: Vec<OsString>,
+    /// Stay in the foreground; Ctrl-C unmounts. $RUST_LOG says how much is logged to stderr (warn)
+    #[arg(short = 'f', long)]
+    pub foreground: bool,
+    /// The directory to mount on
+    #[arg(value_name = "MOUNTPOINT")]
+    pub point: PathBuf,
+}
+
+/// `tokenfs umount`
+#[derive(Debug, Args)]
+pub struct UmountArgs {
+    /// The directory that tokenfs is mounted on
+    #[arg(value_name = "MOUNTPOINT")]
+    pub point: PathBuf,
+}
+
+/// `tokenfs tree`
+#[derive(Debug, Args)]
+pub struct TreeArgs {
+    /// Which store.
+    #[command(flatten)]
+    pub store: StoreArgs,
+    /// Only this token, by its directory name
+    #[arg(value_name = "TOKEN")]
+    pub token: Option<OsString>,
+}
+
+/// Mount a SoftHSM v2 token store; called by mount(8)
+#[derive(Debug, Parser)]
+#[command(
+    name = "mount.tokenfs",
+    version,
+    after_help = "Options for -o: see \"tokenfs mount --help\".\n\n\
+                  Exit codes, as in mount(8): 0 mounted, 1 wrong command line, 2 system error, 32 mount failure"
+)]
+pub struct HelperArgs {
+    /// The directory of the tokens, or a softhsm2.conf, or "none", "tokenfs" or "softhsm" for what SoftHSM uses
+    #[arg(value_name = "SOURCE")]
+    pub source: PathBuf,
+    /// The directory to mount on
+    #[arg(value_name = "MOUNTPOINT")]
+    pub point: PathBuf,
+    /// Options of the mount
+    #[arg(short = 'o', value_name = "OPT[,OPT...]", action = ArgAction::Append)]
+    pub options: Vec<OsString>,
+    /// Ignore options that do not exist
+    #[arg(short = 's')]
+    pub sloppy: bool,
+    /// Check everything and do not mount
+    #[arg(short = 'f')]
+    pub fake: bool,
+    /// Accepted and ignored: there is no mtab
+    #[arg(short = 'n')]
+    pub no_mtab: bool,
+    /// Say what was mounted
+    #[arg(short = 'v')]
+    pub verbose: bool,
+    /// Not supported: another mount namespace
+    #[arg(short = 'N', value_name = "NAMESPACE")]
+    pub namespace: Option<OsString>,
+    /// Accepted and ignored: the type
+    #[arg(short = 't', value_name = "TYPE")]
+    pub fstype: Option<OsString>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_definitions_hold_together() {
+        Cli::command().debug_assert();
+        HelperArgs::command().debug_assert();
+    }
+
+    #[test]
+    fn mount_calls_its_helper_like_this() {
+        let args = HelperArgs::try_parse_from([
+            "mount.tokenfs",
+            "/t",
+            "/m",
+            "-sfnv",
+            "-o",
+            "rw,x=y",
+            "-t",
+            "tokenfs",
+        ])
+        .unwrap();
+        assert!(args.sloppy && args.fake && args.no_mtab && args.verbose);
+        assert_eq!(args.options, ["rw,x=y"]);
+    }
+}

@@ -1,0 +1,119 @@
+//! The command line: `tokenfs`, and `mount.tokenfs` under that name.
+//!
+//! - [`args`]: its definition.
+//! - [`mount`], [`umount`], [`tree`]: the commands.
+//! - [`helper`]: `mount.tokenfs`, which mount(8) calls.
+//! - [`daemon`]: the server in the background.
+//! - [`watch`]: the process behind `auto_unmount`.
+//!
+//! Every failure is one line on stderr, and the exit codes are part of the contract.
+
+pub mod args;
+pub mod daemon;
+pub mod helper;
+pub mod mount;
+pub mod tree;
+pub mod umount;
+pub mod watch;
+
+use std::ffi::{OsStr, OsString};
+use std::path::Path;
+use std::process::ExitCode;
+
+use clap::Parser;
+use clap::error::ErrorKind as ClapKind;
+
+use crate::error::Error;
+use args::{Cli, Command};
+
+/// The name under which the binary is called by mount(8).
+pub const HELPER_NAME: &str = "mount.tokenfs";
+
+/// Why a command did not do what it should.
+#[derive(Debug)]
+pub enum Failure {
+    /// The command line makes no sense.
+    Usage(String),
+    /// It was tried and failed.
+    Failed(Error),
+    /// The daemon failed, has said why, and had this exit code.
+    Reported(u8),
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        Self::Failed(error)
+    }
+}
+
+/// The exit codes for the two kinds of failure.
+#[derive(Clone, Copy, Debug)]
+struct Codes {
+    name: &'static str,
+    usage: u8,
+    failed: u8,
+}
+
+const CODES: Codes = Codes {
+    name: "tokenfs",
+    usage: 2,
+    failed: 1,
+};
+
+/// mount(8).
+const HELPER_CODES: Codes = Codes {
+    name: HELPER_NAME,
+    usage: 1,
+    failed: 32,
+};
+
+/// Does what the command line says; `argv` begins with the name of the program.
+#[must_use]
+pub fn run(argv: &[OsString]) -> ExitCode {
+    let stage = daemon::Stage::of_this_process();
+    if stage == daemon::Stage::Watch {
+        return watch::run(argv);
+    }
+    let name = argv.first().map(|name| Path::new(name).file_name());
+    if name == Some(Some(OsStr::new(HELPER_NAME))) {
+        let outcome = match args::HelperArgs::try_parse_from(argv) {
+            Ok(args) => helper::run(&args, argv, stage),
+            Err(error) => return command_line(&error, HELPER_CODES),
+        };
+        return conclude(outcome, HELPER_CODES);
+    }
+    let outcome = match Cli::try_parse_from(argv) {
+        Ok(Cli { command }) => match command {
+            Command::Mount(args) => mount::run(&args, argv, stage),
+            Command::Umount(args) => umount::run(&args),
+            Command::Tree(args) => tree::run(&args),
+        },
+        Err(error) => return command_line(&error, CODES),
+    };
+    conclude(outcome, CODES)
+}
+
+fn conclude(outcome: Result<(), Failure>, codes: Codes) -> ExitCode {
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(Failure::Usage(text)) => {
+            eprintln!("{}: {text}", codes.name);
+            ExitCode::from(codes.usage)
+        }
+        Err(Failure::Failed(error)) => {
+            eprintln!("{}: {error}", codes.name);
+            ExitCode::from(codes.failed)
+        }
+        Err(Failure::Reported(code)) => ExitCode::from(code),
+    }
+}
+
+/// What clap has to say: help and version on stdout, the rest on stderr.
+fn command_line(error: &clap::Error, codes: Codes) -> ExitCode {
+    // A closed stdout is nobody's failure.
+    let _ = error.print();
+    match error.kind() {
+        ClapKind::DisplayHelp | ClapKind::DisplayVersion => ExitCode::SUCCESS,
+        _ => ExitCode::from(codes.usage),
+    }
+}
