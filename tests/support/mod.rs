@@ -169,14 +169,12 @@ pub struct User {
     pub gid: u32,
 }
 
-/// Two ordinary users with a group of their own; nobody has to know them by name.
-pub const ALICE: User = User {
-    uid: 61001,
-    gid: 61001,
-};
+/// Two ordinary users: `games` and `nobody`, which Debian has everywhere. Their uids and gids differ from each other's, and
+/// `fusermount3` mounts for nobody who has no name.
+pub const ALICE: User = User { uid: 5, gid: 60 };
 pub const BOB: User = User {
-    uid: 61002,
-    gid: 61002,
+    uid: 65534,
+    gid: 65534,
 };
 
 /// Whether the tests run as root.
@@ -557,14 +555,20 @@ impl Snapshot {
 
 // ----------------------------------------------------------------------------------------------------- the mounts
 
+/// The program under test: the one that cargo has just built, or another one (`TOKENFS_TEST_BINARY`).
+pub fn binary() -> PathBuf {
+    std::env::var_os("TOKENFS_TEST_BINARY")
+        .map_or_else(|| env!("CARGO_BIN_EXE_tokenfs").into(), PathBuf::from)
+}
+
 /// The program under test.
 pub fn tokenfs() -> Command {
-    Command::new(env!("CARGO_BIN_EXE_tokenfs"))
+    Command::new(binary())
 }
 
 /// The program under test, as another user.
 pub fn tokenfs_as(user: User) -> Command {
-    as_user(user, reachable(Path::new(env!("CARGO_BIN_EXE_tokenfs"))))
+    as_user(user, reachable(&binary()))
 }
 
 /// How to mount.
