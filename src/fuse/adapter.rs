@@ -77,14 +77,14 @@ impl Adapter {
                         done(&tree, reply, answer);
                     });
             }
-            None => done(
-                &tree,
-                reply,
-                Err(Error::new(
+            None => {
+                let error = Error::new(
                     ErrorKind::Busy,
                     "too many requests are waiting for locks already",
-                )),
-            ),
+                );
+                tree.diagnostics().error(&error);
+                done(&tree, reply, Err(error));
+            }
         }
     }
 }
@@ -349,19 +349,19 @@ impl Filesystem for Adapter {
         let first = usize::try_from(offset.saturating_sub(2)).unwrap_or(usize::MAX);
         for (index, entry) in listing.iter().enumerate().skip(first) {
             let next = index as u64 + 3;
-            let full = match self.tree.look_at(ino.0, entry, Patience::Now) {
-                Ok(found) => {
-                    let ino = found.attributes.ino;
+            let full = match self.tree.look_at(entry, Patience::Now) {
+                Ok(look) => {
+                    let found = &look.entry;
                     let full = reply.add(
-                        INodeNo(ino),
+                        INodeNo(found.attributes.ino),
                         next,
                         &entry.name,
                         &found.valid,
                         &attributes(&found.attributes),
                         GENERATION,
                     );
-                    if full {
-                        self.tree.forget(ino, 1);
+                    if !full {
+                        self.tree.tell(ino.0, &look);
                     }
                     full
                 }

@@ -22,6 +22,9 @@ use crate::tree::{Stale, Tree};
 /// How long an answer can be on its way to the kernel after a notification that it ought to have come before.
 const REPEAT_AFTER: Duration = Duration::from_millis(50);
 
+/// How soon to look whether somebody who was reading is done.
+const HELD_PAUSE: Duration = Duration::from_millis(5);
+
 /// How long a database that is locked is waited for before all of it is taken for changed.
 const SCAN_LIMIT: Duration = Duration::from_secs(1);
 
@@ -99,8 +102,8 @@ fn dispatch(tree: &Tree, notifier: &Notifier, sender: &Sender<Later>, changes: &
         .partition(|change| matches!(change, Change::Database(_)));
     if !quick.is_empty() {
         let repeat = send(tree, notifier, &quick, Patience::Now);
-        if !repeat.is_empty() {
-            let _ = sender.send(Later::Repeat(Instant::now() + REPEAT_AFTER, repeat));
+        for repeat in repeat {
+            let _ = sender.send(repeat);
         }
     }
     if !slow.is_empty() {
@@ -134,35 +137,55 @@ fn later(tree: &Tree, notifier: &Notifier, receiver: &Receiver<Later>) {
         if !changes.is_empty() {
             let changes: Vec<Change> = changes.into_iter().collect();
             let repeat = send(tree, notifier, &changes, Patience::at_most(SCAN_LIMIT));
-            repeats.push((Instant::now() + REPEAT_AFTER, repeat));
+            for later in repeat {
+                if let Later::Repeat(due, stale) = later {
+                    repeats.push((due, stale));
+                }
+            }
         }
         let now = Instant::now();
         let (due, not_yet): (Vec<_>, Vec<_>) =
             repeats.into_iter().partition(|(due, _)| *due <= now);
         repeats = not_yet;
         for (_, stale) in due {
-            notify(notifier, &stale);
+            let held = notify(tree, notifier, stale);
+            if !held.is_empty() {
+                repeats.push((now + HELD_PAUSE, held));
+            }
         }
     }
 }
 
-/// Sends what is stale after `changes`, and returns what is to be sent once more.
-fn send(tree: &Tree, notifier: &Notifier, changes: &[Change], patience: Patience) -> Vec<Stale> {
+/// Sends what is stale after `changes`, and returns what is to be sent later.
+fn send(tree: &Tree, notifier: &Notifier, changes: &[Change], patience: Patience) -> Vec<Later> {
     let (stale, repeat) = tree.stale(changes, patience);
-    notify(notifier, &stale);
-    repeat
+    let held = notify(tree, notifier, stale);
+    let now = Instant::now();
+    [(now + HELD_PAUSE, held), (now + REPEAT_AFTER, repeat)]
+        .into_iter()
+        .filter(|(_, stale)| !stale.is_empty())
+        .map(|(due, stale)| Later::Repeat(due, stale))
+        .collect()
 }
 
-fn notify(notifier: &Notifier, stale: &[Stale]) {
+/// Sends all but the content that somebody is just reading, and returns that.
+fn notify(tree: &Tree, notifier: &Notifier, stale: Vec<Stale>) -> Vec<Stale> {
+    let mut held = Vec::new();
     for stale in stale {
         // A negative offset drops the attributes alone (fuse_reverse_inval_inode in fs/fuse/inode.c).
-        let sent = match stale {
+        let sent = match &stale {
+            Stale::Content(ino) if tree.is_held(*ino) => {
+                let sent = notifier.inval_inode(INodeNo(*ino), -1, 0);
+                held.push(stale);
+                sent
+            }
             Stale::Content(ino) => notifier.inval_inode(INodeNo(*ino), 0, 0),
             Stale::Attributes(ino) => notifier.inval_inode(INodeNo(*ino), -1, 0),
             Stale::Entry(parent, name) => notifier.inval_entry(INodeNo(*parent), name),
         };
         if let Err(error) = sent {
-            log::debug!("notification {stale:?}: {error}");
+            log::debug!("notification: {error}");
         }
     }
+    held
 }

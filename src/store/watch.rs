@@ -15,7 +15,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, InotifyEvent, WatchDescriptor};
-use nix::sys::statfs::{FsType, fstatfs};
+use nix::sys::statfs::{FsType, fstatfs, statfs};
 
 use super::file::{TOKEN_OBJECT, object_name};
 use super::tokendir::{DATABASE, Store};
@@ -94,7 +94,7 @@ const TOKEN_MASK: AddWatchFlags = ROOT_MASK
 
 /// File systems on which inotify does not tell what other hosts, or what the server, changes (`inotify(7)`, "Limitations").
 fn is_remote(kind: FsType) -> bool {
-    const REMOTE: [i64; 9] = [
+    const REMOTE: [i64; 12] = [
         0x6969,      // NFS
         0xFF53_4D42, // CIFS
         0xFE53_4D42, // SMB2
@@ -104,6 +104,9 @@ fn is_remote(kind: FsType) -> bool {
         0x00C3_6400, // CEPH
         0x5346_414F, // AFS
         0x7461_636F, // OCFS2
+        0x0116_1970, // GFS2
+        0x0BD0_0BD0, // Lustre
+        0x786F_4256, // vboxsf
     ];
     REMOTE.contains(&kind.0)
 }
@@ -201,6 +204,9 @@ impl Watcher {
         if mask.contains(AddWatchFlags::IN_IGNORED) {
             // The directory is gone; the root has told of it, or the directory was moved and is told of here.
             if let Some(name) = self.tokens.remove(&event.wd) {
+                self.coverage.write(|state| {
+                    state.tokens.remove(&name);
+                });
                 changes.push(Change::Token(name));
             }
             return Ok(());
@@ -260,6 +266,10 @@ impl Watcher {
 
     fn add(&mut self, name: &TokenName) -> Result<()> {
         let path = self.path.join(name.as_os_str());
+        // A token can be a mount of its own.
+        if statfs(&path).is_ok_and(|stat| is_remote(stat.filesystem_type())) {
+            return Ok(());
+        }
         match self.inotify.add_watch(&path, TOKEN_MASK) {
             Ok(descriptor) => {
                 self.tokens.insert(descriptor, name.clone());

@@ -3,22 +3,48 @@
 //! An index is made from a whole token, and kept until a change is reported, or for a moment where none is.
 
 use std::collections::{BTreeMap, HashMap};
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStringExt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::label::{Labelled, identity, names, unpadded};
-use super::{Tree, lock};
+use super::{Tree, lock, mode};
 use crate::error::{Error, ErrorKind, Result};
 use crate::pkcs11;
-use crate::store::{Object, ObjectId, ObjectName, Patience, TokenName};
+use crate::store::{Metadata, Object, ObjectId, ObjectName, Patience, TokenName};
 
 /// How long an index is kept where changes are not reported: long enough for one `ls -l`.
 const UNWATCHED: Duration = Duration::from_millis(200);
 
-type Tokens = Arc<BTreeMap<OsString, TokenName>>;
-type Objects = Arc<BTreeMap<OsString, ObjectName>>;
+type Tokens = Arc<Names<TokenName>>;
+type Objects = Arc<Names<ObjectName>>;
+
+/// Names made from labels, and what they stand for.
+#[derive(Debug)]
+pub(super) struct Names<T> {
+    names: BTreeMap<OsString, T>,
+    /// Where the labels come from.
+    sources: Vec<Metadata>,
+}
+
+impl<T: Clone> Names<T> {
+    pub(super) fn get(&self, name: &OsStr) -> Option<T> {
+        self.names.get(name).cloned()
+    }
+
+    pub(super) fn iter(&self) -> impl Iterator<Item = (&OsString, &T)> {
+        self.names.iter()
+    }
+
+    /// The mode of the directory of these names: `own`, without the right to list for whoever may not read every file that
+    /// a name comes from.
+    pub(super) fn mode(&self, directory: &Metadata, own: u32, mask: u32) -> u32 {
+        self.sources.iter().fold(own, |mode, source| {
+            mode & mode::listable(directory, source, mask)
+        })
+    }
+}
 
 /// What has been looked up.
 #[derive(Debug, Default)]
@@ -31,11 +57,14 @@ pub(super) struct Index {
 struct Kept<T> {
     names: T,
     changes: u64,
+    /// Whether all that they were made from is watched.
+    covered: bool,
     made_at: Instant,
 }
 
 impl<T: Clone> Kept<T> {
     fn get(&self, changes: u64, covered: bool) -> Option<T> {
+        let covered = covered && self.covered;
         let fresh = self.changes == changes && (covered || self.made_at.elapsed() < UNWATCHED);
         fresh.then(|| self.names.clone())
     }
@@ -54,7 +83,7 @@ impl Tree {
     /// The tokens under the names of their directories in `by-label`.
     pub(super) fn tokens_by_label(&self, patience: Patience) -> Result<Tokens> {
         let changes = self.change_count();
-        let covered = self.coverage.has_tokendir();
+        let mut covered = self.coverage.has_tokendir();
         let kept = lock(&self.labels)
             .tokens
             .as_ref()
@@ -62,17 +91,25 @@ impl Tree {
         if let Some(names) = kept {
             return Ok(names);
         }
-        let mut all = Vec::new();
+        let (mut all, mut sources) = (Vec::new(), Vec::new());
         let mut whole = true;
         for token in self.store.tokens()? {
-            let own = self
-                .store
-                .token(&token)
-                .and_then(|token| token.object(&ObjectId::Token, patience));
-            whole &= own.is_ok();
-            let label = match own {
+            // What is wrong with one token is no reason to hide the others.
+            let opened = match self.store.token(&token) {
+                Ok(opened) => opened,
+                Err(error) if error.kind() == ErrorKind::NotFound => continue,
+                Err(error) => return Err(error),
+            };
+            covered &= self.coverage.has_token(&token);
+            sources.extend(opened.metadata());
+            sources.extend(opened.object_metadata(&ObjectId::Token, patience));
+            let label = match opened.object(&ObjectId::Token, patience) {
                 Ok(object) => label_of_token(&object),
-                Err(error) => damaged(&error).map(|()| None)?,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Err(error),
+                Err(error) => {
+                    whole &= is_lasting(&error);
+                    None
+                }
             };
             all.push(Labelled {
                 label: label.unwrap_or_else(|| token.as_bytes().to_vec()),
@@ -81,11 +118,15 @@ impl Tree {
                 target: token,
             });
         }
-        let names: Tokens = Arc::new(names(all));
+        let names: Tokens = Arc::new(Names {
+            names: names(all),
+            sources,
+        });
         if whole {
             lock(&self.labels).tokens = Some(Kept {
                 names: Arc::clone(&names),
                 changes,
+                covered,
                 made_at: Instant::now(),
             });
         }
@@ -118,14 +159,20 @@ impl Tree {
             ));
         }
         let opened = self.store.token(token)?;
-        let mut all = Vec::new();
+        let (mut all, mut sources) = (Vec::new(), Vec::new());
+        let mut whole = true;
         for object in opened.list(patience)?.iter() {
             let id = ObjectId::Object(object.clone());
             let (label, class) = match opened.object(&id, patience) {
                 Ok(read) => (label_of_object(&read), class_of(&read)),
                 Err(error) if error.kind() == ErrorKind::NotFound => continue,
-                Err(error) => damaged(&error).map(|()| (None, "damaged".to_owned()))?,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Err(error),
+                Err(error) => {
+                    whole &= is_lasting(&error);
+                    (None, "damaged".to_owned())
+                }
             };
+            sources.extend(opened.object_metadata(&id, patience));
             all.push(Labelled {
                 label: label.unwrap_or_else(|| object.as_bytes().to_vec()),
                 extension: format!(".{class}"),
@@ -133,23 +180,28 @@ impl Tree {
                 target: object.clone(),
             });
         }
-        let names: Objects = Arc::new(names(all));
-        let kept = Kept {
-            names: Arc::clone(&names),
-            changes,
-            made_at: Instant::now(),
-        };
-        lock(&self.labels).objects.insert(token.clone(), kept);
+        // Mostly they are all alike.
+        sources.dedup_by_key(|source| (source.mode, source.uid, source.gid));
+        let names: Objects = Arc::new(Names {
+            names: names(all),
+            sources,
+        });
+        if whole {
+            let kept = Kept {
+                names: Arc::clone(&names),
+                changes,
+                covered,
+                made_at: Instant::now(),
+            };
+            lock(&self.labels).objects.insert(token.clone(), kept);
+        }
         Ok(names)
     }
 }
 
-/// Lets pass what is wrong with one thing and no reason to hide the others.
-fn damaged(error: &Error) -> Result<()> {
-    match error.kind() {
-        ErrorKind::Damaged | ErrorKind::PermissionDenied | ErrorKind::Busy => Ok(()),
-        _ => Err(error.clone()),
-    }
+/// Whether a failure stays until the store changes. A lock goes without a trace.
+fn is_lasting(error: &Error) -> bool {
+    error.kind() == ErrorKind::Damaged
 }
 
 fn label_of_token(object: &Object) -> Option<Vec<u8>> {

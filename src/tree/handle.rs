@@ -3,20 +3,17 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use super::Listed;
+use super::{Ino, Listed};
 
 /// The number of an open file or directory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct HandleId(pub u64);
 
-impl HandleId {
-    /// A file that needs no state: all that is read from it is in its inode.
-    pub const NONE: Self = Self(0);
-}
-
 /// What is kept while something is open.
 #[derive(Debug)]
 pub(super) enum Handle {
+    /// A file that is read through the kernel's pages: what is read is what its inode says.
+    Pages(Ino),
     /// The content of a file as it was when it was opened.
     Content(Arc<[u8]>),
     /// The entries of a directory as they were when it was opened.
@@ -42,7 +39,7 @@ impl Handles {
         self.open.get(&id)
     }
 
-    pub(super) fn remove(&mut self, id: HandleId) {
-        self.open.remove(&id);
+    pub(super) fn remove(&mut self, id: HandleId) -> Option<Handle> {
+        self.open.remove(&id)
     }
 }

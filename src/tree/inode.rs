@@ -2,13 +2,14 @@
 //!
 //! An inode is here from the first answer that names it until the kernel has forgotten all of them (`FUSE_FORGET`). With it
 //! stands the version of the object that the kernel's attributes were taken from: as long as the kernel believes in
-//! a size, pages have to come from the value that has it.
+//! a size, pages have to come from the value that has it, and while somebody reads them, the kernel is not told of another.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::node::{Ino, Node, ROOT};
+use super::view;
 use crate::store::Object;
 
 /// One inode that the kernel knows.
@@ -24,8 +25,51 @@ pub struct Inode {
     pub pages: Option<Arc<Object>>,
     /// When the kernel was last told of it.
     pub told_at: Instant,
+    /// When what the kernel was told last became another value than it was told before.
+    pub changed_at: Option<Instant>,
+    /// How many have it open whose reads come from the kernel's pages, and when the last of them opened it.
+    readers: u64,
+    opened_at: Instant,
     lookups: u64,
     children: HashSet<Ino>,
+}
+
+/// How long somebody who has just opened a file can count on the kernel's view of it.
+///
+/// A reader asks for the first bytes, and then for more to learn that there is none. If the size changed in between, it would
+/// get the end of another value. Most are done in well under a millisecond; one who keeps a file open for longer
+/// must not keep the rest from seeing what it has become.
+const HELD: Duration = Duration::from_millis(250);
+
+impl Inode {
+    /// Notes that the kernel is told of this version.
+    pub fn tell(&mut self, version: Option<Arc<Object>>) {
+        let now = Instant::now();
+        self.told_at = now;
+        if let (Some(old), Some(new)) = (&self.seen, &version)
+            && !view::same_text(&self.node, old, new)
+        {
+            self.changed_at = Some(now);
+        }
+        self.seen = version;
+    }
+
+    /// Counts one more who reads from the kernel's pages.
+    pub fn open(&mut self) {
+        self.readers += 1;
+        self.opened_at = Instant::now();
+    }
+
+    /// Counts one less.
+    pub fn close(&mut self) {
+        self.readers = self.readers.saturating_sub(1);
+    }
+
+    /// Whether the kernel's view has to stay as it is for somebody who is reading.
+    #[must_use]
+    pub fn is_held(&self) -> bool {
+        self.readers > 0 && self.opened_at.elapsed() < HELD
+    }
 }
 
 /// All inodes that the kernel knows.
@@ -42,6 +86,9 @@ impl Default for InodeTable {
             seen: None,
             pages: None,
             told_at: Instant::now(),
+            changed_at: None,
+            readers: 0,
+            opened_at: Instant::now(),
             // The kernel never looks the root up, and never forgets it.
             lookups: 1,
             children: HashSet::new(),
@@ -92,12 +139,14 @@ impl InodeTable {
             seen: None,
             pages: None,
             told_at: Instant::now(),
+            changed_at: None,
+            readers: 0,
+            opened_at: Instant::now(),
             lookups: 0,
             children: HashSet::new(),
         });
         inode.lookups += 1;
-        inode.seen = seen;
-        inode.told_at = Instant::now();
+        inode.tell(seen);
         if let Some(directory) = self.inodes.get_mut(&parent) {
             directory.children.insert(ino);
         }
@@ -188,6 +237,9 @@ mod tests {
             seen: None,
             pages: None,
             told_at: Instant::now(),
+            changed_at: None,
+            readers: 0,
+            opened_at: Instant::now(),
             lookups: 1,
             children: HashSet::new(),
         };

@@ -109,6 +109,15 @@ pub struct Entry {
     pub valid: Duration,
 }
 
+/// What there is to say of something, before it has been said.
+#[derive(Clone, Debug)]
+pub struct Look {
+    /// The answer.
+    pub entry: Entry,
+    node: Node,
+    seen: Option<Arc<Object>>,
+}
+
 /// One name in a directory.
 #[derive(Clone, Debug)]
 pub struct Listed {
@@ -186,22 +195,32 @@ impl Tree {
     /// [`Tree::forget`].
     ///
     /// # Errors
-    /// [`ErrorKind::NotFound`], [`ErrorKind::NotADirectory`], and what the store fails with.
+    /// [`ErrorKind::NotFound`], [`ErrorKind::NotADirectory`], [`ErrorKind::NameTooLong`], and what the store fails with.
     pub fn lookup(&self, parent: Ino, name: &OsStr, patience: Patience) -> Result<Entry> {
+        if name.len() > NAME_MAX {
+            return Err(Error::new(ErrorKind::NameTooLong, "the name is too long"));
+        }
         let directory = self.node(parent)?;
-        self.noted(self.child(&directory, name, patience).and_then(|node| {
-            let (attributes, seen) = self.describe(&node, patience)?;
-            Ok(self.remember(&node, parent, attributes, seen))
-        }))
+        let look = self.noted(
+            self.child(&directory, name, patience)
+                .and_then(|node| self.look(node, patience)),
+        )?;
+        self.tell(parent, &look);
+        Ok(look.entry)
     }
 
-    /// What `stat` says of one entry of a directory that is being listed, as [`Tree::lookup`] would, and counted likewise.
+    /// What `stat` says of one entry of a directory that is being listed. It counts as an answer once [`Tree::tell`] is
+    /// called with it.
     ///
     /// # Errors
     /// As [`Tree::lookup`]; [`ErrorKind::NotFound`] if it is gone by now.
-    pub fn look_at(&self, parent: Ino, listed: &Listed, patience: Patience) -> Result<Entry> {
-        let (attributes, seen) = self.describe(&listed.node, patience)?;
-        Ok(self.remember(&listed.node, parent, attributes, seen))
+    pub fn look_at(&self, listed: &Listed, patience: Patience) -> Result<Look> {
+        self.look(listed.node.clone(), patience)
+    }
+
+    /// Counts an answer about something in the directory `parent`: the kernel has been told.
+    pub fn tell(&self, parent: Ino, look: &Look) {
+        lock(&self.inodes).remember(&look.node, parent, look.seen.clone());
     }
 
     /// Takes back `count` answers that named `ino`.
@@ -214,15 +233,45 @@ impl Tree {
     /// # Errors
     /// [`ErrorKind::NotFound`] if it is gone by now, and what the store fails with.
     pub fn attributes(&self, ino: Ino, patience: Patience) -> Result<Entry> {
-        let node = self.node(ino)?;
-        let (mut attributes, seen) = self.noted(self.describe(&node, patience))?;
-        attributes.ino = ino;
-        let valid = self.validity(&node);
+        let mut look = self.noted(self.look(self.node(ino)?, patience))?;
+        look.entry.attributes.ino = ino;
         if let Some(inode) = lock(&self.inodes).get_mut(ino) {
-            inode.seen = seen;
-            inode.told_at = std::time::Instant::now();
+            inode.tell(look.seen);
         }
-        Ok(Entry { attributes, valid })
+        Ok(look.entry)
+    }
+
+    /// What there is to say of `node`: as it is, or as the kernel knows it where somebody is just reading that.
+    fn look(&self, node: Node, patience: Patience) -> Result<Look> {
+        let (mut attributes, mut seen) = self.describe(&node, patience)?;
+        let mut valid = self.validity(&node);
+        let held = {
+            let inodes = lock(&self.inodes);
+            attributes.ino = inodes.number(&node);
+            let known = inodes.get(attributes.ino);
+            known
+                .filter(|inode| inode.is_held())
+                .and_then(|inode| inode.seen.clone())
+        };
+        if let (Some(held), Some(current)) = (held, &seen)
+            && !view::same_text(&node, &held, current)
+        {
+            // Who may read it counts at once all the same.
+            attributes = Attributes {
+                ino: attributes.ino,
+                mode: attributes.mode,
+                uid: attributes.uid,
+                gid: attributes.gid,
+                ..self.describe_version(&node, &held)?
+            };
+            valid = Duration::ZERO;
+            seen = Some(held);
+        }
+        Ok(Look {
+            entry: Entry { attributes, valid },
+            node,
+            seen,
+        })
     }
 
     /// Where a symbolic link leads.
@@ -255,23 +304,33 @@ impl Tree {
         };
         let mut inodes = lock(&self.inodes);
         let inode = inodes.get_mut(ino).ok_or_else(unknown_inode)?;
-        // A page is read in one go and the kernel knows the right size for it: that is one version. Anything longer, or
-        // newer than the size that the kernel knows, would be cut or mixed, and comes from the handle instead.
-        let is_seen = same_value(&node, inode.seen.as_ref(), &current);
-        if !is_seen || content.len() > PAGE {
+        // A page is read in one go, and the kernel knows the right size for it: that is one version. Anything longer, anything
+        // newer than the size that the kernel knows, and anything that it may just be learning of, would be cut or
+        // mixed, and comes from the handle instead.
+        let same = |known: &Option<Arc<Object>>| {
+            known
+                .as_ref()
+                .is_some_and(|known| view::same_text(&node, known, &current))
+        };
+        let just_told = inode
+            .changed_at
+            .is_some_and(|changed| changed.elapsed() < ON_THE_WAY);
+        if content.len() > PAGE || just_told || !same(&inode.seen) {
             drop(inodes);
             return Ok((
                 self.open_handle(Handle::Content(content.into())),
                 Caching::Never,
             ));
         }
-        let caching = if same_value(&node, inode.pages.as_ref(), &current) {
+        let caching = if same(&inode.pages) {
             Caching::Keep
         } else {
             Caching::Fresh
         };
         inode.pages = Some(current);
-        Ok((HandleId::NONE, caching))
+        inode.open();
+        drop(inodes);
+        Ok((self.open_handle(Handle::Pages(ino)), caching))
     }
 
     /// Reads at most `size` bytes at `offset`; fewer only at the end.
@@ -279,11 +338,10 @@ impl Tree {
     /// # Errors
     /// [`ErrorKind::NotFound`] if the handle or the inode is not known.
     pub fn read(&self, ino: Ino, handle: HandleId, offset: u64, size: u32) -> Result<Vec<u8>> {
-        if handle != HandleId::NONE {
-            return match lock(&self.handles).get(handle) {
-                Some(Handle::Content(content)) => Ok(slice(content, offset, size)),
-                _ => Err(Error::not_found("no such handle")),
-            };
+        match lock(&self.handles).get(handle) {
+            Some(Handle::Content(content)) => return Ok(slice(content, offset, size)),
+            Some(Handle::Pages(_)) => {}
+            _ => return Err(Error::not_found("no such handle")),
         }
         let (node, seen) = {
             let inodes = lock(&self.inodes);
@@ -340,7 +398,12 @@ impl Tree {
 
     /// Closes a file or a directory.
     pub fn release(&self, handle: HandleId) {
-        lock(&self.handles).remove(handle);
+        let closed = lock(&self.handles).remove(handle);
+        if let Some(Handle::Pages(ino)) = closed
+            && let Some(inode) = lock(&self.inodes).get_mut(ino)
+        {
+            inode.close();
+        }
     }
 
     fn open_handle(&self, handle: Handle) -> HandleId {
@@ -353,20 +416,6 @@ impl Tree {
             .get(ino)
             .map(|inode| inode.node.clone())
             .ok_or_else(unknown_inode)
-    }
-
-    fn remember(
-        &self,
-        node: &Node,
-        parent: Ino,
-        mut attributes: Attributes,
-        seen: Option<Arc<Object>>,
-    ) -> Entry {
-        attributes.ino = lock(&self.inodes).remember(node, parent, seen);
-        Entry {
-            attributes,
-            valid: self.validity(node),
-        }
     }
 
     /// How long an answer about `node` may be remembered.
@@ -417,6 +466,12 @@ impl Tree {
     }
 }
 
+/// The longest name of a directory entry (`limits.h`).
+const NAME_MAX: usize = 255;
+
+/// How long an answer may be on its way to whoever asked, who learns of it only when they get to run.
+const ON_THE_WAY: Duration = Duration::from_millis(50);
+
 /// The size of a page of the kernel's cache on most machines, and the smallest on any.
 const PAGE: usize = 4096;
 
@@ -435,11 +490,4 @@ fn slice(content: &[u8], offset: u64, size: u32) -> Vec<u8> {
         .min(content.len());
     let end = start.saturating_add(size as usize).min(content.len());
     content.get(start..end).unwrap_or_default().to_vec()
-}
-
-/// Whether `node` has the same value in both versions of its object.
-fn same_value(node: &Node, known: Option<&Arc<Object>>, current: &Arc<Object>) -> bool {
-    known.is_some_and(|known| {
-        Arc::ptr_eq(known, current) || view::value(node, known) == view::value(node, current)
-    })
 }

@@ -1,5 +1,7 @@
 //! Permission bits: what a backing file's mode becomes in the mount.
 
+use crate::store::Metadata;
+
 /// Bits of a file's mode that are shown: never `x`, never a set-id bit.
 const FILE: u32 = 0o666;
 
@@ -26,9 +28,57 @@ pub fn of_token(backing: u32, mask: u32) -> u32 {
     backing & !(mask & ACCESS)
 }
 
+/// All bits but the `r` of each class of users of `directory` who may not read the file `source`. Where the two have
+/// different owners or groups, nobody can tell which class of the one is which of the other: then all have to be allowed.
+#[must_use]
+pub fn listable(directory: &Metadata, source: &Metadata, mask: u32) -> u32 {
+    let mode = source.mode & !mask;
+    let (group, other) = (mode & 0o040 != 0, mode & 0o004 != 0);
+    let owner_may = if directory.uid == source.uid {
+        mode & 0o400 != 0
+    } else {
+        // root may in any case.
+        directory.uid == 0 || (group && other)
+    };
+    let group_may = if directory.gid == source.gid {
+        group
+    } else {
+        group && other
+    };
+    [(owner_may, 0o400), (group_may, 0o040), (other, 0o004_u32)]
+        .iter()
+        .filter(|(may, _)| !may)
+        .fold(u32::MAX, |bits, (_, bit)| bits & !bit)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn nobody_lists_what_he_may_not_read() {
+        let of = |mode, uid, gid| Metadata {
+            mode,
+            uid,
+            gid,
+            atime: std::time::UNIX_EPOCH,
+            mtime: std::time::UNIX_EPOCH,
+            ctime: std::time::UNIX_EPOCH,
+        };
+        let directory = of(0o755, 7, 7);
+        let listed = |source| 0o755 & listable(&directory, &source, 0o000);
+        assert_eq!(listed(of(0o644, 7, 7)), 0o755);
+        assert_eq!(listed(of(0o640, 7, 7)), 0o751);
+        assert_eq!(listed(of(0o600, 7, 7)), 0o711);
+        assert_eq!(listed(of(0o600, 8, 8)), 0o311);
+        assert_eq!(listed(of(0o640, 7, 8)), 0o711);
+        assert_eq!(listed(of(0o644, 8, 8)), 0o755);
+        assert_eq!(
+            0o755 & listable(&of(0o755, 0, 0), &of(0o600, 8, 8), 0),
+            0o711
+        );
+        assert_eq!(0o755 & listable(&directory, &of(0o644, 7, 7), 0o027), 0o751);
+    }
 
     #[test]
     fn modes_are_what_the_contract_says() {

@@ -3,10 +3,10 @@
 use std::ffi::OsString;
 
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use super::node::{Ino, Node, ROOT};
-use super::{Tree, lock, name, same_value, view};
+use super::{ON_THE_WAY, Tree, lock, name, view};
 use crate::error::ErrorKind;
 use crate::store::watch::Change;
 use crate::store::{Object, ObjectId, Patience, TokenName};
@@ -66,7 +66,6 @@ impl Tree {
 
     /// Those of `stale` that are about answers given so lately that they may still be on their way.
     fn recent(&self, stale: &[Stale]) -> Vec<Stale> {
-        const ON_THE_WAY: Duration = Duration::from_millis(50);
         let inodes = lock(&self.inodes);
         let now = Instant::now();
         stale
@@ -79,6 +78,15 @@ impl Tree {
             })
             .cloned()
             .collect()
+    }
+
+    /// Whether somebody has just opened this file, and is to read to the end what they have begun: until then the kernel is
+    /// not to drop its content, and is told the same size if it asks.
+    #[must_use]
+    pub fn is_held(&self, ino: Ino) -> bool {
+        lock(&self.inodes)
+            .get(ino)
+            .is_some_and(super::inode::Inode::is_held)
     }
 
     fn known(&self, node: &Node) -> Option<Ino> {
@@ -197,7 +205,11 @@ impl Tree {
             };
             latest = Some((id.clone(), current.clone()));
             match current {
-                Ok(current) if same_value(&node, seen.as_ref(), &current) => {
+                Ok(current)
+                    if seen
+                        .as_ref()
+                        .is_some_and(|seen| view::same_text(&node, seen, &current)) =>
+                {
                     rest.push(Stale::Attributes(child));
                 }
                 Ok(current) => {

@@ -55,15 +55,11 @@ impl Tree {
             Node::Control => Err(absent()),
             Node::ByLabel => {
                 let tokens = self.tokens_by_label(patience)?;
-                tokens
-                    .get(name)
-                    .cloned()
-                    .map(Node::TokenByLabel)
-                    .ok_or_else(absent)
+                tokens.get(name).map(Node::TokenByLabel).ok_or_else(absent)
             }
             Node::TokenByLabel(token) => {
                 let objects = self.objects_by_label(token, patience)?;
-                let object = objects.get(name).cloned().ok_or_else(absent)?;
+                let object = objects.get(name).ok_or_else(absent)?;
                 Ok(Node::ObjectByLabel(token.clone(), object))
             }
             Node::Attribute(..) | Node::MapEntry(..) | Node::Log | Node::ObjectByLabel(..) => {
@@ -80,16 +76,27 @@ impl Tree {
     ) -> Result<(Attributes, Option<Arc<Object>>)> {
         let mask = self.settings.mask;
         Ok(match node {
-            Node::Root | Node::Control | Node::ByLabel => {
+            Node::Root | Node::Control => {
                 let metadata = self.store.metadata()?;
                 (directory(&metadata, metadata.mode), None)
             }
-            Node::Token(token) | Node::TokenByLabel(token) => {
+            Node::Token(token) => {
                 let metadata = self.store.token(token)?.metadata()?;
-                (
-                    directory(&metadata, mode::of_token(metadata.mode, mask)),
-                    None,
-                )
+                let own = mode::of_token(metadata.mode, mask);
+                (directory(&metadata, own), None)
+            }
+            // What their names tell is in files: nobody may list them who may not read all of those.
+            Node::ByLabel => {
+                let metadata = self.store.metadata()?;
+                let names = self.tokens_by_label(patience)?;
+                let own = names.mode(&metadata, metadata.mode, mask);
+                (directory(&metadata, own), None)
+            }
+            Node::TokenByLabel(token) => {
+                let metadata = self.store.token(token)?.metadata()?;
+                let names = self.objects_by_label(token, patience)?;
+                let own = names.mode(&metadata, mode::of_token(metadata.mode, mask), mask);
+                (directory(&metadata, own), None)
             }
             Node::Object(token, id) => {
                 let metadata = self.store.token(token)?.object_metadata(id, patience)?;
@@ -100,17 +107,7 @@ impl Tree {
             }
             Node::Attribute(token, id, _) | Node::MapEntry(token, id, _, _) => {
                 let object = self.object(token, id, patience)?;
-                let metadata = &object.metadata;
-                let attributes = match content_length(node, &object)? {
-                    Some(size) => Attributes {
-                        kind: FileKind::File,
-                        size,
-                        mode: mode::of_attribute(metadata.mode, mask),
-                        ..directory(metadata, 0)
-                    },
-                    None => directory(metadata, mode::of_object(metadata.mode, mask)),
-                };
-                (attributes, Some(object))
+                (self.describe_version(node, &object)?, Some(object))
             }
             Node::Log => (self.describe_log(), None),
             Node::ObjectByLabel(token, object) => {
@@ -123,6 +120,21 @@ impl Tree {
                 };
                 (attributes, None)
             }
+        })
+    }
+
+    /// What `stat` says of an attribute in a version of its object.
+    pub(super) fn describe_version(&self, node: &Node, object: &Object) -> Result<Attributes> {
+        let metadata = &object.metadata;
+        let mask = self.settings.mask;
+        Ok(match content_length(node, object)? {
+            Some(size) => Attributes {
+                kind: FileKind::File,
+                size,
+                mode: mode::of_attribute(metadata.mode, mask),
+                ..directory(metadata, 0)
+            },
+            None => directory(metadata, mode::of_object(metadata.mode, mask)),
         })
     }
 
@@ -152,6 +164,7 @@ impl Tree {
             Node::Root => {
                 let tokens = self.store.tokens()?.into_iter();
                 tokens
+                    .filter(|token| token.as_os_str() != CONTROL || self.shadowed(token))
                     .map(|token| as_directory(token.as_os_str().into(), Node::Token(token.clone())))
                     .collect()
             }
@@ -209,6 +222,15 @@ impl Tree {
                 return Err(not_a_directory());
             }
         })
+    }
+
+    /// A token that nobody can get at, since the tree has that name for something else.
+    fn shadowed(&self, token: &TokenName) -> bool {
+        self.diagnostics.warning(format!(
+            "{}: the token in the directory {token} is not shown, since that name is taken; rename the directory",
+            self.store.path().display()
+        ));
+        false
     }
 
     /// The present version of the object that `node` is in.
@@ -286,6 +308,12 @@ fn with_text<T>(
         Value::Map(_) => Ok(None),
         value => ask(*key, value, context(node, object)).map(Some),
     }
+}
+
+/// Whether what `node` stands for reads the same in both versions of its object.
+pub(super) fn same_text(node: &Node, old: &Arc<Object>, new: &Arc<Object>) -> bool {
+    Arc::ptr_eq(old, new)
+        || (value(node, old) == value(node, new) && context(node, old) == context(node, new))
 }
 
 /// What the text of an attribute depends on: the object that it is in, or the map.

@@ -14,7 +14,7 @@ fn nothing_gives_the_defaults_and_a_read_only_mount() {
     assert_eq!(read(""), MountOptions::default());
     for list in [
         "rw",
-        "ro",
+        "ro,rw",
         "defaults",
         ",,",
         "rw,nonempty,default_permissions",
@@ -22,6 +22,13 @@ fn nothing_gives_the_defaults_and_a_read_only_mount() {
         assert_eq!(read(list), MountOptions::default(), "{list}");
         assert!(read(list).flags.contains(MsFlags::MS_RDONLY));
     }
+}
+
+#[test]
+fn of_ro_and_rw_the_last_counts() {
+    assert!(read("ro").read_only && read("rw,ro").read_only);
+    assert!(read("ro").flags.contains(MsFlags::MS_RDONLY));
+    assert!(!read("ro,rw").read_only && !read("").read_only);
 }
 
 #[test]

@@ -72,6 +72,8 @@ impl FileToken {
         ) {
             Ok(stat) if is_file(&stat) => Ok(stat),
             Ok(_) => Err(Error::not_found("not a regular file").at(self.path.join(file))),
+            // No object can have a name that leaves no room for the suffix.
+            Err(Errno::ENAMETOOLONG) => Err(Error::not_found("no such object").at(&self.path)),
             Err(errno) => Err(Error::system("stat", errno).at(self.path.join(file))),
         }
     }
