@@ -30,6 +30,9 @@ const USES: [(u64, &str); 9] = [
     (pkcs11::CKA_EXTRACTABLE, "extractable"),
 ];
 
+/// The most bytes of a label that a line shows.
+const LONGEST_LABEL: usize = 64;
+
 /// Prints the store, or one token of it.
 ///
 /// # Errors
@@ -220,7 +223,8 @@ fn object_line(object: &Object) -> String {
     match attributes.bytes(pkcs11::CKA_LABEL) {
         Some(_) if private => line.push_str("  (label needs the PIN)"),
         Some(bytes) => {
-            let _ = write!(line, "  \"{}\"", label::shown(bytes));
+            let (label, cut) = label::encode(bytes, LONGEST_LABEL);
+            let _ = write!(line, "  \"{label}{}\"", if cut { "…" } else { "" });
         }
         None => line.push_str("  (no label)"),
     }
