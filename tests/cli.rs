@@ -1,10 +1,10 @@
 //! The command line from outside: each message, each exit code, and mounts that come and go.
 //!
-//! Tests that mount are skipped, and say so, where mounting is not possible. Processes are ended by their id only.
+//! What they need and do not find is a failure that says so; `scripts/test` sees to it. Processes are ended by their id only.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::fs::{self, OpenOptions};
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -32,7 +32,11 @@ impl Place {
 
     /// `tokenfs`, here, with nothing of the user's own configuration.
     fn tokenfs(&self, args: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_tokenfs"));
+        self.command(Path::new(env!("CARGO_BIN_EXE_tokenfs")), args)
+    }
+
+    fn command(&self, binary: &Path, args: &[&str]) -> Command {
+        let mut command = Command::new(binary);
         command
             .args(args)
             .current_dir(self.path("."))
@@ -91,14 +95,14 @@ fn check(output: &Output, code: i32, says: &str) {
     assert_eq!(output.status.code(), Some(code), "{stderr}");
 }
 
-/// Whether this test can mount; if not it says so.
-fn can_mount() -> bool {
+/// Every test that mounts needs this.
+#[track_caller]
+fn need_to_mount() {
     let device = OpenOptions::new().read(true).write(true).open("/dev/fuse");
-    let can = getuid().is_root() && device.is_ok();
-    if !can {
-        eprintln!("skipped: needs root and /dev/fuse");
-    }
-    can
+    assert!(
+        getuid().is_root() && device.is_ok(),
+        "this test mounts: run scripts/test as root, on a machine with /dev/fuse"
+    );
 }
 
 #[track_caller]
@@ -209,33 +213,32 @@ fn a_bad_tokendir_is_named() {
         1,
         "is not a directory",
     );
-    if let Some(mut command) = as_nobody(&place, &["mount", "--tokendir", "tokens", "m"]) {
-        use std::os::unix::fs::PermissionsExt;
-        place.config("");
-        fs::set_permissions(place.path("tokens"), fs::Permissions::from_mode(0o700)).unwrap();
-        check(
-            &command.output().unwrap(),
-            1,
-            "tokens: no permission to read the token directory",
-        );
-    }
+    place.config("");
+    fs::set_permissions(place.path("tokens"), fs::Permissions::from_mode(0o700)).unwrap();
+    check(
+        &as_nobody(&place, &["mount", "--tokendir", "tokens", "m"])
+            .output()
+            .unwrap(),
+        1,
+        "tokens: no permission to read the token directory",
+    );
 }
 
-/// The command as an ordinary user, if we can become one; the place is opened for him.
-fn as_nobody(place: &Place, args: &[&str]) -> Option<Command> {
-    use std::os::unix::fs::PermissionsExt;
-    let binary = Path::new(env!("CARGO_BIN_EXE_tokenfs"));
-    let reachable = binary.ancestors().all(|dir| {
-        fs::metadata(dir).is_ok_and(|metadata| metadata.permissions().mode() & 0o001 != 0)
-    });
-    if !getuid().is_root() || !reachable {
-        eprintln!("skipped: needs root, and a binary that others can reach");
-        return None;
+/// The command as an ordinary user; the place is opened for him, and a copy of the binary is put where he can reach it.
+fn as_nobody(place: &Place, args: &[&str]) -> Command {
+    assert!(
+        getuid().is_root(),
+        "only root can become somebody else: run scripts/test as root"
+    );
+    let binary = place.path("tokenfs");
+    if !binary.exists() {
+        fs::copy(env!("CARGO_BIN_EXE_tokenfs"), &binary).unwrap();
     }
+    fs::set_permissions(&binary, fs::Permissions::from_mode(0o755)).unwrap();
     fs::set_permissions(place.path("."), fs::Permissions::from_mode(0o755)).unwrap();
-    let mut command = place.tokenfs(args);
+    let mut command = place.command(&binary, args);
     command.uid(65534).gid(65534);
-    Some(command)
+    command
 }
 
 #[test]
@@ -326,7 +329,8 @@ fn the_helper_of_mount_has_exit_codes_of_its_own() {
     check(&run(&["softhsm2.conf", "m", "-f"]), 0, "");
     check(&run(&["none", "m", "-f"]), 0, "");
     assert_eq!(place.mounted("m"), None);
-    if can_mount() {
+    {
+        need_to_mount();
         check(&run(&["tokens", "m", "-o", "rw,allow_other"]), 0, "");
         let line = place.mounted("m").unwrap();
         assert!(line.contains(" - fuse.tokenfs tokens ro,"), "{line}");
@@ -336,9 +340,7 @@ fn the_helper_of_mount_has_exit_codes_of_its_own() {
 
 #[test]
 fn a_mount_in_the_background_lasts_until_it_is_unmounted() {
-    if !can_mount() {
-        return;
-    }
+    need_to_mount();
     let place = Place::new();
     place.config("directories.tokendir = tokens\n");
     // output() returns when stdout and stderr are closed: the server must not hold them.
@@ -368,9 +370,7 @@ fn a_mount_in_the_background_lasts_until_it_is_unmounted() {
 
 #[test]
 fn a_mount_point_can_have_blanks() {
-    if !can_mount() {
-        return;
-    }
+    need_to_mount();
     let place = Place::new();
     fs::create_dir(place.path("a b")).unwrap();
     place.config("directories.tokendir = tokens\n");
@@ -382,9 +382,7 @@ fn a_mount_point_can_have_blanks() {
 
 #[test]
 fn a_signal_unmounts() {
-    if !can_mount() {
-        return;
-    }
+    need_to_mount();
     for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
         let place = Place::new();
         place.config("directories.tokendir = tokens\n");
@@ -398,9 +396,7 @@ fn a_signal_unmounts() {
 
 #[test]
 fn a_signal_takes_a_mount_in_use_out_of_sight_and_a_second_one_ends_it() {
-    if !can_mount() {
-        return;
-    }
+    need_to_mount();
     let place = Place::new();
     place.config("directories.tokendir = tokens\n");
     let mut server = place
@@ -426,9 +422,7 @@ fn a_signal_takes_a_mount_in_use_out_of_sight_and_a_second_one_ends_it() {
 
 #[test]
 fn a_mount_whose_server_was_killed_can_be_unmounted() {
-    if !can_mount() {
-        return;
-    }
+    need_to_mount();
     let place = Place::new();
     place.config("directories.tokendir = tokens\n");
     let mut server = place.tokenfs(&["mount", "-f", "m"]).spawn().unwrap();
@@ -444,9 +438,7 @@ fn a_mount_whose_server_was_killed_can_be_unmounted() {
 
 #[test]
 fn auto_unmount_cleans_up_behind_a_server_that_was_killed() {
-    if !can_mount() {
-        return;
-    }
+    need_to_mount();
     let place = Place::new();
     place.config("directories.tokendir = tokens\n");
     let mut server = place
@@ -465,17 +457,19 @@ fn auto_unmount_cleans_up_behind_a_server_that_was_killed() {
 
 #[test]
 fn an_ordinary_user_mounts_through_fusermount() {
-    use std::os::unix::fs::PermissionsExt;
     let place = Place::new();
+    need_to_mount();
     let shared = fs::metadata("/dev/fuse").is_ok_and(|m| m.permissions().mode() & 0o006 == 0o006);
-    if !can_mount() || !shared || Command::new("fusermount3").arg("-V").output().is_err() {
-        eprintln!("skipped: needs fusermount3 and a /dev/fuse for everybody");
-        return;
-    }
+    assert!(
+        shared,
+        "an ordinary user needs /dev/fuse with mode 0666, which scripts/test gives it"
+    );
+    assert!(
+        Command::new("fusermount3").arg("-V").output().is_ok(),
+        "fusermount3 is needed: install the package fuse3"
+    );
     place.config("directories.tokendir = tokens\n");
-    let Some(mut mount) = as_nobody(&place, &["mount", "m"]) else {
-        return;
-    };
+    let mut mount = as_nobody(&place, &["mount", "m"]);
     check(
         &mount.output().unwrap(),
         1,
@@ -488,7 +482,7 @@ fn an_ordinary_user_mounts_through_fusermount() {
         line.contains(" - fuse.tokenfs ") && line.contains("user_id=65534"),
         "{line}"
     );
-    let mut umount = as_nobody(&place, &["umount", "m"]).unwrap();
+    let mut umount = as_nobody(&place, &["umount", "m"]);
     check(&umount.output().unwrap(), 0, "");
     assert_eq!(place.mounted("m"), None);
 }

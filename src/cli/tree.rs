@@ -141,7 +141,9 @@ fn print_token(
             return Err(error);
         }
     };
-    let _ = writeln!(out, "  ({}, {} objects)", token.backend(), listing.len());
+    let count = listing.len();
+    let objects = if count == 1 { "object" } else { "objects" };
+    let _ = writeln!(out, "  ({}, {count} {objects})", token.backend());
     // By class and label, as one looks for them.
     let mut lines: BTreeMap<(String, String), String> = BTreeMap::new();
     for name in listing.iter() {
