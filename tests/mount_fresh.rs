@@ -279,7 +279,7 @@ both_backends! {
         for number in 21..60 {
             let new = version(number, [3, 4096, 200][number % 3]);
             client.set_label(handle, &new).unwrap();
-            let before = soon("a short value", || fs::read_to_string(&path).unwrap() == new);
+            soon("a short value", || fs::read_to_string(&path).unwrap() == new);
             let held = File::open(&path).unwrap();
             let next = version(number + 100, [3, 4096, 200][(number + 1) % 3]);
             client.set_label(handle, &next).unwrap();
