@@ -174,13 +174,15 @@ fn notify(tree: &Tree, notifier: &Notifier, stale: Vec<Stale>) -> Vec<Stale> {
     for stale in stale {
         // A negative offset drops the attributes alone (fuse_reverse_inval_inode in fs/fuse/inode.c).
         let sent = match &stale {
-            Stale::Content(ino) if tree.is_held(*ino) => {
-                let sent = notifier.inval_inode(INodeNo(*ino), -1, 0);
-                held.push(stale);
-                sent
+            Stale::Content(ino) if tree.take_back(*ino) => {
+                held.push(stale.clone());
+                notifier.inval_inode(INodeNo(*ino), -1, 0)
             }
             Stale::Content(ino) => notifier.inval_inode(INodeNo(*ino), 0, 0),
-            Stale::Attributes(ino) => notifier.inval_inode(INodeNo(*ino), -1, 0),
+            Stale::Attributes(ino) => {
+                tree.take_back(*ino);
+                notifier.inval_inode(INodeNo(*ino), -1, 0)
+            }
             Stale::Entry(parent, name) => notifier.inval_entry(INodeNo(*parent), name),
         };
         if let Err(error) = sent {

@@ -26,7 +26,10 @@ pub struct Inode {
     /// When the kernel was last told of it.
     pub told_at: Instant,
     /// When what the kernel was told last became another value than it was told before.
-    pub changed_at: Option<Instant>,
+    changed_at: Option<Instant>,
+    /// When the kernel was last told to drop what it knows, and whether it has surely got an answer since.
+    notified_at: Option<Instant>,
+    is_confirmed: bool,
     /// How many have it open whose reads come from the kernel's pages, and when the last of them opened it.
     readers: u64,
     opened_at: Instant,
@@ -39,7 +42,10 @@ pub struct Inode {
 /// A reader asks for the first bytes, and then for more to learn that there is none. If the size changed in between, it would
 /// get the end of another value. Most are done in well under a millisecond; one who keeps a file open for longer
 /// must not keep the rest from seeing what it has become.
-const HELD: Duration = Duration::from_millis(250);
+const HELD: Duration = Duration::from_secs(2);
+
+/// How long a request, or the answer to it, may be on its way, with a client that is not given the processor.
+const IN_FLIGHT: Duration = Duration::from_secs(1);
 
 impl Inode {
     /// Notes that the kernel is told of this version.
@@ -52,6 +58,27 @@ impl Inode {
             self.changed_at = Some(now);
         }
         self.seen = version;
+        self.is_confirmed |= self
+            .notified_at
+            .is_none_or(|notified| notified.elapsed() > IN_FLIGHT);
+    }
+
+    /// Notes that the kernel is told to drop what it knows.
+    ///
+    /// It then drops answers to what it asked before as well (`fuse_change_attributes_i` in fs/fuse/inode.c), and nobody
+    /// hears of that. Only an answer that was asked for after this can be relied on.
+    pub fn notify(&mut self) {
+        self.notified_at = Some(Instant::now());
+        self.is_confirmed = false;
+    }
+
+    /// Whether the kernel surely has the size of the version that it was told of last.
+    #[must_use]
+    pub fn is_size_known(&self) -> bool {
+        self.is_confirmed
+            && self
+                .changed_at
+                .is_none_or(|changed| changed.elapsed() > IN_FLIGHT)
     }
 
     /// Counts one more who reads from the kernel's pages.
@@ -87,6 +114,8 @@ impl Default for InodeTable {
             pages: None,
             told_at: Instant::now(),
             changed_at: None,
+            notified_at: None,
+            is_confirmed: false,
             readers: 0,
             opened_at: Instant::now(),
             // The kernel never looks the root up, and never forgets it.
@@ -140,6 +169,8 @@ impl InodeTable {
             pages: None,
             told_at: Instant::now(),
             changed_at: None,
+            notified_at: None,
+            is_confirmed: false,
             readers: 0,
             opened_at: Instant::now(),
             lookups: 0,
@@ -238,6 +269,8 @@ mod tests {
             pages: None,
             told_at: Instant::now(),
             changed_at: None,
+            notified_at: None,
+            is_confirmed: false,
             readers: 0,
             opened_at: Instant::now(),
             lookups: 1,

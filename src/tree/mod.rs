@@ -304,18 +304,14 @@ impl Tree {
         };
         let mut inodes = lock(&self.inodes);
         let inode = inodes.get_mut(ino).ok_or_else(unknown_inode)?;
-        // A page is read in one go, and the kernel knows the right size for it: that is one version. Anything longer, anything
-        // newer than the size that the kernel knows, and anything that it may just be learning of, would be cut or
-        // mixed, and comes from the handle instead.
+        // A page is read in one go; where the kernel has the right size for it, that is one version. Anything longer would be
+        // mixed, and anything of which the kernel may have another size be cut: that comes from the handle instead.
         let same = |known: &Option<Arc<Object>>| {
             known
                 .as_ref()
                 .is_some_and(|known| view::same_text(&node, known, &current))
         };
-        let just_told = inode
-            .changed_at
-            .is_some_and(|changed| changed.elapsed() < ON_THE_WAY);
-        if content.len() > PAGE || just_told || !same(&inode.seen) {
+        if content.len() > PAGE || !inode.is_size_known() || !same(&inode.seen) {
             drop(inodes);
             return Ok((
                 self.open_handle(Handle::Content(content.into())),
@@ -468,9 +464,6 @@ impl Tree {
 
 /// The longest name of a directory entry (`limits.h`).
 const NAME_MAX: usize = 255;
-
-/// How long an answer may be on its way to whoever asked, who learns of it only when they get to run.
-const ON_THE_WAY: Duration = Duration::from_millis(50);
 
 /// The size of a page of the kernel's cache on most machines, and the smallest on any.
 const PAGE: usize = 4096;

@@ -3,10 +3,10 @@
 use std::ffi::OsString;
 
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::node::{Ino, Node, ROOT};
-use super::{ON_THE_WAY, Tree, lock, name, view};
+use super::{Tree, lock, name, view};
 use crate::error::ErrorKind;
 use crate::store::watch::Change;
 use crate::store::{Object, ObjectId, Patience, TokenName};
@@ -66,6 +66,7 @@ impl Tree {
 
     /// Those of `stale` that are about answers given so lately that they may still be on their way.
     fn recent(&self, stale: &[Stale]) -> Vec<Stale> {
+        const ON_THE_WAY: Duration = Duration::from_millis(50);
         let inodes = lock(&self.inodes);
         let now = Instant::now();
         stale
@@ -80,13 +81,14 @@ impl Tree {
             .collect()
     }
 
-    /// Whether somebody has just opened this file, and is to read to the end what they have begun: until then the kernel is
-    /// not to drop its content, and is told the same size if it asks.
-    #[must_use]
-    pub fn is_held(&self, ino: Ino) -> bool {
-        lock(&self.inodes)
-            .get(ino)
-            .is_some_and(super::inode::Inode::is_held)
+    /// Notes that the kernel is told to drop what it knows of an inode, and says whether somebody has just opened this file: they
+    /// are to read to the end what they have begun, so that until then the kernel is not to drop its content, and
+    /// is told the same size if it asks.
+    pub fn take_back(&self, ino: Ino) -> bool {
+        lock(&self.inodes).get_mut(ino).is_some_and(|inode| {
+            inode.notify();
+            inode.is_held()
+        })
     }
 
     fn known(&self, node: &Node) -> Option<Ino> {

@@ -582,6 +582,8 @@ pub struct MountOptions {
     pub environment: Vec<(OsString, OsString)>,
     /// With `-f`, as a child of the test.
     pub foreground: bool,
+    /// The umask of the process that mounts; else that of the test.
+    pub umask: Option<u32>,
 }
 
 impl MountOptions {
@@ -620,6 +622,12 @@ impl MountOptions {
         self
     }
 
+    /// From a shell with that umask.
+    pub fn umask(mut self, umask: u32) -> Self {
+        self.umask = Some(umask);
+        self
+    }
+
     /// Mounts a store, which must succeed.
     pub fn mount(&self, softhsm: &Softhsm) -> Mount {
         let mut arguments = vec![OsString::from("--config"), softhsm.conf.clone().into()];
@@ -639,6 +647,22 @@ impl MountOptions {
         let log = logs.path().join("output");
         let output = fs::File::create(&log).expect("a log");
         let mut command = self.user.map_or_else(tokenfs, tokenfs_as);
+        if let Some(umask) = self.umask {
+            let mut shell = Command::new("/bin/sh");
+            shell
+                .arg("-c")
+                .arg(format!("umask {umask:04o}; exec \"$@\""))
+                .arg("sh")
+                .arg(command.get_program())
+                .args(command.get_args());
+            for (name, value) in command.get_envs() {
+                match value {
+                    Some(value) => shell.env(name, value),
+                    None => shell.env_remove(name),
+                };
+            }
+            command = shell;
+        }
         command
             .arg("mount")
             .args(arguments)
