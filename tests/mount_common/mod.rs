@@ -2,7 +2,7 @@
 //! crate's; what it does show; and the way back from its files to attributes.
 #![allow(dead_code)]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::Read;
 use std::os::unix::fs::MetadataExt;
@@ -97,17 +97,16 @@ fn symbol(names: Names, number: u64) -> String {
 /// The file name of an attribute, as docs/tree.md has it.
 pub fn file_name(attribute_type: u64, value: &Value) -> String {
     let kind = value.kind();
-    for (own, lists) in KINDS {
-        for name in lists
+    let named = KINDS.iter().find_map(|(own, lists)| {
+        let name = lists
             .iter()
-            .filter_map(|list| name_of(list, attribute_type))
-        {
-            return if own == kind {
-                name.to_owned()
-            } else {
-                format!("{name}.{kind}")
-            };
-        }
+            .find_map(|list| name_of(list, attribute_type))?;
+        Some((name, *own))
+    });
+    match named {
+        Some((name, own)) if own == kind => return name.to_owned(),
+        Some((name, _)) => return format!("{name}.{kind}"),
+        None => {}
     }
     assert!(
         attribute_type >= 0x8000_0000,
@@ -340,5 +339,12 @@ pub fn tokens(mount: &Mount, backend: Backend) -> BTreeMap<String, Token> {
             };
             (name, token)
         })
+        .collect()
+}
+
+/// The names in a directory.
+pub fn entries(directory: &Path) -> std::io::Result<BTreeSet<PathBuf>> {
+    fs::read_dir(directory)?
+        .map(|entry| Ok(entry?.file_name().into()))
         .collect()
 }
