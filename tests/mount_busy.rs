@@ -1,0 +1,134 @@
+//! What somebody else holds, or has left half done, is waited for, refused or rolled back, and holds up nothing else.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
+
+mod mount_common;
+mod support;
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use mount_common::*;
+use nix::fcntl::{FcntlArg, fcntl};
+use support::*;
+
+const CRASH: &str = "TOKENFS_TEST_CRASH_MOUNTED";
+
+/// Not a test: the process that dies in the middle of a transaction whose pages have reached the file.
+#[test]
+#[ignore = "run by the test of a crashed writer"]
+fn crashing_writer() {
+    let Some(path) = std::env::var_os(CRASH) else {
+        return;
+    };
+    let writer = rusqlite::Connection::open(path).unwrap();
+    writer
+        .execute_batch(
+            "pragma cache_size = 2; pragma cache_spill = 1; begin immediate;
+             update attribute_binary set value = x'626164';
+             insert into attribute_binary (value, type, object_id) values (zeroblob(400000), 17, 2)",
+        )
+        .unwrap();
+    std::process::abort();
+}
+
+#[test]
+fn a_hot_journal_is_rolled_back_unless_the_mount_is_read_only() {
+    let softhsm = Softhsm::golden(Golden::V2_6_1, Backend::Db);
+    let tree = expected(&softhsm);
+    let intact = softhsm.snapshot();
+    let token = softhsm.token_directories().remove(0);
+    let name = token.file_name().unwrap();
+    let mut writer = Command::new(std::env::current_exe().unwrap());
+    writer
+        .args(["--exact", "crashing_writer", "--ignored"])
+        .env(CRASH, token.join("sqlite3.db"));
+    assert!(!writer.output().unwrap().status.success());
+    assert!(token.join("sqlite3.db-journal").exists());
+    let torn = softhsm.snapshot();
+    assert_ne!(torn, intact);
+
+    let careful = MountOptions::new().option("ro").mount(&softhsm);
+    let refused = fs::read_dir(careful.join(name)).and_then(Iterator::collect::<Result<Vec<_>, _>>);
+    assert_eq!(refused.unwrap_err().raw_os_error(), Some(nix::libc::EIO));
+    let log = fs::read_to_string(careful.join(".tokenfs/log")).unwrap();
+    assert!(
+        log.contains("left a journal") && log.contains(name.to_str().unwrap()),
+        "{log}"
+    );
+    for (path, content) in tree.iter().filter(|(path, _)| !path.starts_with(name)) {
+        if let Some(content) = content {
+            assert_eq!(
+                &fs::read(careful.join(path)).unwrap(),
+                content,
+                "{}",
+                path.display()
+            );
+        }
+    }
+    torn.assert_same(&softhsm.snapshot());
+
+    let mount = Mount::new(&softhsm);
+    assert_same(&tree, &seen(&mount));
+    assert!(!token.join("sqlite3.db-journal").exists());
+    intact.assert_same(&softhsm.snapshot());
+    // Whoever could not do it sees that it is done.
+    eventually(Duration::from_secs(3), "the other mount", || {
+        fs::read_dir(careful.join(name)).is_ok_and(|mut d| d.all(|e| e.is_ok()))
+    });
+    assert_same(&tree, &seen(&careful));
+}
+
+both_backends! {
+    fn a_lock_that_stays_is_busy_and_holds_up_nothing_else(backend) {
+        let softhsm = Softhsm::golden(Golden::V2_6_1, backend);
+        let tree = expected(&softhsm);
+        let label = |path: &&std::path::PathBuf| path.ends_with("CKA_LABEL") && path.components().count() == 3;
+        let blocked = tree.keys().find(label).unwrap();
+        let token = softhsm.tokendir.join(blocked.iter().next().unwrap());
+        let object = blocked.parent().unwrap();
+        // Of the same token for `file`; of another one for `db`, whose lock is the database's.
+        let same = |path: &&std::path::PathBuf| path.starts_with(token.file_name().unwrap());
+        let free = tree.keys().filter(label).find(|path| !path.starts_with(object) && (backend == Backend::File) == same(path));
+        let free = free.unwrap();
+        let mount = MountOptions::new().option("lock_wait=1").mount(&softhsm);
+        let (mut file, mut writer) = (None, None);
+        match backend {
+            Backend::File => {
+                let path = softhsm.tokendir.join(object.with_extension("object"));
+                let opened = fs::File::options().read(true).write(true).open(path).unwrap();
+                let lock = nix::libc::flock {
+                    l_type: nix::libc::F_WRLCK as i16, l_whence: 0, l_start: 0, l_len: 0, l_pid: 0,
+                };
+                fcntl(&opened, FcntlArg::F_OFD_SETLK(&lock)).unwrap();
+                file = Some(opened);
+            }
+            Backend::Db => {
+                let opened = rusqlite::Connection::open(token.join("sqlite3.db")).unwrap();
+                opened.execute_batch("begin exclusive").unwrap();
+                writer = Some(opened);
+            }
+        }
+        let started = Instant::now();
+        let mut cat = tool("cat");
+        let cat = cat.arg(mount.join(blocked)).env("LC_ALL", "C").stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut waiting = cat.spawn().unwrap();
+        std::thread::sleep(Duration::from_millis(100));
+        let beside = Instant::now();
+        assert_eq!(run(tool("cat").arg(mount.join(free))).stdout, *tree[free].as_ref().unwrap());
+        let took = beside.elapsed();
+        assert!(took < Duration::from_millis(500), "{took:?}");
+        assert!(waiting.try_wait().unwrap().is_none(), "nothing was waited for");
+        let output = waiting.wait_with_output().unwrap();
+        let waited = started.elapsed();
+        assert!(!output.status.success());
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(said.contains("Device or resource busy"), "{said}");
+        assert!(waited > Duration::from_millis(900) && waited < Duration::from_secs(4), "{waited:?}");
+        let log = fs::read_to_string(mount.join(".tokenfs/log")).unwrap();
+        assert!(log.contains(token.file_name().unwrap().to_str().unwrap()), "{log}");
+        drop((file.take(), writer.take()));
+        assert_eq!(fs::read(mount.join(blocked)).unwrap(), *tree[Path::new(blocked)].as_ref().unwrap());
+    }
+}
