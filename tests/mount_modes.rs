@@ -68,6 +68,28 @@ fn names(directory: &Path) -> Vec<std::ffi::OsString> {
     entries.map(|entry| entry.unwrap().file_name()).collect()
 }
 
+/// The bits that a directory made of labels keeps: `r` for a class of its users only if they may read every file that the labels
+/// are in. Where owner or group are others than the directory's, both the group and everybody have to be allowed.
+fn listable(directory: &Path, sources: &[PathBuf], mask: u32) -> u32 {
+    let directory = fs::metadata(directory).unwrap();
+    let mut bits = 0o7777;
+    for source in sources {
+        let source = fs::metadata(source).unwrap();
+        let may = |bit: u32| source.mode() & !mask & bit == bit;
+        if !may(0o004) {
+            bits &= !0o004;
+        }
+        if !may(0o040) || source.gid() != directory.gid() && !may(0o044) {
+            bits &= !0o040;
+        }
+        let is_owner = source.uid() == directory.uid();
+        if is_owner && !may(0o400) || !is_owner && directory.uid() != 0 && !may(0o044) {
+            bits &= !0o400;
+        }
+    }
+    bits
+}
+
 /// What was looked at.
 #[derive(Debug, Default)]
 struct Looked {
@@ -83,17 +105,34 @@ fn check_all(softhsm: &Softhsm, mount: &Path, mask: u32) -> Looked {
     assert_is(mount, &softhsm.tokendir, mode(&softhsm.tokendir));
     let control = mount.join(".tokenfs");
     assert_is(&control, &softhsm.tokendir, mode(&softhsm.tokendir));
+    let own = |token: &PathBuf| match softhsm.backend {
+        Backend::Db => token.join("sqlite3.db"),
+        Backend::File => token.join("token.object"),
+    };
+    let tokens = softhsm.token_directories();
+    let told: Vec<PathBuf> = tokens.iter().map(own).chain(tokens.clone()).collect();
     assert_is(
         &control.join("by-label"),
         &softhsm.tokendir,
-        mode(&softhsm.tokendir),
+        mode(&softhsm.tokendir) & listable(&softhsm.tokendir, &told, mask),
     );
     assert_eq!(mode(&control.join("log")), 0o600);
     for store in softhsm.token_directories() {
         let token = mount.join(store.file_name().unwrap());
         let of_token = mode(&store) & !mask;
         assert_is(&token, &store, of_token);
-        assert_is(&by_label(mount, &token), &store, of_token);
+        let objects: Vec<PathBuf> = walk(&store)
+            .into_iter()
+            .filter(|path| match softhsm.backend {
+                Backend::Db => path.ends_with("sqlite3.db") && names(&token).len() > 1,
+                Backend::File => {
+                    path.extension() == Some(OsStr::new("object"))
+                        && !path.ends_with("token.object")
+                }
+            })
+            .collect();
+        let listed = of_token & listable(&store, &objects, mask);
+        assert_is(&by_label(mount, &token), &store, listed);
         looked.tokens += 1;
         for name in names(&token) {
             let backing = match softhsm.backend {
