@@ -253,25 +253,13 @@ impl Tree {
         let Some(content) = self.noted(view::content(&node, &current))? else {
             return Err(Error::new(ErrorKind::IsADirectory, "a directory"));
         };
-        let mut inodes = lock(&self.inodes);
-        let inode = inodes.get_mut(ino).ok_or_else(unknown_inode)?;
-        // A page is read in one go and the kernel knows the right size for it: that is one version. Anything longer, or
-        // newer than the size that the kernel knows, would be cut or mixed, and comes from the handle instead.
-        let is_seen = same_value(&node, inode.seen.as_ref(), &current);
-        if !is_seen || content.len() > PAGE {
-            drop(inodes);
-            return Ok((
-                self.open_handle(Handle::Content(content.into())),
-                Caching::Never,
-            ));
-        }
-        let caching = if same_value(&node, inode.pages.as_ref(), &current) {
-            Caching::Keep
-        } else {
-            Caching::Fresh
-        };
-        inode.pages = Some(current);
-        Ok((HandleId::NONE, caching))
+        // Never from the kernel's pages: it cuts, or fills with zeros, what it reads into them to the size that it believes in,
+        // and which one that is nobody can know. An answer that a notification overtakes is dropped on arrival
+        // (fuse_change_attributes_i in fs/fuse/inode.c).
+        Ok((
+            self.open_handle(Handle::Content(content.into())),
+            Caching::Never,
+        ))
     }
 
     /// Reads at most `size` bytes at `offset`; fewer only at the end.
