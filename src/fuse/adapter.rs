@@ -21,7 +21,7 @@ use fuser::{
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::Patience;
-use crate::tree::{self, Caching, Entry, FileKind, HandleId, Tree};
+use crate::tree::{self, Entry, FileKind, HandleId, Tree};
 
 /// The most requests that wait at a time. More than one reader of the same object is rare, and a waiting thread costs little.
 const MOST_WAITING: usize = 256;
@@ -142,12 +142,12 @@ impl Filesystem for Adapter {
     fn init(&mut self, _request: &Request, config: &mut KernelConfig) -> std::io::Result<()> {
         // Each is an improvement, and none is needed: a kernel that lacks one goes without.
         for wanted in [
-            // Pages are dropped when size or mtime turn out to be others: what protects where nothing is watched.
+            // Only a mapped file has pages. They are dropped when size or mtime turn out to be others.
             InitFlags::FUSE_AUTO_INVAL_DATA,
             InitFlags::FUSE_DO_READDIRPLUS,
             InitFlags::FUSE_READDIRPLUS_AUTO,
             InitFlags::FUSE_PARALLEL_DIROPS,
-            // Values that are not cached can be mapped all the same.
+            // Files can be mapped all the same.
             InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP,
         ] {
             let _ = config.add_capabilities(wanted);
@@ -211,14 +211,10 @@ impl Filesystem for Adapter {
             reply,
             move |tree, patience| tree.open(ino.0, patience),
             |_, reply, answer| match answer {
-                Ok((handle, caching)) => {
-                    let caching = match caching {
-                        Caching::Keep => FopenFlags::FOPEN_KEEP_CACHE,
-                        Caching::Fresh => FopenFlags::empty(),
-                        Caching::Never => FopenFlags::FOPEN_DIRECT_IO,
-                    };
+                Ok(handle) => {
                     // There is nothing to flush in a file that is only read.
-                    reply.opened(FileHandle(handle.0), caching | FopenFlags::FOPEN_NOFLUSH);
+                    let flags = FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_NOFLUSH;
+                    reply.opened(FileHandle(handle.0), flags);
                 }
                 Err(error) => reply.error(errno(&error)),
             },
@@ -228,7 +224,7 @@ impl Filesystem for Adapter {
     fn read(
         &self,
         _request: &Request,
-        ino: INodeNo,
+        _ino: INodeNo,
         handle: FileHandle,
         offset: u64,
         size: u32,
@@ -236,7 +232,7 @@ impl Filesystem for Adapter {
         _owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        match self.tree.read(ino.0, HandleId(handle.0), offset, size) {
+        match self.tree.read(HandleId(handle.0), offset, size) {
             Ok(data) => reply.data(&data),
             Err(error) => reply.error(errno(&error)),
         }

@@ -9,11 +9,6 @@ use super::Listed;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct HandleId(pub u64);
 
-impl HandleId {
-    /// A file that needs no state: all that is read from it is in its inode.
-    pub const NONE: Self = Self(0);
-}
-
 /// What is kept while something is open.
 #[derive(Debug)]
 pub(super) enum Handle {

@@ -1,8 +1,7 @@
 //! The inodes that the kernel knows.
 //!
 //! An inode is here from the first answer that names it until the kernel has forgotten all of them (`FUSE_FORGET`). With it
-//! stands the version of the object that the kernel's attributes were taken from: as long as the kernel believes in
-//! a size, pages have to come from the value that has it.
+//! stands the version of the object that the kernel's attributes were taken from, which tells whether a change makes them stale.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -20,8 +19,6 @@ pub struct Inode {
     pub parent: Ino,
     /// The version that the attributes which the kernel has were taken from.
     pub seen: Option<Arc<Object>>,
-    /// The version that the pages which the kernel may have were taken from.
-    pub pages: Option<Arc<Object>>,
     /// When the kernel was last told of it.
     pub told_at: Instant,
     lookups: u64,
@@ -40,7 +37,6 @@ impl Default for InodeTable {
             node: Node::Root,
             parent: ROOT,
             seen: None,
-            pages: None,
             told_at: Instant::now(),
             // The kernel never looks the root up, and never forgets it.
             lookups: 1,
@@ -90,7 +86,6 @@ impl InodeTable {
             node: node.clone(),
             parent,
             seen: None,
-            pages: None,
             told_at: Instant::now(),
             lookups: 0,
             children: HashSet::new(),
@@ -186,7 +181,6 @@ mod tests {
             node: token("c"),
             parent: ROOT,
             seen: None,
-            pages: None,
             told_at: Instant::now(),
             lookups: 1,
             children: HashSet::new(),

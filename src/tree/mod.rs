@@ -121,17 +121,6 @@ pub struct Listed {
     node: Node,
 }
 
-/// How an open file's content may be cached.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Caching {
-    /// Pages that are there are of the version that is open.
-    Keep,
-    /// Pages that are there may be of another version.
-    Fresh,
-    /// Not at all: each read has to come from this handle.
-    Never,
-}
-
 /// A mounted store.
 #[derive(Debug)]
 pub struct Tree {
@@ -240,14 +229,11 @@ impl Tree {
     ///
     /// # Errors
     /// [`ErrorKind::IsADirectory`]; [`ErrorKind::NotFound`] if it is gone by now, and what the store fails with.
-    pub fn open(&self, ino: Ino, patience: Patience) -> Result<(HandleId, Caching)> {
+    pub fn open(&self, ino: Ino, patience: Patience) -> Result<HandleId> {
         let node = self.node(ino)?;
         if node == Node::Log {
             let content = self.diagnostics.render().into_bytes();
-            return Ok((
-                self.open_handle(Handle::Content(content.into())),
-                Caching::Never,
-            ));
+            return Ok(self.open_handle(Handle::Content(content.into())));
         }
         let current = self.noted(self.object_of(&node, patience))?;
         let Some(content) = self.noted(view::content(&node, &current))? else {
@@ -256,32 +242,17 @@ impl Tree {
         // Never from the kernel's pages: it cuts, or fills with zeros, what it reads into them to the size that it believes in,
         // and which one that is nobody can know. An answer that a notification overtakes is dropped on arrival
         // (fuse_change_attributes_i in fs/fuse/inode.c).
-        Ok((
-            self.open_handle(Handle::Content(content.into())),
-            Caching::Never,
-        ))
+        Ok(self.open_handle(Handle::Content(content.into())))
     }
 
     /// Reads at most `size` bytes at `offset`; fewer only at the end.
     ///
     /// # Errors
-    /// [`ErrorKind::NotFound`] if the handle or the inode is not known.
-    pub fn read(&self, ino: Ino, handle: HandleId, offset: u64, size: u32) -> Result<Vec<u8>> {
-        if handle != HandleId::NONE {
-            return match lock(&self.handles).get(handle) {
-                Some(Handle::Content(content)) => Ok(slice(content, offset, size)),
-                _ => Err(Error::not_found("no such handle")),
-            };
-        }
-        let (node, seen) = {
-            let inodes = lock(&self.inodes);
-            let inode = inodes.get(ino).ok_or_else(unknown_inode)?;
-            (inode.node.clone(), inode.seen.clone())
-        };
-        let object = seen.ok_or_else(unknown_inode)?;
-        match self.noted(view::content(&node, &object))? {
-            Some(content) => Ok(slice(&content, offset, size)),
-            None => Err(Error::new(ErrorKind::IsADirectory, "a directory")),
+    /// [`ErrorKind::NotFound`] if the handle is not known.
+    pub fn read(&self, handle: HandleId, offset: u64, size: u32) -> Result<Vec<u8>> {
+        match lock(&self.handles).get(handle) {
+            Some(Handle::Content(content)) => Ok(slice(content, offset, size)),
+            _ => Err(Error::not_found("no such handle")),
         }
     }
 
@@ -404,9 +375,6 @@ impl Tree {
         self.changes.load(Ordering::Acquire)
     }
 }
-
-/// The size of a page of the kernel's cache on most machines, and the smallest on any.
-const PAGE: usize = 4096;
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // Whatever panicked did not do so between two halves of a change: each change is one call.
