@@ -362,3 +362,24 @@ both_backends! {
         soon("a label there", || fs::read(there.join("CKA_LABEL")).unwrap() == b"watched");
     }
 }
+
+#[test]
+fn a_mount_that_ends_leaves_the_next_one_alone() {
+    // The kernel gives the next mount the device number of the one before.
+    let softhsm = Softhsm::new(Backend::File);
+    let (_client, point) = (
+        softhsm.p11().init_token("test", Some(PIN)).unwrap(),
+        temporary(),
+    );
+    for _ in 0..6 {
+        run(tokenfs()
+            .arg("mount")
+            .arg("--config")
+            .arg(&softhsm.conf)
+            .arg(point.path()));
+        std::thread::sleep(Duration::from_millis(200));
+        let there = is_mount_point(point.path()) && names(point.path()).len() == 1;
+        let output = tool("umount").arg(point.path()).output().unwrap();
+        assert!(there && output.status.success(), "gone: {output:?}");
+    }
+}
