@@ -5,7 +5,6 @@ use std::ffi::OsStr;
 use std::fs;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::thread::sleep;
 use std::time::Duration;
 
 use tokenfs::diagnostics::Diagnostics;
@@ -16,7 +15,7 @@ use tokenfs::store::file::encode;
 use tokenfs::store::watch::Change;
 use tokenfs::store::{ObjectId, ObjectName, Options, Patience, Store, TokenName};
 use tokenfs::tree::node::ROOT;
-use tokenfs::tree::{Caching, Ino, Settings, Stale, Tree};
+use tokenfs::tree::{Ino, Settings, Stale, Tree};
 
 /// Long enough for a file that looks unfinished to be believed.
 fn patient() -> Patience {
@@ -83,21 +82,18 @@ impl Fixture {
     }
 
     /// Opens, reads to the end in pieces of `piece` bytes, and closes.
-    fn read(&self, ino: Ino, piece: u32) -> (Vec<u8>, Caching) {
-        let (handle, caching) = self.tree.open(ino, patient()).unwrap();
+    fn read(&self, ino: Ino, piece: u32) -> Vec<u8> {
+        let handle = self.tree.open(ino, patient()).unwrap();
         let mut all = Vec::new();
         loop {
-            let part = self
-                .tree
-                .read(ino, handle, all.len() as u64, piece)
-                .unwrap();
+            let part = self.tree.read(handle, all.len() as u64, piece).unwrap();
             if part.is_empty() {
                 break;
             }
             all.extend(part);
         }
         self.tree.release(handle);
-        (all, caching)
+        all
     }
 
     fn changed(&self) -> Vec<Stale> {
@@ -112,62 +108,20 @@ fn whoever_reads_gets_one_version_to_the_end_and_whoever_comes_later_the_new_one
     let fixture = Fixture::new();
     let label = fixture.look_up(fixture.object, "CKA_LABEL");
     assert_eq!(fixture.size(label), 5);
-    let (handle, caching) = fixture.tree.open(label, patient()).unwrap();
-    assert_eq!(caching, Caching::Fresh);
-    assert_eq!(fixture.tree.read(label, handle, 0, 3).unwrap(), b"fir");
+    let handle = fixture.tree.open(label, patient()).unwrap();
+    assert_eq!(fixture.tree.read(handle, 0, 3).unwrap(), b"fir");
 
     fixture.write(b"the second one", b"");
-    assert!(fixture.tree.take_back(label), "somebody is reading");
-    assert_eq!(fixture.size(label), 5, "as long as it is being read");
-    assert_eq!(fixture.tree.read(label, handle, 3, 100).unwrap(), b"st");
-    assert_eq!(fixture.tree.read(label, handle, 5, 100).unwrap(), b"");
-    let (newer, caching) = fixture.read(label, 4);
-    assert_eq!(
-        (newer.as_slice(), caching),
-        (&b"the second one"[..], Caching::Never)
-    );
-
-    fixture.tree.release(handle);
-    assert!(!fixture.tree.take_back(label));
     assert_eq!(fixture.size(label), 14);
-    // The kernel may not have learned of the size, or may have dropped it again: not by way of its pages yet.
-    let never = (b"the second one".to_vec(), Caching::Never);
-    assert_eq!(fixture.read(label, 100), never);
-    sleep(Duration::from_millis(1100));
-    assert_eq!(fixture.read(label, 100), never);
-    assert_eq!(fixture.size(label), 14);
-    assert_eq!(
-        fixture.read(label, 100),
-        (b"the second one".to_vec(), Caching::Fresh)
-    );
-    assert_eq!(
-        fixture.read(label, 100),
-        (b"the second one".to_vec(), Caching::Keep)
-    );
-}
+    assert_eq!(fixture.read(label, 4), b"the second one");
+    assert_eq!(fixture.tree.read(handle, 3, 100).unwrap(), b"st");
+    assert_eq!(fixture.tree.read(handle, 5, 100).unwrap(), b"");
 
-#[test]
-fn nobody_keeps_the_rest_waiting_for_long() {
-    let fixture = Fixture::new();
-    let label = fixture.look_up(fixture.object, "CKA_LABEL");
-    let (handle, _) = fixture.tree.open(label, patient()).unwrap();
-    fixture.write(b"the second one", b"");
-    sleep(Duration::from_millis(2100));
-    assert_eq!(fixture.size(label), 14);
+    fs::remove_file(fixture.path()).unwrap();
+    assert_eq!(fixture.tree.read(handle, 0, 100).unwrap(), b"first");
     fixture.tree.release(handle);
-}
-
-#[test]
-fn who_may_read_counts_at_once_also_while_somebody_reads() {
-    use std::os::unix::fs::PermissionsExt;
-    let fixture = Fixture::new();
-    let label = fixture.look_up(fixture.object, "CKA_LABEL");
-    let (handle, _) = fixture.tree.open(label, patient()).unwrap();
-    fixture.write(b"the second one", b"");
-    fs::set_permissions(fixture.path(), fs::Permissions::from_mode(0o400)).unwrap();
-    let entry = fixture.tree.attributes(label, patient()).unwrap();
-    assert_eq!((entry.attributes.mode, entry.attributes.size), (0o400, 5));
-    fixture.tree.release(handle);
+    let error = fixture.tree.read(handle, 0, 1).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NotFound, "it is closed");
 }
 
 #[test]
@@ -175,23 +129,16 @@ fn a_long_value_is_read_as_it_was_when_it_was_opened() {
     let fixture = Fixture::new();
     fixture.write(b"first", &[1; 10_000]);
     let value = fixture.look_up(fixture.object, "CKA_VALUE");
-    let (handle, caching) = fixture.tree.open(value, patient()).unwrap();
-    assert_eq!(caching, Caching::Never);
-    assert_eq!(
-        fixture.tree.read(value, handle, 0, 4096).unwrap(),
-        vec![1; 4096]
-    );
+    let handle = fixture.tree.open(value, patient()).unwrap();
+    assert_eq!(fixture.tree.read(handle, 0, 4096).unwrap(), vec![1; 4096]);
     fixture.write(b"first", &[2; 20_000]);
     assert_eq!(fixture.size(value), 20_000);
     assert_eq!(
-        fixture.tree.read(value, handle, 4096, 100_000).unwrap(),
+        fixture.tree.read(handle, 4096, 100_000).unwrap(),
         vec![1; 5904]
     );
-    fs::remove_file(fixture.path()).unwrap();
-    assert_eq!(fixture.tree.read(value, handle, 9_999, 10).unwrap(), [1]);
+    assert_eq!(fixture.tree.read(handle, u64::MAX, 10).unwrap(), []);
     fixture.tree.release(handle);
-    let error = fixture.tree.read(value, handle, 0, 1).unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::NotFound, "it is closed");
 }
 
 #[test]

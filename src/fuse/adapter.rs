@@ -10,7 +10,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use fuser::{
     AccessFlags, BsdFileFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags,
@@ -21,7 +21,7 @@ use fuser::{
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::Patience;
-use crate::tree::{self, Caching, Entry, FileKind, HandleId, Tree};
+use crate::tree::{self, Entry, FileKind, HandleId, Listed, Tree};
 
 /// The most requests that wait at a time. More than one reader of the same object is rare, and a waiting thread costs little.
 const MOST_WAITING: usize = 256;
@@ -63,30 +63,97 @@ impl Adapter {
             Err(error) if error.kind() == ErrorKind::WouldBlock => {}
             _ => return done(&self.tree, reply, at_once),
         }
-        let slot = Slot::take(&self.waiting);
+        self.wait(reply, move |tree, reply, patience| {
+            let answer = ask(tree, patience);
+            done(tree, reply, answer);
+        });
+    }
+
+    /// Has a thread of its own answer.
+    fn wait<R: Send + 'static>(
+        &self,
+        reply: R,
+        answer: impl FnOnce(&Tree, R, Patience) + Send + 'static,
+    ) {
         let tree = Arc::clone(&self.tree);
+        let Some(slot) = Slot::take(&self.waiting) else {
+            // No patience left: it is refused, or answered after all if what it waited for has come.
+            tree.diagnostics()
+                .warning("too many requests are waiting for locks already");
+            return answer(&tree, reply, Patience::Until(Instant::now()));
+        };
         let limit = tree.store().options().lock_wait;
-        match slot {
-            Some(slot) => {
-                // If no thread is to be had the reply is dropped with the closure, which answers EIO.
-                let _ = thread::Builder::new()
-                    .name("tokenfs-wait".to_owned())
-                    .spawn(move || {
-                        let _slot = slot;
-                        let answer = ask(&tree, Patience::at_most(limit));
-                        done(&tree, reply, answer);
-                    });
-            }
-            None => {
-                let error = Error::new(
-                    ErrorKind::Busy,
-                    "too many requests are waiting for locks already",
-                );
-                tree.diagnostics().error(&error);
-                done(&tree, reply, Err(error));
+        // If no thread is to be had the reply is dropped with the closure, which answers EIO.
+        let started = thread::Builder::new()
+            .name("tokenfs-wait".to_owned())
+            .spawn(move || {
+                let _slot = slot;
+                answer(&tree, reply, Patience::at_most(limit));
+            });
+        if let Err(error) = started {
+            let error = Error::io("start a thread for a request that has to wait", &error);
+            self.tree.diagnostics().error(&error);
+        }
+    }
+}
+
+/// Fills `reply` with entries from `offset` on. Gives it back if it is empty and the first entry has to be waited for.
+///
+/// Each entry is counted by the kernel as an answer about its inode, with all that `stat` says: there is no naming one
+/// without (`fuser` takes the inode from the attributes).
+fn fill(
+    tree: &Tree,
+    mut reply: ReplyDirectoryPlus,
+    ino: u64,
+    listing: &[Listed],
+    offset: u64,
+    patience: Patience,
+) -> Result<(), ReplyDirectoryPlus> {
+    let mut is_empty = true;
+    // The kernel takes no attributes of these two.
+    let dots = [(ino, "."), (tree.parent(ino), "..")];
+    for (index, (ino, name)) in dots.into_iter().enumerate() {
+        let next = index as u64 + 1;
+        if next > offset {
+            is_empty = false;
+            let bare = bare(ino, FileKind::Directory);
+            if reply.add(INodeNo(ino), next, name, &Duration::ZERO, &bare, GENERATION) {
+                reply.ok();
+                return Ok(());
             }
         }
     }
+    let first = usize::try_from(offset.saturating_sub(2)).unwrap_or(usize::MAX);
+    for (index, entry) in listing.iter().enumerate().skip(first) {
+        let look = match tree.look_at(entry, patience) {
+            Ok(look) => look,
+            // It has gone since the directory was opened.
+            Err(error) if error.kind() == ErrorKind::NotFound => continue,
+            // The next request begins with it.
+            Err(_) if !is_empty => break,
+            Err(error) if error.kind() == ErrorKind::WouldBlock => return Err(reply),
+            Err(error) => {
+                reply.error(errno(&error));
+                return Ok(());
+            }
+        };
+        let found = &look.entry;
+        let full = reply.add(
+            INodeNo(found.attributes.ino),
+            index as u64 + 3,
+            &entry.name,
+            &found.valid,
+            &attributes(&found.attributes),
+            GENERATION,
+        );
+        if full {
+            break;
+        }
+        is_empty = false;
+        tree.tell(ino, &look);
+    }
+    reply.ok();
+    Ok(())
 }
 
 /// One of the places for requests that wait.
@@ -142,12 +209,12 @@ impl Filesystem for Adapter {
     fn init(&mut self, _request: &Request, config: &mut KernelConfig) -> std::io::Result<()> {
         // Each is an improvement, and none is needed: a kernel that lacks one goes without.
         for wanted in [
-            // Pages are dropped when size or mtime turn out to be others: what protects where nothing is watched.
+            // Only a mapped file has pages. They are dropped when size or mtime turn out to be others.
             InitFlags::FUSE_AUTO_INVAL_DATA,
             InitFlags::FUSE_DO_READDIRPLUS,
             InitFlags::FUSE_READDIRPLUS_AUTO,
             InitFlags::FUSE_PARALLEL_DIROPS,
-            // Values that are not cached can be mapped all the same.
+            // Files can be mapped all the same.
             InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP,
         ] {
             let _ = config.add_capabilities(wanted);
@@ -211,14 +278,11 @@ impl Filesystem for Adapter {
             reply,
             move |tree, patience| tree.open(ino.0, patience),
             |_, reply, answer| match answer {
-                Ok((handle, caching)) => {
-                    let caching = match caching {
-                        Caching::Keep => FopenFlags::FOPEN_KEEP_CACHE,
-                        Caching::Fresh => FopenFlags::empty(),
-                        Caching::Never => FopenFlags::FOPEN_DIRECT_IO,
-                    };
-                    // There is nothing to flush in a file that is only read.
-                    reply.opened(FileHandle(handle.0), caching | FopenFlags::FOPEN_NOFLUSH);
+                Ok(handle) => {
+                    // Never from the kernel's pages: what is in them is cut to the size that the kernel believes in, and whether
+                    // that is the size of this version nobody can tell. There is nothing to flush either.
+                    let flags = FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_NOFLUSH;
+                    reply.opened(FileHandle(handle.0), flags);
                 }
                 Err(error) => reply.error(errno(&error)),
             },
@@ -228,7 +292,7 @@ impl Filesystem for Adapter {
     fn read(
         &self,
         _request: &Request,
-        ino: INodeNo,
+        _ino: INodeNo,
         handle: FileHandle,
         offset: u64,
         size: u32,
@@ -236,7 +300,7 @@ impl Filesystem for Adapter {
         _owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        match self.tree.read(ino.0, HandleId(handle.0), offset, size) {
+        match self.tree.read(HandleId(handle.0), offset, size) {
             Ok(data) => reply.data(&data),
             Err(error) => reply.error(errno(&error)),
         }
@@ -322,64 +386,21 @@ impl Filesystem for Adapter {
         ino: INodeNo,
         handle: FileHandle,
         offset: u64,
-        mut reply: ReplyDirectoryPlus,
+        reply: ReplyDirectoryPlus,
     ) {
         let listing = match self.tree.read_dir(HandleId(handle.0)) {
             Ok(listing) => listing,
             Err(error) => return reply.error(errno(&error)),
         };
-        // The kernel takes no attributes of these two.
-        let parent = self.tree.parent(ino.0);
-        let dots = [(ino.0, "."), (parent, "..")];
-        for (index, (ino, name)) in dots.into_iter().enumerate() {
-            let index = index as u64;
-            if index >= offset
-                && reply.add(
-                    INodeNo(ino),
-                    index + 1,
-                    name,
-                    &Duration::ZERO,
-                    &bare(ino, FileKind::Directory),
-                    GENERATION,
-                )
-            {
-                return reply.ok();
+        let Err(reply) = fill(&self.tree, reply, ino.0, &listing, offset, Patience::Now) else {
+            return;
+        };
+        // The first entry has to be waited for.
+        self.wait(reply, move |tree, reply, patience| {
+            if let Err(reply) = fill(tree, reply, ino.0, &listing, offset, patience) {
+                reply.error(Errno::EBUSY);
             }
-        }
-        let first = usize::try_from(offset.saturating_sub(2)).unwrap_or(usize::MAX);
-        for (index, entry) in listing.iter().enumerate().skip(first) {
-            let next = index as u64 + 3;
-            let full = match self.tree.look_at(entry, Patience::Now) {
-                Ok(look) => {
-                    let found = &look.entry;
-                    let full = reply.add(
-                        INodeNo(found.attributes.ino),
-                        next,
-                        &entry.name,
-                        &found.valid,
-                        &attributes(&found.attributes),
-                        GENERATION,
-                    );
-                    if !full {
-                        self.tree.tell(ino.0, &look);
-                    }
-                    full
-                }
-                // Without an inode the kernel takes the name alone, and asks when somebody wants to know more.
-                Err(_) => reply.add(
-                    INodeNo(0),
-                    next,
-                    &entry.name,
-                    &Duration::ZERO,
-                    &bare(entry.ino, entry.kind),
-                    GENERATION,
-                ),
-            };
-            if full {
-                break;
-            }
-        }
-        reply.ok();
+        });
     }
 
     fn releasedir(

@@ -22,9 +22,6 @@ use crate::tree::{Stale, Tree};
 /// How long an answer can be on its way to the kernel after a notification that it ought to have come before.
 const REPEAT_AFTER: Duration = Duration::from_millis(50);
 
-/// How soon to look whether somebody who was reading is done.
-const HELD_PAUSE: Duration = Duration::from_millis(5);
-
 /// How long a database that is locked is waited for before all of it is taken for changed.
 const SCAN_LIMIT: Duration = Duration::from_secs(1);
 
@@ -102,8 +99,8 @@ fn dispatch(tree: &Tree, notifier: &Notifier, sender: &Sender<Later>, changes: &
         .partition(|change| matches!(change, Change::Database(_)));
     if !quick.is_empty() {
         let repeat = send(tree, notifier, &quick, Patience::Now);
-        for repeat in repeat {
-            let _ = sender.send(repeat);
+        if !repeat.is_empty() {
+            let _ = sender.send(Later::Repeat(Instant::now() + REPEAT_AFTER, repeat));
         }
     }
     if !slow.is_empty() {
@@ -113,15 +110,20 @@ fn dispatch(tree: &Tree, notifier: &Notifier, sender: &Sender<Later>, changes: &
 
 fn later(tree: &Tree, notifier: &Notifier, receiver: &Receiver<Later>) {
     let mut repeats: Vec<(Instant, Vec<Stale>)> = Vec::new();
+    // All that has come meanwhile at once: one commit is several events, and one scan is enough for them.
+    let mut changes: HashSet<Change> = HashSet::new();
+    let mut next_scan = Instant::now();
     loop {
-        let now = Instant::now();
         let due = repeats.iter().map(|(due, _)| *due).min();
+        let due = if changes.is_empty() {
+            due
+        } else {
+            Some(due.map_or(next_scan, |due| due.min(next_scan)))
+        };
         let next = match due {
             None => receiver.recv().map_err(|_| RecvTimeoutError::Disconnected),
-            Some(due) => receiver.recv_timeout(due.saturating_duration_since(now)),
+            Some(due) => receiver.recv_timeout(due.saturating_duration_since(Instant::now())),
         };
-        // All that has come meanwhile at once: one commit is several events, and one scan is enough for them.
-        let mut changes: HashSet<Change> = HashSet::new();
         match next {
             Ok(first) => {
                 for work in std::iter::once(first).chain(receiver.try_iter()) {
@@ -134,60 +136,42 @@ fn later(tree: &Tree, notifier: &Notifier, receiver: &Receiver<Later>) {
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => return,
         }
-        if !changes.is_empty() {
-            let changes: Vec<Change> = changes.into_iter().collect();
+        let start = Instant::now();
+        if !changes.is_empty() && start >= next_scan {
+            let changes: Vec<Change> = changes.drain().collect();
             let repeat = send(tree, notifier, &changes, Patience::at_most(SCAN_LIMIT));
-            for later in repeat {
-                if let Later::Repeat(due, stale) = later {
-                    repeats.push((due, stale));
-                }
-            }
+            let end = Instant::now();
+            repeats.push((end + REPEAT_AFTER, repeat));
+            // Half of the time at most, so that a SoftHSM that commits all the while gets at its database.
+            next_scan = end + (end - start);
         }
         let now = Instant::now();
         let (due, not_yet): (Vec<_>, Vec<_>) =
             repeats.into_iter().partition(|(due, _)| *due <= now);
         repeats = not_yet;
         for (_, stale) in due {
-            let held = notify(tree, notifier, stale);
-            if !held.is_empty() {
-                repeats.push((now + HELD_PAUSE, held));
-            }
+            notify(notifier, &stale);
         }
     }
 }
 
-/// Sends what is stale after `changes`, and returns what is to be sent later.
-fn send(tree: &Tree, notifier: &Notifier, changes: &[Change], patience: Patience) -> Vec<Later> {
+/// Sends what is stale after `changes`, and returns what is to be sent once more.
+fn send(tree: &Tree, notifier: &Notifier, changes: &[Change], patience: Patience) -> Vec<Stale> {
     let (stale, repeat) = tree.stale(changes, patience);
-    let held = notify(tree, notifier, stale);
-    let now = Instant::now();
-    [(now + HELD_PAUSE, held), (now + REPEAT_AFTER, repeat)]
-        .into_iter()
-        .filter(|(_, stale)| !stale.is_empty())
-        .map(|(due, stale)| Later::Repeat(due, stale))
-        .collect()
+    notify(notifier, &stale);
+    repeat
 }
 
-/// Sends all but the content that somebody is just reading, and returns that.
-fn notify(tree: &Tree, notifier: &Notifier, stale: Vec<Stale>) -> Vec<Stale> {
-    let mut held = Vec::new();
+fn notify(notifier: &Notifier, stale: &[Stale]) {
     for stale in stale {
         // A negative offset drops the attributes alone (fuse_reverse_inval_inode in fs/fuse/inode.c).
-        let sent = match &stale {
-            Stale::Content(ino) if tree.take_back(*ino) => {
-                held.push(stale.clone());
-                notifier.inval_inode(INodeNo(*ino), -1, 0)
-            }
+        let sent = match stale {
             Stale::Content(ino) => notifier.inval_inode(INodeNo(*ino), 0, 0),
-            Stale::Attributes(ino) => {
-                tree.take_back(*ino);
-                notifier.inval_inode(INodeNo(*ino), -1, 0)
-            }
+            Stale::Attributes(ino) => notifier.inval_inode(INodeNo(*ino), -1, 0),
             Stale::Entry(parent, name) => notifier.inval_entry(INodeNo(*parent), name),
         };
         if let Err(error) = sent {
             log::debug!("notification: {error}");
         }
     }
-    held
 }

@@ -32,14 +32,19 @@ pub fn serve<FS: Filesystem, Guard, Kept>(
     let mut cleanup = Cleanup {
         mount: None,
         signals,
+        is_over: false,
     };
     let (session, mount) = signals.mounting(|| start(filesystem, request, &mut cleanup))?;
     let _guard = on_start(session.notifier())?;
     let _kept = on_ready(&mount)?;
     log::info!("{}: mounted", mount.point.display());
-    session
+    let outcome = session
         .run()
-        .map_err(|error| Error::io("the FUSE session failed", &error).at(&request.point))
+        .map_err(|error| Error::io("the FUSE session failed", &error).at(&request.point));
+    // It ends well only when the kernel has ended it. What is mounted there by now is somebody else's, and may have got the
+    // device number that ours had.
+    cleanup.is_over = outcome.is_ok();
+    outcome
 }
 
 /// Mounts, and shakes hands with the kernel.
@@ -85,13 +90,15 @@ fn gone(point: &Path) -> Error {
 struct Cleanup<'a> {
     mount: Option<Mount>,
     signals: &'a Signals,
+    is_over: bool,
 }
 
 impl Drop for Cleanup<'_> {
     fn drop(&mut self) {
         if let Some(mount) = self.mount.take() {
             self.signals.ended();
-            if is_there(&mount)
+            if !self.is_over
+                && is_there(&mount)
                 && let Err(error) = unmount(&mount.point, Unmount::Lazily)
             {
                 log::error!("{error}");

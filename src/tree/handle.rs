@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use super::{Ino, Listed};
+use super::Listed;
 
 /// The number of an open file or directory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -12,10 +12,8 @@ pub struct HandleId(pub u64);
 /// What is kept while something is open.
 #[derive(Debug)]
 pub(super) enum Handle {
-    /// A file that is read through the kernel's pages: what is read is what its inode says.
-    Pages(Ino),
     /// The content of a file as it was when it was opened.
-    Content(Arc<[u8]>),
+    Content(Arc<Vec<u8>>),
     /// The entries of a directory as they were when it was opened.
     Listing(Arc<[Listed]>),
 }
@@ -39,7 +37,7 @@ impl Handles {
         self.open.get(&id)
     }
 
-    pub(super) fn remove(&mut self, id: HandleId) -> Option<Handle> {
-        self.open.remove(&id)
+    pub(super) fn remove(&mut self, id: HandleId) {
+        self.open.remove(&id);
     }
 }

@@ -1,15 +1,14 @@
 //! The inodes that the kernel knows.
 //!
 //! An inode is here from the first answer that names it until the kernel has forgotten all of them (`FUSE_FORGET`). With it
-//! stands the version of the object that the kernel's attributes were taken from: as long as the kernel believes in
-//! a size, pages have to come from the value that has it, and while somebody reads them, the kernel is not told of another.
+//! stands the version of the object that the kernel's attributes were taken from, which tells whether a change makes them
+//! stale.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use super::node::{Ino, Node, ROOT};
-use super::view;
 use crate::store::Object;
 
 /// One inode that the kernel knows.
@@ -21,81 +20,28 @@ pub struct Inode {
     pub parent: Ino,
     /// The version that the attributes which the kernel has were taken from.
     pub seen: Option<Arc<Object>>,
-    /// The version that the pages which the kernel may have were taken from.
-    pub pages: Option<Arc<Object>>,
     /// When the kernel was last told of it.
     pub told_at: Instant,
-    /// When what the kernel was told last became another value than it was told before.
-    changed_at: Option<Instant>,
-    /// When the kernel was last told to drop what it knows, and whether it has surely got an answer since.
-    notified_at: Option<Instant>,
-    is_confirmed: bool,
-    /// How many have it open whose reads come from the kernel's pages, and when the last of them opened it.
-    readers: u64,
-    opened_at: Instant,
     lookups: u64,
     children: HashSet<Ino>,
 }
 
-/// How long somebody who has just opened a file can count on the kernel's view of it.
-///
-/// A reader asks for the first bytes, and then for more to learn that there is none. If the size changed in between, it would
-/// get the end of another value. Most are done in well under a millisecond; one who keeps a file open for longer
-/// must not keep the rest from seeing what it has become.
-const HELD: Duration = Duration::from_secs(2);
-
-/// How long a request, or the answer to it, may be on its way, with a client that is not given the processor.
-const IN_FLIGHT: Duration = Duration::from_secs(1);
-
 impl Inode {
+    fn new(node: Node, parent: Ino) -> Self {
+        Self {
+            node,
+            parent,
+            seen: None,
+            told_at: Instant::now(),
+            lookups: 0,
+            children: HashSet::new(),
+        }
+    }
+
     /// Notes that the kernel is told of this version.
     pub fn tell(&mut self, version: Option<Arc<Object>>) {
-        let now = Instant::now();
-        self.told_at = now;
-        if let (Some(old), Some(new)) = (&self.seen, &version)
-            && !view::same_text(&self.node, old, new)
-        {
-            self.changed_at = Some(now);
-        }
         self.seen = version;
-        self.is_confirmed |= self
-            .notified_at
-            .is_none_or(|notified| notified.elapsed() > IN_FLIGHT);
-    }
-
-    /// Notes that the kernel is told to drop what it knows.
-    ///
-    /// It then drops answers to what it asked before as well (`fuse_change_attributes_i` in fs/fuse/inode.c), and nobody
-    /// hears of that. Only an answer that was asked for after this can be relied on.
-    pub fn notify(&mut self) {
-        self.notified_at = Some(Instant::now());
-        self.is_confirmed = false;
-    }
-
-    /// Whether the kernel surely has the size of the version that it was told of last.
-    #[must_use]
-    pub fn is_size_known(&self) -> bool {
-        self.is_confirmed
-            && self
-                .changed_at
-                .is_none_or(|changed| changed.elapsed() > IN_FLIGHT)
-    }
-
-    /// Counts one more who reads from the kernel's pages.
-    pub fn open(&mut self) {
-        self.readers += 1;
-        self.opened_at = Instant::now();
-    }
-
-    /// Counts one less.
-    pub fn close(&mut self) {
-        self.readers = self.readers.saturating_sub(1);
-    }
-
-    /// Whether the kernel's view has to stay as it is for somebody who is reading.
-    #[must_use]
-    pub fn is_held(&self) -> bool {
-        self.readers > 0 && self.opened_at.elapsed() < HELD
+        self.told_at = Instant::now();
     }
 }
 
@@ -107,20 +53,10 @@ pub struct InodeTable {
 
 impl Default for InodeTable {
     fn default() -> Self {
+        // The kernel never looks the root up, and never forgets it.
         let root = Inode {
-            node: Node::Root,
-            parent: ROOT,
-            seen: None,
-            pages: None,
-            told_at: Instant::now(),
-            changed_at: None,
-            notified_at: None,
-            is_confirmed: false,
-            readers: 0,
-            opened_at: Instant::now(),
-            // The kernel never looks the root up, and never forgets it.
             lookups: 1,
-            children: HashSet::new(),
+            ..Inode::new(Node::Root, ROOT)
         };
         Self {
             inodes: HashMap::from([(ROOT, root)]),
@@ -162,20 +98,10 @@ impl InodeTable {
     /// Counts one more answer that names `node`, in the directory `parent`, and returns its number.
     pub fn remember(&mut self, node: &Node, parent: Ino, seen: Option<Arc<Object>>) -> Ino {
         let ino = self.number(node);
-        let inode = self.inodes.entry(ino).or_insert_with(|| Inode {
-            node: node.clone(),
-            parent,
-            seen: None,
-            pages: None,
-            told_at: Instant::now(),
-            changed_at: None,
-            notified_at: None,
-            is_confirmed: false,
-            readers: 0,
-            opened_at: Instant::now(),
-            lookups: 0,
-            children: HashSet::new(),
-        });
+        let inode = self
+            .inodes
+            .entry(ino)
+            .or_insert_with(|| Inode::new(node.clone(), parent));
         inode.lookups += 1;
         inode.tell(seen);
         if let Some(directory) = self.inodes.get_mut(&parent) {
@@ -263,18 +189,8 @@ mod tests {
         // Put something else where "b" belongs.
         let wanted = token("b").number();
         let squatter = Inode {
-            node: token("c"),
-            parent: ROOT,
-            seen: None,
-            pages: None,
-            told_at: Instant::now(),
-            changed_at: None,
-            notified_at: None,
-            is_confirmed: false,
-            readers: 0,
-            opened_at: Instant::now(),
             lookups: 1,
-            children: HashSet::new(),
+            ..Inode::new(token("c"), ROOT)
         };
         table.inodes.insert(wanted, squatter);
         let second = table.remember(&token("b"), ROOT, None);

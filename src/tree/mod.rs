@@ -130,17 +130,6 @@ pub struct Listed {
     node: Node,
 }
 
-/// How an open file's content may be cached.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Caching {
-    /// Pages that are there are of the version that is open.
-    Keep,
-    /// Pages that are there may be of another version.
-    Fresh,
-    /// Not at all: each read has to come from this handle.
-    Never,
-}
-
 /// A mounted store.
 #[derive(Debug)]
 pub struct Tree {
@@ -241,32 +230,10 @@ impl Tree {
         Ok(look.entry)
     }
 
-    /// What there is to say of `node`: as it is, or as the kernel knows it where somebody is just reading that.
     fn look(&self, node: Node, patience: Patience) -> Result<Look> {
-        let (mut attributes, mut seen) = self.describe(&node, patience)?;
-        let mut valid = self.validity(&node);
-        let held = {
-            let inodes = lock(&self.inodes);
-            attributes.ino = inodes.number(&node);
-            let known = inodes.get(attributes.ino);
-            known
-                .filter(|inode| inode.is_held())
-                .and_then(|inode| inode.seen.clone())
-        };
-        if let (Some(held), Some(current)) = (held, &seen)
-            && !view::same_text(&node, &held, current)
-        {
-            // Who may read it counts at once all the same.
-            attributes = Attributes {
-                ino: attributes.ino,
-                mode: attributes.mode,
-                uid: attributes.uid,
-                gid: attributes.gid,
-                ..self.describe_version(&node, &held)?
-            };
-            valid = Duration::ZERO;
-            seen = Some(held);
-        }
+        let (mut attributes, seen) = self.describe(&node, patience)?;
+        attributes.ino = lock(&self.inodes).number(&node);
+        let valid = self.validity(&node);
         Ok(Look {
             entry: Entry { attributes, valid },
             node,
@@ -285,70 +252,32 @@ impl Tree {
         }
     }
 
-    /// Opens a file for reading.
+    /// Opens a file for reading. What is read from it is the version that it was opened with, to the end.
     ///
     /// # Errors
     /// [`ErrorKind::IsADirectory`]; [`ErrorKind::NotFound`] if it is gone by now, and what the store fails with.
-    pub fn open(&self, ino: Ino, patience: Patience) -> Result<(HandleId, Caching)> {
+    pub fn open(&self, ino: Ino, patience: Patience) -> Result<HandleId> {
         let node = self.node(ino)?;
-        if node == Node::Log {
-            let content = self.diagnostics.render().into_bytes();
-            return Ok((
-                self.open_handle(Handle::Content(content.into())),
-                Caching::Never,
-            ));
-        }
-        let current = self.noted(self.object_of(&node, patience))?;
-        let Some(content) = self.noted(view::content(&node, &current))? else {
-            return Err(Error::new(ErrorKind::IsADirectory, "a directory"));
-        };
-        let mut inodes = lock(&self.inodes);
-        let inode = inodes.get_mut(ino).ok_or_else(unknown_inode)?;
-        // A page is read in one go; where the kernel has the right size for it, that is one version. Anything longer would be
-        // mixed, and anything of which the kernel may have another size be cut: that comes from the handle instead.
-        let same = |known: &Option<Arc<Object>>| {
-            known
-                .as_ref()
-                .is_some_and(|known| view::same_text(&node, known, &current))
-        };
-        if content.len() > PAGE || !inode.is_size_known() || !same(&inode.seen) {
-            drop(inodes);
-            return Ok((
-                self.open_handle(Handle::Content(content.into())),
-                Caching::Never,
-            ));
-        }
-        let caching = if same(&inode.pages) {
-            Caching::Keep
+        let content = if node == Node::Log {
+            self.diagnostics.render().into_bytes()
         } else {
-            Caching::Fresh
+            let object = self.noted(self.object_of(&node, patience))?;
+            self.noted(view::content(&node, &object))?
+                .ok_or_else(|| Error::new(ErrorKind::IsADirectory, "a directory"))?
         };
-        inode.pages = Some(current);
-        inode.open();
-        drop(inodes);
-        Ok((self.open_handle(Handle::Pages(ino)), caching))
+        Ok(self.open_handle(Handle::Content(Arc::new(content))))
     }
 
     /// Reads at most `size` bytes at `offset`; fewer only at the end.
     ///
     /// # Errors
-    /// [`ErrorKind::NotFound`] if the handle or the inode is not known.
-    pub fn read(&self, ino: Ino, handle: HandleId, offset: u64, size: u32) -> Result<Vec<u8>> {
-        match lock(&self.handles).get(handle) {
-            Some(Handle::Content(content)) => return Ok(slice(content, offset, size)),
-            Some(Handle::Pages(_)) => {}
+    /// [`ErrorKind::NotFound`] if the handle is not known.
+    pub fn read(&self, handle: HandleId, offset: u64, size: u32) -> Result<Vec<u8>> {
+        let content = match lock(&self.handles).get(handle) {
+            Some(Handle::Content(content)) => Arc::clone(content),
             _ => return Err(Error::not_found("no such handle")),
-        }
-        let (node, seen) = {
-            let inodes = lock(&self.inodes);
-            let inode = inodes.get(ino).ok_or_else(unknown_inode)?;
-            (inode.node.clone(), inode.seen.clone())
         };
-        let object = seen.ok_or_else(unknown_inode)?;
-        match self.noted(view::content(&node, &object))? {
-            Some(content) => Ok(slice(&content, offset, size)),
-            None => Err(Error::new(ErrorKind::IsADirectory, "a directory")),
-        }
+        Ok(slice(&content, offset, size))
     }
 
     /// Opens a directory: its entries as they are now.
@@ -394,12 +323,7 @@ impl Tree {
 
     /// Closes a file or a directory.
     pub fn release(&self, handle: HandleId) {
-        let closed = lock(&self.handles).remove(handle);
-        if let Some(Handle::Pages(ino)) = closed
-            && let Some(inode) = lock(&self.inodes).get_mut(ino)
-        {
-            inode.close();
-        }
+        lock(&self.handles).remove(handle);
     }
 
     fn open_handle(&self, handle: Handle) -> HandleId {
@@ -437,20 +361,10 @@ impl Tree {
     /// Records a failure that a user will want explained.
     fn noted<T>(&self, outcome: Result<T>) -> Result<T> {
         if let Err(error) = &outcome {
-            match error.kind() {
-                ErrorKind::Damaged
-                | ErrorKind::Busy
-                | ErrorKind::PermissionDenied
-                | ErrorKind::NoSpace
-                | ErrorKind::System(_) => self.diagnostics.error(error),
-                ErrorKind::NotFound
-                | ErrorKind::NotADirectory
-                | ErrorKind::IsADirectory
-                | ErrorKind::ReadOnly
-                | ErrorKind::WouldBlock
-                | ErrorKind::Invalid
-                | ErrorKind::NameTooLong
-                | ErrorKind::Unsupported => {}
+            // What is absent is an ordinary answer, and so is what was asked of the wrong thing, which has no path.
+            let ordinary = matches!(error.kind(), ErrorKind::NotFound | ErrorKind::WouldBlock);
+            if !ordinary && error.path().is_some() {
+                self.diagnostics.error(error);
             }
         }
         outcome
@@ -464,9 +378,6 @@ impl Tree {
 
 /// The longest name of a directory entry (`limits.h`).
 const NAME_MAX: usize = 255;
-
-/// The size of a page of the kernel's cache on most machines, and the smallest on any.
-const PAGE: usize = 4096;
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // Whatever panicked did not do so between two halves of a change: each change is one call.

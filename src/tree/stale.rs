@@ -81,16 +81,6 @@ impl Tree {
             .collect()
     }
 
-    /// Notes that the kernel is told to drop what it knows of an inode, and says whether somebody has just opened this file: they
-    /// are to read to the end what they have begun, so that until then the kernel is not to drop its content, and
-    /// is told the same size if it asks.
-    pub fn take_back(&self, ino: Ino) -> bool {
-        lock(&self.inodes).get_mut(ino).is_some_and(|inode| {
-            inode.notify();
-            inode.is_held()
-        })
-    }
-
     fn known(&self, node: &Node) -> Option<Ino> {
         lock(&self.inodes).find(node)
     }
