@@ -68,7 +68,7 @@ fn names(directory: &Path) -> Vec<std::ffi::OsString> {
     entries.map(|entry| entry.unwrap().file_name()).collect()
 }
 
-/// The bits that a directory made of labels keeps: `r` for a class of its users only if they may read every file that the labels
+/// The bits that a directory made of labels keeps: `r` and `x` for a class of its users only if they may read every file that the labels
 /// are in. Where owner or group are others than the directory's, both the group and everybody have to be allowed.
 fn listable(directory: &Path, sources: &[PathBuf], mask: u32) -> u32 {
     let directory = fs::metadata(directory).unwrap();
@@ -77,14 +77,14 @@ fn listable(directory: &Path, sources: &[PathBuf], mask: u32) -> u32 {
         let source = fs::metadata(source).unwrap();
         let may = |bit: u32| source.mode() & !mask & bit == bit;
         if !may(0o004) {
-            bits &= !0o004;
+            bits &= !0o005;
         }
         if !may(0o040) || source.gid() != directory.gid() && !may(0o044) {
-            bits &= !0o040;
+            bits &= !0o050;
         }
         let is_owner = source.uid() == directory.uid();
         if is_owner && !may(0o400) || !is_owner && directory.uid() != 0 && !may(0o044) {
-            bits &= !0o400;
+            bits &= !0o500;
         }
     }
     bits
@@ -271,6 +271,13 @@ both_backends! {
         let (file, directory) = (backing_file(&softhsm, &object), softhsm.token_directory());
         nix::unistd::chown(&file, None, Some(ALICE.gid.into())).unwrap();
         nix::unistd::chown(&directory, None, Some(ALICE.gid.into())).unwrap();
+        // Who is to find an object by its label has to be allowed to read those of the tokens too.
+        nix::unistd::chown(&softhsm.tokendir, None, Some(ALICE.gid.into())).unwrap();
+        if backend == Backend::File {
+            let own = directory.join("token.object");
+            nix::unistd::chown(&own, None, Some(ALICE.gid.into())).unwrap();
+            set_mode(&own, 0o640);
+        }
         // Each look is what the kernel remembers from then on; each change in the store has to undo that.
         let change = |path: &Path, to: u32, seen: &Path, as_mode: u32| {
             set_mode(path, to);

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use fuser::Notifier;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::{getegid, geteuid};
 
 use super::args::{MountArgs, StoreArgs};
@@ -117,6 +118,14 @@ fn serve(
     let diagnostics = Arc::new(Diagnostics::new());
     for warning in &plan.warnings {
         diagnostics.warning(warning);
+    }
+    // Keys are in memory from now on, and are not to reach a disk by way of a crash.
+    if let Err(errno) = setrlimit(Resource::RLIMIT_CORE, 0, 0) {
+        diagnostics.warning(format!("core dumps cannot be turned off: {}", errno.desc()));
+    }
+    // Each token keeps a descriptor.
+    if let Ok((_, most)) = getrlimit(Resource::RLIMIT_NOFILE) {
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, most, most);
     }
     // After the warnings, which the user has seen already.
     if log == Log::ToStderr {

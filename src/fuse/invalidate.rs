@@ -77,7 +77,8 @@ pub fn start(tree: &Arc<Tree>, notifier: Notifier) -> Result<Invalidation> {
                         Ok(true) => dispatch(&tree, &notifier, &sender, &mut changes),
                         Ok(false) => break,
                         Err(error) => {
-                            // Nothing is covered any more; what the kernel has was answered while it was.
+                            // From now on nothing is covered; what the kernel has was answered while it was.
+                            drop(watcher);
                             tree.diagnostics().error(&error);
                             send(&tree, &notifier, &[Change::Everything], Patience::Now);
                             break;

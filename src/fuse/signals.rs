@@ -110,7 +110,11 @@ impl Signals {
 /// Unmounts; the state afterwards if it is another one. When the mount is gone the kernel says so to the session.
 fn take_away(mount: Mount, signal: Signal) -> Option<State> {
     if !is_there(&mount) {
-        return None;
+        log::warn!(
+            "{}: {signal}, but the mount is out of sight already, and still in use; a second signal ends at once",
+            mount.point.display()
+        );
+        return Some(State::Detached(mount));
     }
     match unmount(&mount.point, Unmount::IfUnused) {
         Ok(()) => None,

@@ -1,7 +1,7 @@
 //! Attributes and objects as both backends store them.
 
 use std::cmp::Ordering;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// A `CK_ATTRIBUTE_TYPE`. SoftHSM stores an `unsigned long`, 64 bits in both backends.
 pub type AttributeType = u64;
@@ -168,11 +168,6 @@ impl Attributes {
         }
     }
 
-    /// Removes every value of a type, of whatever kind.
-    pub fn remove_type(&mut self, attribute_type: AttributeType) {
-        self.0.retain(|(stored, _)| *stored != attribute_type);
-    }
-
     fn position(&self, key: AttributeKey) -> Result<usize, usize> {
         self.0.binary_search_by(|(attribute_type, value)| {
             match attribute_type.cmp(&key.attribute_type) {
@@ -180,5 +175,11 @@ impl Attributes {
                 other => other,
             }
         })
+    }
+}
+
+impl From<BTreeMap<AttributeType, Value>> for Attributes {
+    fn from(attributes: BTreeMap<AttributeType, Value>) -> Self {
+        Self(attributes.into_iter().collect())
     }
 }

@@ -25,6 +25,14 @@ pub struct Metadata {
     pub ctime: SystemTime,
 }
 
+impl Metadata {
+    /// Whether the same users may do the same.
+    #[must_use]
+    pub fn same_access(&self, other: &Self) -> bool {
+        (self.mode, self.uid, self.gid) == (other.mode, other.uid, other.gid)
+    }
+}
+
 impl From<&FileStat> for Metadata {
     fn from(stat: &FileStat) -> Self {
         Self {

@@ -6,7 +6,7 @@
 
 use std::collections::HashMap;
 use std::ffi::OsStr;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use nix::dir::Dir;
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, open};
-use nix::sys::stat::{FileStat, Mode, fstat, fstatat};
+use nix::sys::stat::{FileStat, Mode, fstat, fstatat, stat};
 use nix::sys::statvfs::{Statvfs, fstatvfs};
 
 use super::db::DbToken;
@@ -104,8 +104,11 @@ impl Store {
     /// The names of the tokens, in ascending order.
     ///
     /// # Errors
-    /// What reading the directory fails with.
+    /// What reading the directory fails with; [`ErrorKind::Damaged`] if another directory has its name now.
     pub fn tokens(&self) -> Result<Vec<TokenName>> {
+        if !self.is_in_place() {
+            return Err(replaced().at(&self.path));
+        }
         let failed = |errno| Error::system("read the directory", errno).at(&self.path);
         let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
         let mut directory =
@@ -121,7 +124,21 @@ impl Store {
             }
         }
         names.sort_unstable();
+        // What is gone is not kept open.
+        self.known()
+            .retain(|name, _| names.binary_search(name).is_ok());
         Ok(names)
+    }
+
+    /// Whether the tokendir's path still leads to the directory that was opened.
+    #[must_use]
+    pub fn is_in_place(&self) -> bool {
+        match (fstat(&self.directory), stat(&self.path)) {
+            (Ok(opened), Ok(named)) => {
+                (opened.st_dev, opened.st_ino) == (named.st_dev, named.st_ino)
+            }
+            _ => false,
+        }
     }
 
     /// A token by its name. The same `Arc` each time, until the directory is another.
@@ -139,21 +156,35 @@ impl Store {
         }
         let path = self.path.join(name.as_os_str());
         let diagnostics = Arc::clone(&self.diagnostics);
+        // Not remembered: what keeps us out can end at any time.
+        let closed = |path| -> Result<Arc<dyn Token>> {
+            Ok(Arc::new(Closed {
+                name: name.clone(),
+                backend: self.options.backend,
+                path,
+                metadata: Metadata::from(&stat),
+            }))
+        };
         let token: Arc<dyn Token> = match backend {
-            Some(Backend::File) => Arc::new(FileToken::open(name.clone(), &path, diagnostics)?),
+            Some(Backend::File) => {
+                let tokendir = self.directory.as_fd();
+                match FileToken::open(tokendir, name.clone(), &path, diagnostics) {
+                    Ok(token) => Arc::new(token),
+                    Err(error) if error.kind() == ErrorKind::PermissionDenied => {
+                        return closed(path);
+                    }
+                    Err(error) => return Err(error),
+                }
+            }
             Some(Backend::Db) => {
+                // SQLite opens by path, which must lead to where we look.
+                if !self.is_in_place() {
+                    return Err(replaced().at(&self.path));
+                }
                 let options = self.options.clone();
                 Arc::new(DbToken::open(name.clone(), &path, options, diagnostics)?)
             }
-            // Not remembered: what keeps us out can end at any time.
-            None => {
-                return Ok(Arc::new(Closed {
-                    name: name.clone(),
-                    backend: self.options.backend,
-                    path,
-                    metadata: Metadata::from(&stat),
-                }));
-            }
+            None => return closed(path),
         };
         let known = Known {
             directory,
@@ -171,9 +202,15 @@ impl Store {
             name.as_os_str(),
             AtFlags::AT_SYMLINK_NOFOLLOW,
         )
-        .map_err(failed)?;
+        .map_err(|errno| {
+            if errno == Errno::ENOENT {
+                self.known().remove(name);
+            }
+            failed(errno)
+        })?;
         let no_token = || Error::not_found("not a token").at(self.path.join(name.as_os_str()));
         if !is_directory(&stat) {
+            self.known().remove(name);
             return Err(no_token());
         }
         // The configured backend first: a directory that holds both is read as SoftHSM reads it.
@@ -201,6 +238,11 @@ impl Store {
         // Every change of the map is one call, so a panic elsewhere leaves it whole.
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Another directory has the tokendir's name now: what we have open is not what SoftHSM sees.
+pub(crate) fn replaced() -> Error {
+    Error::damaged("the tokendir was moved, removed or replaced; unmount, and mount it again")
 }
 
 /// A directory that we may not look into.

@@ -18,7 +18,7 @@ use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, InotifyEvent, WatchDe
 use nix::sys::statfs::{FsType, fstatfs, statfs};
 
 use super::file::{TOKEN_OBJECT, object_name};
-use super::tokendir::{DATABASE, Store};
+use super::tokendir::{DATABASE, Store, replaced};
 use super::{ObjectId, TokenName};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -82,6 +82,7 @@ pub struct Watcher {
 }
 
 const ROOT_MASK: AddWatchFlags = AddWatchFlags::IN_CREATE
+    .union(AddWatchFlags::IN_MOVE_SELF)
     .union(AddWatchFlags::IN_DELETE)
     .union(AddWatchFlags::IN_MOVE)
     .union(AddWatchFlags::IN_ATTRIB)
@@ -109,6 +110,12 @@ fn is_remote(kind: FsType) -> bool {
         0x786F_4256, // vboxsf
     ];
     REMOTE.contains(&kind.0)
+}
+
+impl Drop for Watcher {
+    fn drop(&mut self) {
+        self.coverage.write(|state| *state = State::default());
+    }
 }
 
 impl Watcher {
@@ -147,16 +154,8 @@ impl Watcher {
     /// Waits for changes and appends them to `changes`, each once; `false` when the writing end of `stop` has been closed.
     ///
     /// # Errors
-    /// What inotify or `poll` fails with. Nothing is covered from then on.
+    /// What inotify or `poll` fails with. Nothing is covered any more when the watcher is dropped, as it should be then.
     pub fn wait(&mut self, stop: &PipeReader, changes: &mut Vec<Change>) -> Result<bool> {
-        let outcome = self.try_wait(stop, changes);
-        if !matches!(outcome, Ok(true)) {
-            self.coverage.write(|state| *state = State::default());
-        }
-        outcome
-    }
-
-    fn try_wait(&mut self, stop: &PipeReader, changes: &mut Vec<Change>) -> Result<bool> {
         let failed = |what, errno, path: &PathBuf| Error::system(what, errno).at(path);
         loop {
             let mut ready = [
@@ -233,8 +232,10 @@ impl Watcher {
 
     fn translate_root(&mut self, event: &InotifyEvent, changes: &mut Vec<Change>) -> Result<()> {
         let mask = event.mask;
-        if mask.contains(AddWatchFlags::IN_IGNORED) {
-            return Err(Error::not_found("the tokendir is gone").at(&self.path));
+        if mask.intersects(
+            AddWatchFlags::IN_IGNORED | AddWatchFlags::IN_MOVE_SELF | AddWatchFlags::IN_UNMOUNT,
+        ) {
+            return Err(replaced().at(&self.path));
         }
         changes.push(Change::Tokendir);
         let Some(name) = event.name.as_deref().and_then(TokenName::new) else {

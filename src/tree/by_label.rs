@@ -57,15 +57,29 @@ pub(super) struct Index {
 struct Kept<T> {
     names: T,
     changes: u64,
-    /// Whether all that they were made from is watched.
-    covered: bool,
+    /// Whether all that they were made from is watched, and could be read.
+    lasts: bool,
+    /// How long they are kept if not: so that the next one to ask does not do it all again at once.
+    pause: Duration,
     made_at: Instant,
 }
 
 impl<T: Clone> Kept<T> {
-    fn get(&self, changes: u64, covered: bool) -> Option<T> {
-        let covered = covered && self.covered;
-        let fresh = self.changes == changes && (covered || self.made_at.elapsed() < UNWATCHED);
+    /// What was made since `start`.
+    fn new(names: T, changes: u64, lasts: bool, start: Instant) -> Self {
+        let made_at = Instant::now();
+        Self {
+            names,
+            changes,
+            lasts,
+            pause: UNWATCHED.max(4 * (made_at - start)),
+            made_at,
+        }
+    }
+
+    fn get(&self, changes: u64, longest: Duration) -> Option<T> {
+        let longest = if self.lasts { longest } else { self.pause };
+        let fresh = self.changes == changes && self.made_at.elapsed() < longest;
         fresh.then(|| self.names.clone())
     }
 }
@@ -83,31 +97,32 @@ impl Tree {
     /// The tokens under the names of their directories in `by-label`.
     pub(super) fn tokens_by_label(&self, patience: Patience) -> Result<Tokens> {
         let changes = self.change_count();
-        let mut covered = self.coverage.has_tokendir();
         let kept = lock(&self.labels)
             .tokens
             .as_ref()
-            .and_then(|kept| kept.get(changes, covered));
+            .and_then(|kept| kept.get(changes, self.settings.kept));
         if let Some(names) = kept {
             return Ok(names);
         }
+        let start = Instant::now();
         let (mut all, mut sources) = (Vec::new(), Vec::new());
-        let mut whole = true;
+        let mut lasts = self.coverage.has_tokendir();
         for token in self.store.tokens()? {
-            // What is wrong with one token is no reason to hide the others.
-            let opened = match self.store.token(&token) {
-                Ok(opened) => opened,
+            lasts &= self.coverage.has_token(&token);
+            let own = self.store.token(&token).and_then(|opened| {
+                sources.extend(opened.metadata());
+                opened.object(&ObjectId::Token, patience)
+            });
+            let label = match own {
+                Ok(object) => {
+                    sources.push(object.metadata);
+                    label_of_token(&object)
+                }
                 Err(error) if error.kind() == ErrorKind::NotFound => continue,
-                Err(error) => return Err(error),
-            };
-            covered &= self.coverage.has_token(&token);
-            sources.extend(opened.metadata());
-            sources.extend(opened.object_metadata(&ObjectId::Token, patience));
-            let label = match opened.object(&ObjectId::Token, patience) {
-                Ok(object) => label_of_token(&object),
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return Err(error),
+                // What is wrong with one token is no reason to hide the others.
                 Err(error) => {
-                    whole &= is_lasting(&error);
+                    lasts &= is_lasting(&error);
                     None
                 }
             };
@@ -122,14 +137,8 @@ impl Tree {
             names: names(all),
             sources,
         });
-        if whole {
-            lock(&self.labels).tokens = Some(Kept {
-                names: Arc::clone(&names),
-                changes,
-                covered,
-                made_at: Instant::now(),
-            });
-        }
+        let kept = Kept::new(Arc::clone(&names), changes, lasts, start);
+        lock(&self.labels).tokens = Some(kept);
         Ok(names)
     }
 
@@ -140,14 +149,10 @@ impl Tree {
         patience: Patience,
     ) -> Result<Objects> {
         let changes = self.change_count();
-        let covered = self.coverage.has_token(token);
-        let kept = {
-            let labels = lock(&self.labels);
-            labels
-                .objects
-                .get(token)
-                .and_then(|kept| kept.get(changes, covered))
-        };
+        let kept = lock(&self.labels)
+            .objects
+            .get(token)
+            .and_then(|kept| kept.get(changes, self.settings.kept));
         if let Some(names) = kept {
             return Ok(names);
         }
@@ -158,21 +163,26 @@ impl Tree {
                 "the labels have to be read",
             ));
         }
-        let opened = self.store.token(token)?;
+        let start = Instant::now();
+        let opened = self.store.token(token).inspect_err(|_| {
+            lock(&self.labels).objects.remove(token);
+        })?;
         let (mut all, mut sources) = (Vec::new(), Vec::new());
-        let mut whole = true;
+        let mut lasts = self.coverage.has_token(token);
         for object in opened.list(patience)?.iter() {
             let id = ObjectId::Object(object.clone());
             let (label, class) = match opened.object(&id, patience) {
-                Ok(read) => (label_of_object(&read), class_of(&read)),
+                Ok(read) => {
+                    sources.push(read.metadata);
+                    (label_of_object(&read), class_of(&read))
+                }
                 Err(error) if error.kind() == ErrorKind::NotFound => continue,
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return Err(error),
                 Err(error) => {
-                    whole &= is_lasting(&error);
+                    lasts &= is_lasting(&error);
                     (None, "damaged".to_owned())
                 }
             };
-            sources.extend(opened.object_metadata(&id, patience));
             all.push(Labelled {
                 label: label.unwrap_or_else(|| object.as_bytes().to_vec()),
                 extension: format!(".{class}"),
@@ -186,15 +196,8 @@ impl Tree {
             names: names(all),
             sources,
         });
-        if whole {
-            let kept = Kept {
-                names: Arc::clone(&names),
-                changes,
-                covered,
-                made_at: Instant::now(),
-            };
-            lock(&self.labels).objects.insert(token.clone(), kept);
-        }
+        let kept = Kept::new(Arc::clone(&names), changes, lasts, start);
+        lock(&self.labels).objects.insert(token.clone(), kept);
         Ok(names)
     }
 }

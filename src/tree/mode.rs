@@ -28,7 +28,7 @@ pub fn of_token(backing: u32, mask: u32) -> u32 {
     backing & !(mask & ACCESS)
 }
 
-/// All bits but the `r` of each class of users of `directory` who may not read the file `source`. Where the two have
+/// All bits but the `r` and the `x` of each class of users of `directory` who may not read the file `source`. Where the two have
 /// different owners or groups, nobody can tell which class of the one is which of the other: then all have to be allowed.
 #[must_use]
 pub fn listable(directory: &Metadata, source: &Metadata, mask: u32) -> u32 {
@@ -45,7 +45,7 @@ pub fn listable(directory: &Metadata, source: &Metadata, mask: u32) -> u32 {
     } else {
         group && other
     };
-    [(owner_may, 0o400), (group_may, 0o040), (other, 0o004_u32)]
+    [(owner_may, 0o500), (group_may, 0o050), (other, 0o005_u32)]
         .iter()
         .filter(|(may, _)| !may)
         .fold(u32::MAX, |bits, (_, bit)| bits & !bit)
@@ -68,16 +68,16 @@ mod tests {
         let directory = of(0o755, 7, 7);
         let listed = |source| 0o755 & listable(&directory, &source, 0o000);
         assert_eq!(listed(of(0o644, 7, 7)), 0o755);
-        assert_eq!(listed(of(0o640, 7, 7)), 0o751);
-        assert_eq!(listed(of(0o600, 7, 7)), 0o711);
-        assert_eq!(listed(of(0o600, 8, 8)), 0o311);
-        assert_eq!(listed(of(0o640, 7, 8)), 0o711);
+        assert_eq!(listed(of(0o640, 7, 7)), 0o750);
+        assert_eq!(listed(of(0o600, 7, 7)), 0o700);
+        assert_eq!(listed(of(0o600, 8, 8)), 0o200);
+        assert_eq!(listed(of(0o640, 7, 8)), 0o700);
         assert_eq!(listed(of(0o644, 8, 8)), 0o755);
         assert_eq!(
             0o755 & listable(&of(0o755, 0, 0), &of(0o600, 8, 8), 0),
-            0o711
+            0o700
         );
-        assert_eq!(0o755 & listable(&directory, &of(0o644, 7, 7), 0o027), 0o751);
+        assert_eq!(0o755 & listable(&directory, &of(0o644, 7, 7), 0o027), 0o750);
     }
 
     #[test]

@@ -14,7 +14,7 @@
 //! The verdict is that of SoftHSM's `ObjectFile::refresh` in every case, so that the mount shows an object where SoftHSM
 //! has one and an error where it has none. Nothing is allocated by a length that was not checked against what is there.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::{KIND_BOOLEAN, KIND_BYTES, KIND_MAP, KIND_MECHANISMS, KIND_ULONG};
 use crate::error::{Error, Result};
@@ -45,24 +45,23 @@ pub fn decode(bytes: &[u8]) -> Result<Decoded> {
         .at_offset(0));
     }
     let mut reader = Reader { bytes, position: 0 };
-    let mut attributes = Attributes::new();
     if bytes.len() < 8 {
         return Ok(Decoded {
             generation: None,
-            attributes,
+            attributes: Attributes::new(),
             trailing: Some(0),
         });
     }
     let generation = reader.ulong("the generation")?;
+    let mut attributes = BTreeMap::new();
     while reader.left() >= 8 {
         let attribute_type = reader.ulong("an attribute's type")?;
         let value = reader.value()?;
-        attributes.remove_type(attribute_type);
         attributes.insert(attribute_type, value);
     }
     Ok(Decoded {
         generation: Some(generation),
-        attributes,
+        attributes: attributes.into(),
         trailing: (reader.left() > 0).then_some(reader.offset()),
     })
 }
@@ -157,7 +156,7 @@ impl<'a> Reader<'a> {
             ))
             .at_offset(start));
         }
-        let mut entries = Attributes::new();
+        let mut entries = BTreeMap::new();
         while left != 0 {
             let at = self.offset();
             let attribute_type = self.ulong("the type of an entry of an attribute map")?;
@@ -191,10 +190,8 @@ impl<'a> Reader<'a> {
                 Error::damaged("an entry reaches beyond its attribute map").at_offset(at)
             })?;
             // SoftHSM inserts into a std::map, which keeps what it has.
-            if entries.of_type(attribute_type).is_none() {
-                entries.insert(attribute_type, value);
-            }
+            entries.entry(attribute_type).or_insert(value);
         }
-        Ok(entries)
+        Ok(entries.into())
     }
 }

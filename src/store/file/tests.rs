@@ -2,6 +2,7 @@
 
 use std::ffi::OsStr;
 use std::fs;
+use std::os::fd::AsFd;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -286,8 +287,10 @@ impl Fixture {
         )
         .unwrap();
         let diagnostics = Arc::new(Diagnostics::new());
-        let name = TokenName::new(OsStr::new("token")).unwrap();
-        let token = FileToken::open(name, directory.path(), Arc::clone(&diagnostics)).unwrap();
+        let path = directory.path();
+        let name = TokenName::new(path.file_name().unwrap()).unwrap();
+        let parent = fs::File::open(path.parent().unwrap()).unwrap();
+        let token = FileToken::open(parent.as_fd(), name, path, Arc::clone(&diagnostics)).unwrap();
         Self {
             directory,
             token: Arc::new(token),
@@ -580,4 +583,49 @@ fn an_object_without_a_lock_file_is_read() {
             .object(&ObjectId::Token, Patience::Now)
             .is_ok()
     );
+}
+
+#[test]
+fn a_long_file_is_not_read_while_others_wait() {
+    let fixture = Fixture::new();
+    let mut attributes = Attributes::new();
+    attributes.insert(0x11, Value::Bytes(vec![7; 600 * 1024 + 1]));
+    fixture.write("a.object", &encode(1, &attributes));
+    let error = fixture.token.object(&id("a"), Patience::Now).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::WouldBlock);
+    let object = fixture.token.object(&id("a"), soon()).unwrap();
+    assert_eq!(object.attributes, attributes);
+    thread::sleep(Duration::from_millis(60));
+    assert!(fixture.token.object(&id("a"), soon()).is_ok());
+    assert!(
+        fixture.token.object(&id("a"), Patience::Now).is_ok(),
+        "it is known"
+    );
+}
+
+/// Half a million attributes: a megabyte and more that somebody may have put there to keep us busy.
+#[test]
+fn many_attributes_take_no_longer_than_their_bytes() {
+    let mut bytes = words(&[1]);
+    for attribute_type in (0..500_000u64).rev() {
+        bytes.extend(words(&[attribute_type, KIND_BOOLEAN]));
+        bytes.push(1);
+    }
+    let mut map = words(&[1, TEMPLATE, KIND_MAP, 500_000 * 17]);
+    map.extend_from_slice(&bytes[8..]);
+    assert_eq!(decode(&bytes).unwrap().attributes.len(), 500_000);
+    let decoded = decode(&map).unwrap();
+    assert!(
+        matches!(decoded.attributes.of_type(TEMPLATE), Some(Value::Map(map)) if map.len() == 500_000)
+    );
+}
+
+#[test]
+fn what_is_gone_is_not_kept() {
+    let fixture = Fixture::new();
+    fixture.write("a.object", &encode(1, &sample()));
+    let object = fixture.token.object(&id("a"), soon()).unwrap();
+    fs::remove_file(fixture.path("a.object")).unwrap();
+    fixture.token.list(Patience::Now).unwrap();
+    assert_eq!(Arc::strong_count(&object), 1);
 }

@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -13,7 +13,7 @@ use std::time::SystemTime;
 
 use nix::dir::{Dir, Type};
 use nix::errno::Errno;
-use nix::fcntl::{AtFlags, OFlag, open};
+use nix::fcntl::{AtFlags, OFlag, openat};
 use nix::sys::stat::{FileStat, Mode, fstat, fstatat};
 
 use super::read::{Version, read_object};
@@ -22,6 +22,9 @@ use crate::diagnostics::Diagnostics;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::metadata::{Metadata, Stamp, is_file};
 use crate::store::{Backend, Object, ObjectId, ObjectName, Patience, Token, TokenName};
+
+/// The longest file, in bytes, that is read and decoded while everybody else waits.
+const QUICK: i64 = 512 * 1024;
 
 /// A token directory with a `token.object` in it.
 #[derive(Debug)]
@@ -41,13 +44,18 @@ struct Cached {
 }
 
 impl FileToken {
-    /// The token in the directory `path`, an absolute path, whose name is `name`. A symbolic link is not followed.
+    /// The token in the directory `name` of `tokendir`, whose path is `path`. A symbolic link is not followed.
     ///
     /// # Errors
     /// What opening the directory fails with.
-    pub fn open(name: TokenName, path: &Path, diagnostics: Arc<Diagnostics>) -> Result<Self> {
+    pub fn open(
+        tokendir: BorrowedFd<'_>,
+        name: TokenName,
+        path: &Path,
+        diagnostics: Arc<Diagnostics>,
+    ) -> Result<Self> {
         let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-        let directory = open(path, flags, Mode::empty())
+        let directory = openat(tokendir, name.as_os_str(), flags, Mode::empty())
             .map_err(|errno| Error::system("open", errno).at(path))?;
         Ok(Self {
             name,
@@ -164,6 +172,11 @@ impl Token for FileToken {
             }
         }
         names.sort_unstable();
+        // What is gone is not kept.
+        self.cache().retain(|id, _| match id {
+            ObjectId::Token => true,
+            ObjectId::Object(name) => names.binary_search(name).is_ok(),
+        });
         Ok(names.into())
     }
 
@@ -172,8 +185,8 @@ impl Token for FileToken {
     }
 
     fn object(&self, id: &ObjectId, patience: Patience) -> Result<Arc<Object>> {
-        let stamp = match self.stat(id) {
-            Ok(stat) => Stamp::from(&stat),
+        let stat = match self.stat(id) {
+            Ok(stat) => stat,
             Err(error) => {
                 if error.kind() == ErrorKind::NotFound {
                     self.cache().remove(id);
@@ -181,12 +194,18 @@ impl Token for FileToken {
                 return Err(error);
             }
         };
+        let stamp = Stamp::from(&stat);
         let known = self.cache().get(id).cloned();
         if let Some(known) = &known
             && known.stamp == stamp
             && !known.stamp.is_racy(known.read_at)
         {
             return known.object.clone();
+        }
+        if matches!(patience, Patience::Now) && stat.st_size > QUICK {
+            return Err(
+                Error::new(ErrorKind::WouldBlock, "a long file has to be read").at(&self.path),
+            );
         }
         let read_at = SystemTime::now();
         let version = self.read(id, patience)?;
@@ -196,6 +215,7 @@ impl Token for FileToken {
             && let Ok(old) = &known.object
             && known.stamp == stamp
             && old.attributes == new.attributes
+            && old.metadata.same_access(&new.metadata)
         {
             // The same version, read again only to be sure: whoever holds it need not be told.
             object = Ok(Arc::clone(old));
