@@ -438,3 +438,30 @@ both_backends! {
         assert!(!mount.is_mounted());
     }
 }
+
+both_backends! {
+    /// setfacl(1) for one user makes the group's bits of the mode a mask, which says nothing of the group.
+    fn an_access_control_list_opens_a_file_to_nobody_else(backend) {
+        let (softhsm, mut client) = Softhsm::with_token(backend);
+        client.create(&data("listed")).unwrap();
+        drop(client);
+        softhsm.configure("objectstore.umask = 0007\n");
+        set_mode(&softhsm.token_directory(), 0o750);
+        nix::unistd::chown(&softhsm.token_directory(), None, Some(ALICE.gid.into())).unwrap();
+        let mount = MountOptions::new().umask(0o002).option("allow_other").mount(&softhsm);
+        let object = only_object(&softhsm, mount.path());
+        let file = backing_file(&softhsm, &object);
+        nix::unistd::chown(&file, None, Some(ALICE.gid.into())).unwrap();
+        run(tool("setfacl").args(["-m", &format!("u:{}:r", BOB.uid)]).arg(&file));
+        assert_eq!(mode(&file), 0o640, "what stat says of it");
+        let label = object.join("CKA_LABEL");
+        eventually(Duration::from_secs(1), "no bit for the group", || mode(&label) == 0o600);
+        denied(&mut cat(ALICE, &label));
+        denied(&mut ls(ALICE, &object));
+        assert_eq!(fs::read(&label).unwrap(), b"listed");
+        run(tool("setfacl").arg("-b").arg(&file));
+        set_mode(&file, 0o640);
+        eventually(Duration::from_secs(1), "the bit of the mode", || mode(&label) == 0o640);
+        assert_eq!(text_of(&mut cat(ALICE, &label)), "listed");
+    }
+}

@@ -1,8 +1,12 @@
 //! What `stat` says, and the stamp by which a change of a backing file is noticed.
 
+use std::os::fd::AsFd;
+use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use nix::sys::stat::{FileStat, SFlag};
+
+use super::acl;
 
 /// Two changes that fall into one tick of the file system's clock leave the same times behind. A tick is 10 ms at most on
 /// kernels before multigrain timestamps (Linux 6.13), with room for a clock that is stepped a little.
@@ -11,7 +15,8 @@ const CLOCK_TICK: Duration = Duration::from_millis(50);
 /// What `stat` says of a backing file or directory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Metadata {
-    /// Permission bits, set-id and sticky bits (`07777`), without a mask applied.
+    /// Permission bits, set-id and sticky bits (`07777`), without a mask applied. Where the file has an access control list, no
+    /// more than that gives to everybody in it.
     pub mode: u32,
     /// Owner.
     pub uid: u32,
@@ -33,10 +38,27 @@ impl Metadata {
     }
 }
 
-impl From<&FileStat> for Metadata {
-    fn from(stat: &FileStat) -> Self {
+impl Metadata {
+    /// Of an open file or directory.
+    pub(crate) fn of_open(file: impl AsFd, stat: &FileStat) -> Self {
+        Self::new(stat, |buffer| {
+            rustix::fs::fgetxattr(file, acl::NAME, buffer)
+        })
+    }
+
+    /// Of what `path` names. A symbolic link is not followed, and nothing is opened.
+    pub(crate) fn of_path(path: &Path, stat: &FileStat) -> Self {
+        Self::new(stat, |buffer| {
+            rustix::fs::lgetxattr(path, acl::NAME, buffer)
+        })
+    }
+
+    fn new(
+        stat: &FileStat,
+        list: impl FnOnce(&mut [u8]) -> Result<usize, rustix::io::Errno>,
+    ) -> Self {
         Self {
-            mode: stat.st_mode & 0o7777,
+            mode: acl::narrow(stat.st_mode & 0o7777, list),
             uid: stat.st_uid,
             gid: stat.st_gid,
             atime: time(stat.st_atime, stat.st_atime_nsec),

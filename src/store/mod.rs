@@ -6,6 +6,7 @@
 //! A caller says with [`Patience`] whether it can wait. What is cached is served only while the backing file looks
 //! exactly as it did when it was read.
 
+mod acl;
 pub mod attribute;
 pub mod db;
 pub mod file;

@@ -88,7 +88,7 @@ impl Store {
     /// What `fstat` fails with.
     pub fn metadata(&self) -> Result<Metadata> {
         match fstat(&self.directory) {
-            Ok(stat) => Ok(Metadata::from(&stat)),
+            Ok(stat) => Ok(Metadata::of_open(&self.directory, &stat)),
             Err(errno) => Err(Error::system("stat", errno).at(&self.path)),
         }
     }
@@ -157,12 +157,12 @@ impl Store {
         let path = self.path.join(name.as_os_str());
         let diagnostics = Arc::clone(&self.diagnostics);
         // Not remembered: what keeps us out can end at any time.
-        let closed = |path| -> Result<Arc<dyn Token>> {
+        let closed = |path: PathBuf| -> Result<Arc<dyn Token>> {
             Ok(Arc::new(Closed {
                 name: name.clone(),
                 backend: self.options.backend,
+                metadata: Metadata::of_path(&path, &stat),
                 path,
-                metadata: Metadata::from(&stat),
             }))
         };
         let token: Arc<dyn Token> = match backend {

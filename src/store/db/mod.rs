@@ -203,7 +203,7 @@ impl DbToken {
         };
         let (seen, snapshot) = match (outcome, known) {
             (Outcome::New(seen, rows), _) => {
-                let metadata = Metadata::from(&seen.stat);
+                let metadata = Metadata::of_path(&self.path, &seen.stat);
                 let snapshot = Snapshot::new(&self.name, &self.path, metadata, rows);
                 self.warn(&mut slot.warned, &snapshot.warnings);
                 (seen, Arc::new(snapshot))
@@ -212,7 +212,7 @@ impl DbToken {
                 let snapshot = if seen.version.stamp == version.stamp {
                     snapshot
                 } else {
-                    Arc::new(snapshot.with_metadata(Metadata::from(&seen.stat)))
+                    Arc::new(snapshot.with_metadata(Metadata::of_path(&self.path, &seen.stat)))
                 };
                 (seen, snapshot)
             }
@@ -278,7 +278,7 @@ impl Token for DbToken {
             let detail = "a token is a directory, and this is none";
             return Err(Error::new(ErrorKind::NotADirectory, detail).at(&self.directory));
         }
-        Ok(Metadata::from(&stat))
+        Ok(Metadata::of_path(&self.directory, &stat))
     }
 
     fn list(&self, patience: Patience) -> Result<Arc<[ObjectName]>> {
@@ -287,7 +287,7 @@ impl Token for DbToken {
 
     fn object_metadata(&self, id: &ObjectId, patience: Patience) -> Result<Metadata> {
         match id {
-            ObjectId::Token => Ok(Metadata::from(&stat(&self.path)?)),
+            ObjectId::Token => Ok(Metadata::of_path(&self.path, &stat(&self.path)?)),
             ObjectId::Object(_) => {
                 let snapshot = self.current(patience)?;
                 snapshot.row(id).map_err(|error| error.at(&self.path))?;

@@ -126,7 +126,7 @@ fn attempt(
     Ok(Attempt::Read(
         Version {
             stamp,
-            metadata: Metadata::from(&after),
+            metadata: Metadata::of_open(&file, &after),
             content,
         },
         looks_unfinished,

@@ -144,7 +144,7 @@ impl Token for FileToken {
         if stat.st_nlink == 0 {
             return Err(Error::not_found("the token is gone").at(&self.path));
         }
-        Ok(Metadata::from(&stat))
+        Ok(Metadata::of_open(&self.directory, &stat))
     }
 
     fn list(&self, _patience: Patience) -> Result<Arc<[ObjectName]>> {
@@ -181,7 +181,8 @@ impl Token for FileToken {
     }
 
     fn object_metadata(&self, id: &ObjectId, _patience: Patience) -> Result<Metadata> {
-        self.stat(id).map(|stat| Metadata::from(&stat))
+        let path = self.path.join(file_name(id));
+        self.stat(id).map(|stat| Metadata::of_path(&path, &stat))
     }
 
     fn object(&self, id: &ObjectId, patience: Patience) -> Result<Arc<Object>> {
