@@ -42,7 +42,7 @@ Options for -o, separated by commas (a backslash takes a comma into a value):
   backend=file|db     as --backend
   umask=OCTAL         as --umask
   lock_wait=SECONDS   how long to wait for a lock that SoftHSM holds, before EBUSY (5)
-  noinotify           look for changes once a second instead of being told by the kernel
+  noinotify           look for changes every half second instead of being told by the kernel
   fsname=NAME         the source that mount and df show (the token directory)
   subtype=NAME        the part of the type behind \"fuse.\" (tokenfs); another one hides the mount
                       from \"tokenfs umount\"
@@ -137,7 +137,7 @@ pub struct TreeArgs {
     /// Which store.
     #[command(flatten)]
     pub store: StoreArgs,
-    /// Only this token, by its directory name
+    /// Only this token, by its directory name, serial number or label
     #[arg(value_name = "TOKEN")]
     pub token: Option<OsString>,
 }

@@ -45,7 +45,7 @@ pub struct Plan {
     pub store: store::Options,
     /// The effective mask.
     pub mask: u32,
-    /// Whether the kernel is asked to report changes; otherwise the tree looks once a second.
+    /// Whether the kernel is asked to report changes; otherwise answers hold for half a second.
     pub notify: bool,
     /// Whether to unmount even if the server is killed.
     pub auto_unmount: bool,

@@ -50,7 +50,7 @@ pub struct MountOptions {
     pub umask: Option<u32>,
     /// `lock_wait=`: the longest wait for a lock of SoftHSM.
     pub lock_wait: Option<Duration>,
-    /// `noinotify`: look once a second instead of being told of changes.
+    /// `noinotify`: look every half second instead of being told of changes.
     pub noinotify: bool,
     /// `ro`: the store is not written to at all, not even to roll back what a crashed writer left in a database.
     pub read_only: bool,

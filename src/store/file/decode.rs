@@ -11,7 +11,7 @@
 //! entry     := type:u64 kind:u64 value                          2 is an integer, 3 a byte string, 4 is refused
 //! ```
 //!
-//! The verdict is that of SoftHSM's `ObjectFile::refresh` in every case, so that the mount shows an object where SoftHSM
+//! The verdict is that of SoftHSM's `ObjectFile::refresh` on every content, so that the mount shows an object where SoftHSM
 //! has one and an error where it has none. Nothing is allocated by a length that was not checked against what is there.
 
 use std::collections::{BTreeMap, BTreeSet};
