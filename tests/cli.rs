@@ -200,6 +200,17 @@ fn a_bad_configuration_is_named() {
 }
 
 #[test]
+fn the_directory_of_one_token_is_no_store() {
+    let place = Place::new();
+    fs::write(place.path("tokens/token.object"), [0; 8]).unwrap();
+    let output = place
+        .tokenfs(&["tree", "--tokendir", "tokens"])
+        .output()
+        .unwrap();
+    check(&output, 0, "this is the directory of one token");
+}
+
+#[test]
 fn a_bad_tokendir_is_named() {
     let place = Place::new();
     place.config("directories.tokendir = gone\n");

@@ -105,12 +105,20 @@ both_backends! {
     fn a_tokendir_in_place_of_another_is_said(backend) {
         let (softhsm, mount, token) = fixture(backend);
         let saved = grown(&softhsm, &token);
+        let mut objects = fs::read_dir(&token).unwrap().map(|entry| entry.unwrap().path());
+        let object = objects.find(|path| !path.ends_with("token")).unwrap();
         fs::rename(&softhsm.tokendir, softhsm.tokendir.with_extension("away")).unwrap();
         fs::rename(&saved, &softhsm.tokendir).unwrap();
         let refused = |directory: &Path| {
             matches!(fs::read_dir(directory), Err(error) if error.raw_os_error() == Some(nix::libc::EIO))
         };
         eventually(SOON, "an error", || refused(mount.path()));
+        // Not the old store by paths that were asked for before, and not the new one.
+        eventually(SOON, "an error below", || refused(&token));
+        let object = object.join("CKA_LABEL");
+        eventually(SOON, "an error in a file", || {
+            matches!(fs::read(&object), Err(error) if error.raw_os_error() == Some(nix::libc::EIO))
+        });
         let log = fs::read_to_string(mount.join(".tokenfs/log")).unwrap();
         assert!(log.contains("was moved, removed or replaced; unmount, and mount it again"), "{log}");
     }

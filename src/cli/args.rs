@@ -95,7 +95,8 @@ pub struct StoreArgs {
     /// The directory of the tokens, instead of the configured one
     #[arg(long, value_name = "DIR")]
     pub tokendir: Option<PathBuf>,
-    /// The backend, file or db, instead of the configured one
+    /// The backend, file or db, instead of the configured one: a directory that holds both kinds of token is read as that; all
+    /// others are read as what they are
     #[arg(long, value_name = "BACKEND", value_parser = |text: &str| parse_backend(text.as_ref()))]
     pub backend: Option<Backend>,
 }

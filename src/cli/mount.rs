@@ -1,7 +1,7 @@
 //! `tokenfs mount`.
 
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use fuser::Notifier;
@@ -189,6 +189,9 @@ pub fn plan(wish: Wish, name: &str) -> Result<Plan> {
         eprintln!("{name}: warning: {warning}");
     }
     let tokendir = check_tokendir(&config.tokendir)?;
+    if let Some(warning) = one_token(&tokendir) {
+        eprintln!("{name}: warning: {warning}");
+    }
     let point = check_point(&wish.point, &tokendir)?;
     let mask = config::effective_mask(config.umask);
     let defaults = store::Options::default();
@@ -213,6 +216,20 @@ pub fn plan(wish: Wish, name: &str) -> Result<Plan> {
         },
         tokendir,
         warnings,
+    })
+}
+
+/// What to say where somebody names the directory of a token, in which there are no tokens.
+#[must_use]
+pub fn one_token(tokendir: &Path) -> Option<String> {
+    let is_token = ["token.object", "sqlite3.db"]
+        .iter()
+        .any(|name| tokendir.join(name).exists());
+    is_token.then(|| {
+        format!(
+            "{}: this is the directory of one token, and has no tokens in it; name the directory that it is in",
+            tokendir.display()
+        )
     })
 }
 

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use super::Failure;
 use super::args::TreeArgs;
-use super::mount::configuration;
+use super::mount::{configuration, one_token};
 use crate::diagnostics::Diagnostics;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::mount::check_tokendir;
@@ -49,6 +49,9 @@ pub fn run(args: &TreeArgs) -> Result<(), Failure> {
         ..store::Options::default()
     };
     let tokendir = check_tokendir(&config.tokendir)?;
+    if let Some(warning) = one_token(&tokendir) {
+        eprintln!("tokenfs: warning: {warning}");
+    }
     let store = Store::open(&tokendir, options, Arc::new(Diagnostics::new()))?;
     let patience = Patience::at_most(store.options().lock_wait);
     let tokens = chosen(&store, args.token.as_deref(), patience)?;
@@ -73,8 +76,11 @@ pub fn run(args: &TreeArgs) -> Result<(), Failure> {
     let Some(last) = failures.pop() else {
         return Ok(());
     };
+    let mut said = std::collections::HashSet::from([last.to_string()]);
     for failure in failures {
-        eprintln!("tokenfs: {failure}");
+        if said.insert(failure.to_string()) {
+            eprintln!("tokenfs: {failure}");
+        }
     }
     Err(last.into())
 }

@@ -106,9 +106,7 @@ impl Store {
     /// # Errors
     /// What reading the directory fails with; [`ErrorKind::Damaged`] if another directory has its name now.
     pub fn tokens(&self) -> Result<Vec<TokenName>> {
-        if !self.is_in_place() {
-            return Err(replaced().at(&self.path));
-        }
+        self.check_in_place()?;
         let failed = |errno| Error::system("read the directory", errno).at(&self.path);
         let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
         let mut directory =
@@ -130,14 +128,18 @@ impl Store {
         Ok(names)
     }
 
-    /// Whether the tokendir's path still leads to the directory that was opened.
-    #[must_use]
-    pub fn is_in_place(&self) -> bool {
+    /// That the tokendir's path still leads to the directory that was opened.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Damaged`] if it does not.
+    pub fn check_in_place(&self) -> Result<()> {
         match (fstat(&self.directory), stat(&self.path)) {
-            (Ok(opened), Ok(named)) => {
-                (opened.st_dev, opened.st_ino) == (named.st_dev, named.st_ino)
+            (Ok(opened), Ok(named))
+                if (opened.st_dev, opened.st_ino) == (named.st_dev, named.st_ino) =>
+            {
+                Ok(())
             }
-            _ => false,
+            _ => Err(replaced().at(&self.path)),
         }
     }
 
@@ -178,9 +180,7 @@ impl Store {
             }
             Some(Backend::Db) => {
                 // SQLite opens by path, which must lead to where we look.
-                if !self.is_in_place() {
-                    return Err(replaced().at(&self.path));
-                }
+                self.check_in_place()?;
                 let options = self.options.clone();
                 Arc::new(DbToken::open(name.clone(), &path, options, diagnostics)?)
             }
@@ -258,7 +258,7 @@ impl Closed {
     fn refuse<T>(&self) -> Result<T> {
         Err(Error::new(
             ErrorKind::PermissionDenied,
-            "the process that serves the mount may not look into this directory",
+            "tokenfs may not look into this directory",
         )
         .at(&self.path))
     }

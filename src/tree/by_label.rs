@@ -109,7 +109,7 @@ impl Tree {
         let mut lasts = self.coverage.has_tokendir();
         for token in self.store.tokens()? {
             lasts &= self.coverage.has_token(&token);
-            let own = self.store.token(&token).and_then(|opened| {
+            let own = self.token(&token).and_then(|opened| {
                 sources.extend(opened.metadata());
                 opened.object(&ObjectId::Token, patience)
             });
@@ -164,7 +164,7 @@ impl Tree {
             ));
         }
         let start = Instant::now();
-        let opened = self.store.token(token).inspect_err(|_| {
+        let opened = self.token(token).inspect_err(|_| {
             lock(&self.labels).objects.remove(token);
         })?;
         let (mut all, mut sources) = (Vec::new(), Vec::new());
@@ -180,7 +180,7 @@ impl Tree {
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return Err(error),
                 Err(error) => {
                     lasts &= is_lasting(&error);
-                    (None, "damaged".to_owned())
+                    (None, trouble(&error).to_owned())
                 }
             };
             all.push(Labelled {
@@ -199,6 +199,15 @@ impl Tree {
         let kept = Kept::new(Arc::clone(&names), changes, lasts, start);
         lock(&self.labels).objects.insert(token.clone(), kept);
         Ok(names)
+    }
+}
+
+/// What stands for the class of an object that cannot be read.
+fn trouble(error: &Error) -> &'static str {
+    match error.kind() {
+        ErrorKind::Damaged => "damaged",
+        ErrorKind::Busy => "locked",
+        _ => "unreadable",
     }
 }
 

@@ -29,7 +29,7 @@ use std::time::{Duration, SystemTime};
 use crate::diagnostics::Diagnostics;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::watch::Coverage;
-use crate::store::{Object, Patience, Store};
+use crate::store::{Object, Patience, Store, Token, TokenName};
 
 pub use handle::HandleId;
 use handle::{Handle, Handles};
@@ -328,6 +328,15 @@ impl Tree {
 
     fn open_handle(&self, handle: Handle) -> HandleId {
         lock(&self.handles).insert(handle)
+    }
+
+    /// A token by its name, unless it is one of a tokendir that is not SoftHSM's any more. Where the tokendir is watched, the watch
+    /// ends with that.
+    fn token(&self, name: &TokenName) -> Result<Arc<dyn Token>> {
+        if !self.coverage.has_tokendir() {
+            self.store.check_in_place()?;
+        }
+        self.store.token(name)
     }
 
     fn node(&self, ino: Ino) -> Result<Node> {

@@ -96,7 +96,7 @@ impl Tree {
                     .into_iter()
                     .map(Stale::Content),
             );
-            if self.store.token(token).is_err() {
+            if self.token(token).is_err() {
                 stale.push(Stale::Entry(ROOT, token.as_os_str().into()));
             }
         }
@@ -116,7 +116,6 @@ impl Tree {
         let below = lock(&self.inodes).below(ino);
         stale.extend(below.iter().copied().map(Stale::Content));
         let current = self
-            .store
             .token(token)
             .and_then(|token| token.object(id, patience));
         match (current, id) {
@@ -151,7 +150,7 @@ impl Tree {
             return;
         };
         let below = lock(&self.inodes).below(ino);
-        let opened = match self.store.token(token) {
+        let opened = match self.token(token) {
             Ok(opened) => opened,
             Err(_) => return self.stale_token(token, stale),
         };

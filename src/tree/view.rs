@@ -81,7 +81,7 @@ impl Tree {
                 (directory(&metadata, metadata.mode), None)
             }
             Node::Token(token) => {
-                let metadata = self.store.token(token)?.metadata()?;
+                let metadata = self.token(token)?.metadata()?;
                 let own = mode::of_token(metadata.mode, mask);
                 (directory(&metadata, own), None)
             }
@@ -93,13 +93,13 @@ impl Tree {
                 (directory(&metadata, own), None)
             }
             Node::TokenByLabel(token) => {
-                let metadata = self.store.token(token)?.metadata()?;
+                let metadata = self.token(token)?.metadata()?;
                 let names = self.objects_by_label(token, patience)?;
                 let own = names.mode(&metadata, mode::of_token(metadata.mode, mask), mask);
                 (directory(&metadata, own), None)
             }
             Node::Object(token, id) => {
-                let metadata = self.store.token(token)?.object_metadata(id, patience)?;
+                let metadata = self.token(token)?.object_metadata(id, patience)?;
                 (
                     directory(&metadata, mode::of_object(metadata.mode, mask)),
                     None,
@@ -112,7 +112,7 @@ impl Tree {
             Node::Log => (self.describe_log(), None),
             Node::ObjectByLabel(token, object) => {
                 let id = ObjectId::Object(object.clone());
-                let metadata = self.store.token(token)?.object_metadata(&id, patience)?;
+                let metadata = self.token(token)?.object_metadata(&id, patience)?;
                 let attributes = Attributes {
                     kind: FileKind::Link,
                     size: by_label::target(token, object).len() as u64,
@@ -169,7 +169,7 @@ impl Tree {
                     .collect()
             }
             Node::Token(token) => {
-                let objects = self.store.token(token)?.list(patience)?;
+                let objects = self.token(token)?.list(patience)?;
                 let own = Node::Object(token.clone(), ObjectId::Token);
                 std::iter::once(as_directory(TOKEN.into(), own))
                     .chain(objects.iter().map(|object| {
@@ -244,7 +244,7 @@ impl Tree {
     }
 
     fn object(&self, token: &TokenName, id: &ObjectId, patience: Patience) -> Result<Arc<Object>> {
-        self.store.token(token)?.object(id, patience)
+        self.token(token)?.object(id, patience)
     }
 }
 

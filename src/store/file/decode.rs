@@ -40,7 +40,7 @@ pub struct Decoded {
 pub fn decode(bytes: &[u8]) -> Result<Decoded> {
     if bytes.is_empty() {
         return Err(Error::damaged(
-            "the file is empty: an object that was destroyed or never finished",
+            "an object that was destroyed or never finished: the file is empty",
         )
         .at_offset(0));
     }
