@@ -204,7 +204,7 @@ impl Tree {
     /// # Errors
     /// As [`Tree::lookup`]; [`ErrorKind::NotFound`] if it is gone by now.
     pub fn look_at(&self, listed: &Listed, patience: Patience) -> Result<Look> {
-        self.look(listed.node.clone(), patience)
+        self.noted(self.look(listed.node.clone(), patience))
     }
 
     /// Counts an answer about something in the directory `parent`: the kernel has been told.
