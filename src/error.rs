@@ -22,8 +22,18 @@ pub enum ErrorKind {
     IsADirectory,
     /// The operating system does not let us at the backing file.
     PermissionDenied,
+    /// The operation is for the owner, or for root (`EPERM`).
+    NotPermitted,
     /// The mount, or the file system below it, takes no writes.
     ReadOnly,
+    /// There is something of that name already.
+    Exists,
+    /// A directory that is to go, or to be replaced, has something in it.
+    NotEmpty,
+    /// What is to be renamed would have to be copied.
+    CrossDevice,
+    /// A value is larger than any that is stored.
+    TooLarge,
     /// What is stored is not what the format allows.
     Damaged,
     /// A lock stayed taken, or a writer unfinished, for as long as we were prepared to wait.
@@ -52,6 +62,11 @@ impl ErrorKind {
             Self::NotADirectory => libc::ENOTDIR,
             Self::IsADirectory => libc::EISDIR,
             Self::PermissionDenied => libc::EACCES,
+            Self::NotPermitted => libc::EPERM,
+            Self::Exists => libc::EEXIST,
+            Self::NotEmpty => libc::ENOTEMPTY,
+            Self::CrossDevice => libc::EXDEV,
+            Self::TooLarge => libc::EFBIG,
             Self::ReadOnly => libc::EROFS,
             // What a local file system says of a block that it cannot make sense of.
             Self::Damaged => libc::EIO,
@@ -73,7 +88,12 @@ impl ErrorKind {
             libc::ENOENT => Self::NotFound,
             libc::ENOTDIR => Self::NotADirectory,
             libc::EISDIR => Self::IsADirectory,
-            libc::EACCES | libc::EPERM => Self::PermissionDenied,
+            libc::EACCES => Self::PermissionDenied,
+            libc::EPERM => Self::NotPermitted,
+            libc::EEXIST => Self::Exists,
+            libc::ENOTEMPTY => Self::NotEmpty,
+            libc::EXDEV => Self::CrossDevice,
+            libc::EFBIG => Self::TooLarge,
             libc::EROFS => Self::ReadOnly,
             libc::EBUSY => Self::Busy,
             libc::EINVAL => Self::Invalid,
@@ -199,7 +219,12 @@ mod tests {
             (ErrorKind::NotADirectory, libc::ENOTDIR),
             (ErrorKind::IsADirectory, libc::EISDIR),
             (ErrorKind::PermissionDenied, libc::EACCES),
+            (ErrorKind::NotPermitted, libc::EPERM),
             (ErrorKind::ReadOnly, libc::EROFS),
+            (ErrorKind::Exists, libc::EEXIST),
+            (ErrorKind::NotEmpty, libc::ENOTEMPTY),
+            (ErrorKind::CrossDevice, libc::EXDEV),
+            (ErrorKind::TooLarge, libc::EFBIG),
             (ErrorKind::Damaged, libc::EIO),
             (ErrorKind::Busy, libc::EBUSY),
             (ErrorKind::WouldBlock, libc::EAGAIN),

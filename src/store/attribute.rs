@@ -168,6 +168,27 @@ impl Attributes {
         }
     }
 
+    /// Removes an attribute, and returns what it was.
+    pub fn remove(&mut self, key: AttributeKey) -> Option<Value> {
+        let index = self.position(key).ok()?;
+        Some(self.0.remove(index).1)
+    }
+
+    /// The entries of an attribute map, to be changed.
+    pub fn map_mut(&mut self, attribute_type: AttributeType) -> Option<&mut Self> {
+        let kind = Kind::Map;
+        let index = self
+            .position(AttributeKey {
+                attribute_type,
+                kind,
+            })
+            .ok()?;
+        match self.0.get_mut(index) {
+            Some((_, Value::Map(entries))) => Some(entries),
+            _ => None,
+        }
+    }
+
     fn position(&self, key: AttributeKey) -> Result<usize, usize> {
         self.0.binary_search_by(|(attribute_type, value)| {
             match attribute_type.cmp(&key.attribute_type) {

@@ -68,6 +68,41 @@ impl Metadata {
     }
 }
 
+/// Mode and owner of something that is to be made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Access {
+    /// Permission bits as they are to be, whatever the umask of this process.
+    pub mode: u32,
+    /// Owner.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+}
+
+/// A time that is to be set (`utimensat(2)`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Time {
+    /// When it is set.
+    Now,
+    /// This one.
+    At(SystemTime),
+}
+
+/// What is to be changed; the rest stays.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MetadataChange {
+    /// Permission bits, set-id and sticky bits.
+    pub mode: Option<u32>,
+    /// Owner.
+    pub uid: Option<u32>,
+    /// Group.
+    pub gid: Option<u32>,
+    /// Last access.
+    pub atime: Option<Time>,
+    /// Last modification.
+    pub mtime: Option<Time>,
+}
+
 /// Identity and times of a file's content: as long as they are equal, nobody has changed it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Stamp {

@@ -5,24 +5,30 @@
 //!
 //! A caller says with [`Patience`] whether it can wait. What is cached is served only while the backing file looks
 //! exactly as it did when it was read.
+//!
+//! Every write is whole: whoever opens the store, now or after a crash, finds an object as it was before or as it is
+//! afterwards. What a crash leaves behind besides is named in [`leftover`], and put right by the next writer.
 
 mod acl;
 pub mod attribute;
+pub mod crash;
 pub mod db;
 pub mod file;
+pub mod leftover;
 mod lock;
 mod metadata;
 mod tokendir;
+pub mod validate;
 pub mod watch;
 
-pub use metadata::{Metadata, Stamp};
+pub use metadata::{Access, Metadata, MetadataChange, Stamp, Time};
 pub use tokendir::Store;
 
 use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use crate::error::{Error, ErrorKind, Result};
 use attribute::Attributes;
@@ -156,6 +162,26 @@ pub struct Object {
     pub attributes: Attributes,
 }
 
+/// An object that is to be made.
+#[derive(Clone, Debug, PartialEq)]
+pub struct NewObject {
+    /// What it holds.
+    pub attributes: Attributes,
+    /// Mode and owner of the files that are made for it. In the `db` backend they are those of the token.
+    pub access: Access,
+    /// Its time of last modification, if that is not now.
+    pub mtime: Option<SystemTime>,
+}
+
+/// What has a mode, an owner and times of its own.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// The token's directory.
+    Directory,
+    /// An object's file, or the token's database.
+    Object(ObjectId),
+}
+
 /// One token, in either backend.
 ///
 /// All methods may be called from several threads. A damaged object fails by itself and leaves the others alone.
@@ -190,14 +216,67 @@ pub trait Token: Send + Sync + fmt::Debug {
     /// [`ErrorKind::NotFound`], [`ErrorKind::PermissionDenied`]; [`ErrorKind::Damaged`] with the offset where it does not
     /// parse; [`ErrorKind::Busy`] or [`ErrorKind::WouldBlock`] if a lock stays taken or a writer does not finish.
     fn object(&self, id: &ObjectId, patience: Patience) -> Result<Arc<Object>>;
+
+    /// Changes an object: under SoftHSM's locks, `edit` gets what is stored at that moment, and what it leaves is stored as a
+    /// whole, with the next generation. It may be called more than once, each time with what is stored then. If it leaves
+    /// everything as it was, nothing is written but the time.
+    ///
+    /// On return SoftHSM sees the change, and it survives the end of this process. It survives a power failure as a whole or
+    /// not at all until [`Token::sync`]; the `db` backend promises more.
+    ///
+    /// `mtime` is the object's time of last modification from now on, if that is not now.
+    ///
+    /// # Errors
+    /// What `edit` fails with, and then nothing is written; [`ErrorKind::Invalid`] if [`validate`] refuses what it leaves, or
+    /// the backend cannot store it; [`ErrorKind::WouldBlock`] with [`Patience::Now`] in any case; all that
+    /// [`Token::object`] fails with; [`ErrorKind::ReadOnly`], [`ErrorKind::NoSpace`] and what else writing fails with: the old
+    /// version is still there then.
+    fn update(
+        &self,
+        id: &ObjectId,
+        edit: &mut dyn FnMut(&mut Attributes) -> Result<()>,
+        mtime: Option<SystemTime>,
+        patience: Patience,
+    ) -> Result<()>;
+
+    /// Makes an object. It appears as a whole, and SoftHSM is told.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Exists`]; [`ErrorKind::Invalid`] if no object can have that name (in the `db` backend it has to be a UUID)
+    /// or hold that; otherwise as [`Token::update`].
+    fn create(&self, name: &ObjectName, new: &NewObject, patience: Patience) -> Result<()>;
+
+    /// Removes an object. It is gone as a whole, and SoftHSM is told.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`]; otherwise as [`Token::update`].
+    fn remove(&self, name: &ObjectName, patience: Patience) -> Result<()>;
+
+    /// Changes mode, owner or times.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`]; [`ErrorKind::NotPermitted`] if this process may not; otherwise as [`Token::update`].
+    fn set_metadata(
+        &self,
+        target: &Target,
+        change: &MetadataChange,
+        patience: Patience,
+    ) -> Result<()>;
+
+    /// Waits until everything that was written through this token before survives a power failure.
+    ///
+    /// # Errors
+    /// What `fsync` fails with.
+    fn sync(&self, patience: Patience) -> Result<()>;
 }
 
-/// How a store is read.
+/// How a store is used.
 #[derive(Clone, Debug)]
 pub struct Options {
     /// The backend that SoftHSM is configured for. A directory that holds both kinds of token is read as this one.
     pub backend: Backend,
-    /// Never write, not even to let SQLite roll back what a crashed writer left.
+    /// Never write, not even to put right what a crash left or to let SQLite roll back what a crashed writer left. Whatever
+    /// would write is [`ErrorKind::ReadOnly`].
     pub read_only: bool,
     /// The longest wait for a lock or for an unfinished writer.
     pub lock_wait: Duration,

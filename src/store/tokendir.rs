@@ -10,6 +10,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::SystemTime;
 
 use nix::dir::Dir;
 use nix::errno::Errno;
@@ -17,10 +18,14 @@ use nix::fcntl::{AtFlags, OFlag, open};
 use nix::sys::stat::{FileStat, Mode, fstat, fstatat, stat};
 use nix::sys::statvfs::{Statvfs, fstatvfs};
 
+use super::attribute::Attributes;
 use super::db::DbToken;
 use super::file::{FileToken, TOKEN_OBJECT};
 use super::metadata::{is_directory, is_file};
-use super::{Backend, Metadata, Object, ObjectId, ObjectName, Options, Patience, Token, TokenName};
+use super::{
+    Access, Backend, Metadata, MetadataChange, NewObject, Object, ObjectId, ObjectName, Options,
+    Patience, Target, Token, TokenName,
+};
 use crate::diagnostics::Diagnostics;
 use crate::error::{Error, ErrorKind, Result};
 
@@ -194,6 +199,69 @@ impl Store {
         Ok(token)
     }
 
+    /// Begins a token of the configured backend: the directory `name` is made, and what is written into it can be read through
+    /// [`Store::token`] at once, but it is no token for SoftHSM before [`Store::publish_token`], and nothing is synced
+    /// before that. `directory` and `files` are the modes and owners of the directory and of what every token has in it.
+    ///
+    /// What a crash leaves of it is removed by the next writer.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Exists`] if there is anything of that name; [`ErrorKind::ReadOnly`]; what making it fails with.
+    pub fn create_token(
+        &self,
+        name: &TokenName,
+        _directory: Access,
+        _files: Access,
+    ) -> Result<Arc<dyn Token>> {
+        Err(Error::new(ErrorKind::ReadOnly, "not yet").at(self.path.join(name.as_os_str())))
+    }
+
+    /// Whether a token is one that [`Store::create_token`] began and that is not published yet.
+    #[must_use]
+    pub fn is_building(&self, _name: &TokenName) -> bool {
+        false
+    }
+
+    /// Makes a token that was begun one that SoftHSM sees: everything in it is synced, and its `token.object` or `sqlite3.db`
+    /// gets its name last. Whoever holds the token has to ask for it anew.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] if it is not being built; what syncing and renaming fail with, and then it is still being
+    /// built.
+    pub fn publish_token(&self, name: &TokenName, _patience: Patience) -> Result<()> {
+        Err(Error::not_found("not being built").at(self.path.join(name.as_os_str())))
+    }
+
+    /// Removes a token without objects, whether it is being built or not. It is no token any more with the first step, which
+    /// cannot be seen half done; a crash after that is finished by the next writer.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotEmpty`] if there is an object or a file that is none of SoftHSM's in it; [`ErrorKind::NotFound`];
+    /// [`ErrorKind::Busy`]; what removing fails with.
+    pub fn remove_token(&self, name: &TokenName, _patience: Patience) -> Result<()> {
+        Err(Error::new(ErrorKind::ReadOnly, "not yet").at(self.path.join(name.as_os_str())))
+    }
+
+    /// Changes mode, owner or times of the tokendir.
+    ///
+    /// # Errors
+    /// [`ErrorKind::ReadOnly`]; [`ErrorKind::NotPermitted`] and what else changing fails with.
+    pub fn set_metadata(&self, _change: &MetadataChange) -> Result<()> {
+        Err(Error::new(ErrorKind::ReadOnly, "not yet").at(&self.path))
+    }
+
+    /// Waits until the tokens that were made and removed before are so after a power failure too.
+    ///
+    /// # Errors
+    /// What `fsync` fails with.
+    pub fn sync(&self) -> Result<()> {
+        Err(Error::new(ErrorKind::ReadOnly, "not yet").at(&self.path))
+    }
+
+    /// Puts right what a crash left behind ([`super::leftover`]), in every token; does nothing in a store that is read only.
+    /// What is still in use by another process is left alone. Says what it did in the diagnostics.
+    pub fn recover(&self) {}
+
     /// Whether a directory is a token, and of which backend; no backend if we may not look into it.
     fn probe(&self, name: &TokenName) -> Result<(FileStat, Option<Backend>)> {
         let failed = |errno| Error::system("stat", errno).at(self.path.join(name.as_os_str()));
@@ -286,6 +354,37 @@ impl Token for Closed {
     }
 
     fn object(&self, _id: &ObjectId, _patience: Patience) -> Result<Arc<Object>> {
+        self.refuse()
+    }
+
+    fn update(
+        &self,
+        _id: &ObjectId,
+        _edit: &mut dyn FnMut(&mut Attributes) -> Result<()>,
+        _mtime: Option<SystemTime>,
+        _patience: Patience,
+    ) -> Result<()> {
+        self.refuse()
+    }
+
+    fn create(&self, _name: &ObjectName, _new: &NewObject, _patience: Patience) -> Result<()> {
+        self.refuse()
+    }
+
+    fn remove(&self, _name: &ObjectName, _patience: Patience) -> Result<()> {
+        self.refuse()
+    }
+
+    fn set_metadata(
+        &self,
+        _target: &Target,
+        _change: &MetadataChange,
+        _patience: Patience,
+    ) -> Result<()> {
+        self.refuse()
+    }
+
+    fn sync(&self, _patience: Patience) -> Result<()> {
         self.refuse()
     }
 }

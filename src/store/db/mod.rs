@@ -28,7 +28,7 @@ pub mod uuid;
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use nix::sys::stat::{FileStat, SFlag, lstat};
 
@@ -39,8 +39,10 @@ use self::read::{Outcome, Seen, Version};
 use self::snapshot::Snapshot;
 use crate::diagnostics::Diagnostics;
 use crate::error::{Error, ErrorKind, Result};
+use crate::store::attribute::Attributes;
 use crate::store::{
-    Backend, Metadata, Object, ObjectId, ObjectName, Options, Patience, Token, TokenName,
+    Access, Backend, Metadata, MetadataChange, NewObject, Object, ObjectId, ObjectName, Options,
+    Patience, Target, Token, TokenName,
 };
 
 /// The file that makes a directory a `db` token (SoftHSM's `DBToken.cpp`).
@@ -113,6 +115,30 @@ impl DbToken {
         };
         token.metadata()?;
         Ok(token)
+    }
+
+    /// Begins a token in the empty directory `directory`: the database has SoftHSM's schema and the token's own object, which holds
+    /// nothing yet, under the name `sqlite3.db.tokenfs-new`, with the mode and owner `files`. Nothing is synced.
+    ///
+    /// # Errors
+    /// What making it fails with.
+    pub fn build(
+        _name: TokenName,
+        directory: &Path,
+        _files: Access,
+        _options: Options,
+        _diagnostics: Arc<Diagnostics>,
+    ) -> Result<Self> {
+        Err(Error::new(ErrorKind::ReadOnly, "not yet").at(directory))
+    }
+
+    /// Syncs a token that was begun with [`DbToken::build`], and gives its database its name. This value is of no use
+    /// afterwards.
+    ///
+    /// # Errors
+    /// What syncing and renaming fail with.
+    pub fn publish(&self) -> Result<()> {
+        Err(Error::new(ErrorKind::ReadOnly, "not yet").at(&self.path))
     }
 
     /// The id of the row in the table `object` that an object is stored under.
@@ -299,6 +325,37 @@ impl Token for DbToken {
     fn object(&self, id: &ObjectId, patience: Patience) -> Result<Arc<Object>> {
         let object = self.current(patience)?.object(id);
         object.map_err(|error| error.at(&self.path))
+    }
+
+    fn update(
+        &self,
+        _id: &ObjectId,
+        _edit: &mut dyn FnMut(&mut Attributes) -> Result<()>,
+        _mtime: Option<SystemTime>,
+        _patience: Patience,
+    ) -> Result<()> {
+        Err(Error::new(ErrorKind::ReadOnly, "not yet").at(&self.path))
+    }
+
+    fn create(&self, _name: &ObjectName, _new: &NewObject, _patience: Patience) -> Result<()> {
+        Err(Error::new(ErrorKind::ReadOnly, "not yet").at(&self.path))
+    }
+
+    fn remove(&self, _name: &ObjectName, _patience: Patience) -> Result<()> {
+        Err(Error::new(ErrorKind::ReadOnly, "not yet").at(&self.path))
+    }
+
+    fn set_metadata(
+        &self,
+        _target: &Target,
+        _change: &MetadataChange,
+        _patience: Patience,
+    ) -> Result<()> {
+        Err(Error::new(ErrorKind::ReadOnly, "not yet").at(&self.path))
+    }
+
+    fn sync(&self, _patience: Patience) -> Result<()> {
+        Err(Error::new(ErrorKind::ReadOnly, "not yet").at(&self.path))
     }
 }
 

@@ -20,8 +20,12 @@ use super::read::{Version, read_object};
 use super::{LOCK_SUFFIX, OBJECT_SUFFIX, TOKEN_OBJECT};
 use crate::diagnostics::Diagnostics;
 use crate::error::{Error, ErrorKind, Result};
+use crate::store::attribute::Attributes;
 use crate::store::metadata::{Metadata, Stamp, is_file};
-use crate::store::{Backend, Object, ObjectId, ObjectName, Patience, Token, TokenName};
+use crate::store::{
+    Access, Backend, MetadataChange, NewObject, Object, ObjectId, ObjectName, Patience, Target,
+    Token, TokenName,
+};
 
 /// The longest file, in bytes, that is read and decoded while everybody else waits.
 const QUICK: i64 = 512 * 1024;
@@ -64,6 +68,30 @@ impl FileToken {
             diagnostics,
             cache: Mutex::default(),
         })
+    }
+
+    /// Begins a token in the empty directory `name` of `tokendir`: its own object, which holds nothing yet, is
+    /// `token.tokenfs-new`, with the mode and owner `files`. Nothing is synced.
+    ///
+    /// # Errors
+    /// What making it fails with.
+    pub fn build(
+        _tokendir: BorrowedFd<'_>,
+        _name: TokenName,
+        path: &Path,
+        _files: Access,
+        _diagnostics: Arc<Diagnostics>,
+    ) -> Result<Self> {
+        Err(Error::new(ErrorKind::ReadOnly, "not yet").at(path))
+    }
+
+    /// Syncs a token that was begun with [`FileToken::build`], and gives its own object its name. This value is of no use
+    /// afterwards.
+    ///
+    /// # Errors
+    /// What syncing and renaming fail with.
+    pub fn publish(&self) -> Result<()> {
+        Err(Error::new(ErrorKind::ReadOnly, "not yet").at(&self.path))
     }
 
     fn cache(&self) -> MutexGuard<'_, HashMap<ObjectId, Cached>> {
@@ -228,6 +256,37 @@ impl Token for FileToken {
         };
         self.cache().insert(id.clone(), cached);
         object
+    }
+
+    fn update(
+        &self,
+        _id: &ObjectId,
+        _edit: &mut dyn FnMut(&mut Attributes) -> Result<()>,
+        _mtime: Option<SystemTime>,
+        _patience: Patience,
+    ) -> Result<()> {
+        Err(Error::new(ErrorKind::ReadOnly, "not yet").at(&self.path))
+    }
+
+    fn create(&self, _name: &ObjectName, _new: &NewObject, _patience: Patience) -> Result<()> {
+        Err(Error::new(ErrorKind::ReadOnly, "not yet").at(&self.path))
+    }
+
+    fn remove(&self, _name: &ObjectName, _patience: Patience) -> Result<()> {
+        Err(Error::new(ErrorKind::ReadOnly, "not yet").at(&self.path))
+    }
+
+    fn set_metadata(
+        &self,
+        _target: &Target,
+        _change: &MetadataChange,
+        _patience: Patience,
+    ) -> Result<()> {
+        Err(Error::new(ErrorKind::ReadOnly, "not yet").at(&self.path))
+    }
+
+    fn sync(&self, _patience: Patience) -> Result<()> {
+        Err(Error::new(ErrorKind::ReadOnly, "not yet").at(&self.path))
     }
 }
 

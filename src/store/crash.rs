@@ -1,0 +1,37 @@
+//! Crash points: named places between two steps of a write where a test can make the process die.
+//!
+//! `TOKENFS_CRASH_POINT=NAME` kills the process when it gets to the point of that name, `NAME:3` when it gets there for the
+//! third time. The kill is a `SIGKILL`: nothing is cleaned up, as in a real crash. In a release build there are no points.
+
+/// All points, so that a test can go through them.
+pub const POINTS: &[&str] = &[];
+
+/// The place `name`, which is one of [`POINTS`].
+#[cfg(debug_assertions)]
+pub(crate) fn point(name: &str) {
+    use std::sync::OnceLock;
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    static WANTED: OnceLock<Option<(String, u64)>> = OnceLock::new();
+    static PASSED: AtomicU64 = AtomicU64::new(0);
+
+    debug_assert!(POINTS.contains(&name), "{name} is not in POINTS");
+    let wanted = WANTED.get_or_init(|| {
+        let text = std::env::var("TOKENFS_CRASH_POINT").ok()?;
+        Some(match text.rsplit_once(':') {
+            Some((name, times)) => (name.to_owned(), times.parse().unwrap_or(1)),
+            None => (text, 1),
+        })
+    });
+    if let Some((wanted, times)) = wanted
+        && wanted == name
+        && PASSED.fetch_add(1, Ordering::Relaxed) + 1 == *times
+    {
+        let _ = nix::sys::signal::raise(nix::sys::signal::Signal::SIGKILL);
+    }
+}
+
+/// Nothing.
+#[cfg(not(debug_assertions))]
+#[inline(always)]
+pub(crate) fn point(_name: &str) {}

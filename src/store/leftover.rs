@@ -1,0 +1,26 @@
+//! The files that a write needs for a moment, beside those of SoftHSM. None of their names means anything to SoftHSM.
+//!
+//! Whoever makes one holds the lock that is named with it for as long as it is there, so that one whose lock is free was left
+//! by a crash:
+//!
+//! | file | what | lock |
+//! |---|---|---|
+//! | `<object>.tokenfs-new` | the next version of an object that is not in place yet, or the one before that is not deleted yet | `<object>.lock`, exclusively |
+//! | `<object>.tokenfs-journal` | both versions of a file that is rewritten in place | `<object>.lock`, or `token.object` itself |
+//! | `.tokenfs-building` | in a directory that is going to be a token and is none yet | the file itself |
+//! | `.tokenfs-removing` | in a directory that was a token and is being deleted | the file itself |
+//!
+//! `sqlite3.db.tokenfs-new` and `token.tokenfs-new` are the last file of a token that is being built, under the name that it
+//! has until then.
+
+/// What the name of the next or the previous version of an object's file ends in, in the place of `.object`.
+pub const NEW_SUFFIX: &str = ".tokenfs-new";
+
+/// What the name of a journal ends in, in the place of `.object`.
+pub const JOURNAL_SUFFIX: &str = ".tokenfs-journal";
+
+/// The mark of a directory that is going to be a token.
+pub const BUILDING: &str = ".tokenfs-building";
+
+/// The mark of a directory that is being deleted.
+pub const REMOVING: &str = ".tokenfs-removing";
