@@ -110,20 +110,36 @@ impl InodeTable {
         ino
     }
 
-    /// Takes back `count` answers that named `ino`. The last one removes it.
-    pub fn forget(&mut self, ino: Ino, count: u64) {
+    /// What was renamed is something else now: the kernel goes on to use the number that it had.
+    pub fn rebind(&mut self, ino: Ino, node: Node, parent: Option<Ino>) {
         let Some(inode) = self.inodes.get_mut(&ino) else {
             return;
         };
+        inode.node = node;
+        inode.seen = None;
+        if let Some(parent) = parent {
+            let old = std::mem::replace(&mut inode.parent, parent);
+            if let Some(directory) = self.inodes.get_mut(&old) {
+                directory.children.remove(&ino);
+            }
+            if let Some(directory) = self.inodes.get_mut(&parent) {
+                directory.children.insert(ino);
+            }
+        }
+    }
+
+    /// Takes back `count` answers that named `ino`. The last one removes it, and returns what it stood for.
+    pub fn forget(&mut self, ino: Ino, count: u64) -> Option<Node> {
+        let inode = self.inodes.get_mut(&ino)?;
         inode.lookups = inode.lookups.saturating_sub(count);
         if inode.lookups > 0 || ino == ROOT {
-            return;
+            return None;
         }
-        let parent = inode.parent;
-        self.inodes.remove(&ino);
-        if let Some(directory) = self.inodes.get_mut(&parent) {
+        let forgotten = self.inodes.remove(&ino)?;
+        if let Some(directory) = self.inodes.get_mut(&forgotten.parent) {
             directory.children.remove(&ino);
         }
+        Some(forgotten.node)
     }
 
     /// The known inodes below `ino`, parents before their children, without itself.
