@@ -278,7 +278,7 @@ impl Tree {
         let mut look = self.noted(self.look(self.node(ino)?, patience))?;
         look.entry.attributes.ino = ino;
         let mut inodes = lock(&self.inodes);
-        // Under a number that is not its own, which comes of a rename, nobody would find it again to say that it has changed.
+        // Under a number that is not its own, which comes of a rename onto it, nobody would find it to say that it has changed.
         if inodes.number(&look.node) != ino {
             look.entry.valid = Duration::ZERO;
         }

@@ -5,7 +5,8 @@ use std::time::SystemTime;
 use super::handle::HandleId;
 use super::node::{Ino, Node};
 use super::{Entry, FileKind, Tree, lock};
-use crate::error::{ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result};
+use crate::store::attribute::Kind;
 use crate::store::{Backend, MetadataChange, ObjectId, Patience, Target, Time, TokenName};
 
 /// What is to be set; the rest stays.
@@ -38,6 +39,7 @@ impl Tree {
             (outcome, _) => outcome,
         };
         self.noted_write(&node, outcome)?;
+        self.note_dropped(&node, change.metadata.mode);
         match handle {
             Some(handle) => self.open_attributes(ino, handle, patience),
             None => self.attributes(ino, patience),
@@ -93,11 +95,11 @@ impl Tree {
                 Ok(())
             }
             Node::Root => {
-                let change = self.masked(node, metadata, 0o7777);
+                let change = self.masked(metadata, 0o7777);
                 self.store.set_metadata(&change)
             }
             Node::Token(token) => {
-                let change = self.masked(node, metadata, 0o7777);
+                let change = self.masked(metadata, 0o7777);
                 let times = change.mtime.map(|mtime| moment(mtime, SystemTime::now()));
                 self.token(token)?
                     .set_metadata(&Target::Directory, &change, patience)?;
@@ -113,12 +115,12 @@ impl Tree {
                 Ok(())
             }
             Node::Object(token, id) => {
-                let change = self.masked(node, metadata, 0o666);
-                self.set_object(node, token, id, &change, true, patience)
+                let change = self.masked(metadata, 0o666);
+                self.set_object(token, id, &change, true, patience)
             }
             Node::Attribute(token, id, _) | Node::MapEntry(token, id, _, _) => {
-                let change = self.masked(node, metadata, 0o666);
-                self.set_object(node, token, id, &change, false, patience)
+                let change = self.masked(metadata, 0o666);
+                self.set_object(token, id, &change, false, patience)
             }
             _ => Ok(()),
         }
@@ -136,7 +138,6 @@ impl Tree {
     /// that it is finished.
     fn set_object(
         &self,
-        node: &Node,
         token: &TokenName,
         id: &ObjectId,
         change: &MetadataChange,
@@ -154,7 +155,7 @@ impl Tree {
             };
             if !is_shared {
                 if uid != 0 && change.uid.is_some_and(|wanted| wanted != uid) {
-                    return Err(crate::error::Error::new(
+                    return Err(Error::new(
                         ErrorKind::NotPermitted,
                         "only a mount by root can give files away",
                     ));
@@ -190,35 +191,38 @@ impl Tree {
         if is_directory && change.mtime.is_some() {
             self.finish_object(&key, mtime, patience)?;
         }
-        let _ = node;
         Ok(())
     }
 
-    /// A change without the bits of a mode that cannot be had. Those that somebody asked for are in the log.
-    fn masked(&self, node: &Node, change: &MetadataChange, most: u32) -> MetadataChange {
-        let Some(wanted) = change.mode else {
-            return *change;
+    /// A change without the bits of a mode that cannot be had.
+    fn masked(&self, change: &MetadataChange, most: u32) -> MetadataChange {
+        MetadataChange {
+            mode: change
+                .mode
+                .map(|mode| mode & most & !(self.settings.mask & 0o777)),
+            ..*change
+        }
+    }
+
+    /// Says which bits of a mode that somebody asked for cannot be had.
+    fn note_dropped(&self, node: &Node, wanted: Option<u32>) {
+        let Some(wanted) = wanted else {
+            return;
         };
         let mask = self.settings.mask & 0o777;
-        let mode = wanted & most & !mask;
-        // x on a directory follows from r.
-        let is_file = matches!(node, Node::Attribute(_, _, key) | Node::MapEntry(_, _, _, key)
-            if key.kind != crate::store::attribute::Kind::Map);
-        let asked = if is_file || most == 0o7777 {
-            wanted & 0o777
-        } else {
-            wanted & most
+        // That a directory can be entered follows from that it can be listed.
+        let is_file = match node {
+            Node::Attribute(_, _, key) => key.kind != Kind::Map,
+            Node::MapEntry(..) => true,
+            _ => false,
         };
-        let dropped = asked & !mode;
+        let most = if is_file { !mask & 0o666 } else { !mask };
+        let dropped = wanted & 0o777 & !most;
         if dropped != 0 {
             self.diagnostics.warning(format!(
                 "{}: of the mode {wanted:04o}, the bits {dropped:04o} were dropped: the mask is {mask:04o}, and files are never executable",
                 self.path_of(node).display().to_string().escape_debug()
             ));
-        }
-        MetadataChange {
-            mode: Some(mode),
-            ..*change
         }
     }
 }

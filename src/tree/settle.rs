@@ -161,7 +161,17 @@ impl Tree {
                     waiting.busy = false;
                 }
             }
-            Err(_) => drafts.failed(key),
+            Err(error) => {
+                // Somebody else's lock will be free one day. Where it cannot be done what was unlinked is back, as it would be where
+                // unlinking fails at once.
+                if error.kind() != ErrorKind::Busy
+                    && let Some(kept) = drafts.get_mut(key)
+                {
+                    kept.removed.clear();
+                }
+                drafts.failed(key);
+                drafts.tidy(key);
+            }
         }
         drop(drafts);
         if outcome.is_ok() {
