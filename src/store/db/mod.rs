@@ -16,6 +16,7 @@
 //! - `scan`: SQL to rows. `snapshot`: rows to objects.
 //! - `connection`, `read`, `failure`, `exclusive`: SQLite's connection, one transaction, its errors, whose turn it is.
 
+pub(crate) mod check;
 mod connection;
 pub mod decode;
 pub mod encode;
