@@ -29,11 +29,12 @@ pub mod text;
 mod view;
 mod write;
 
+use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use crate::diagnostics::Diagnostics;
 use crate::error::{Error, ErrorKind, Result};
@@ -158,6 +159,8 @@ pub struct Tree {
     labels: Mutex<by_label::Index>,
     drafts: Mutex<Drafts>,
     scratch: Mutex<Scratch>,
+    /// Files whose last descriptor is closed and whose content is still being committed, and how long that may take.
+    closing: Mutex<HashMap<Node, Instant>>,
     /// Whether there may be something to settle, and the signal for it.
     work: (Mutex<bool>, Condvar),
     /// Counts the changes that were reported.
@@ -179,6 +182,7 @@ impl Tree {
             labels: Mutex::default(),
             drafts: Mutex::default(),
             scratch: Mutex::default(),
+            closing: Mutex::default(),
             work: (Mutex::default(), Condvar::new()),
             changes: AtomicU64::new(0),
             mounted_at: SystemTime::now(),
@@ -290,6 +294,7 @@ impl Tree {
     }
 
     fn look(&self, node: Node, patience: Patience) -> Result<Look> {
+        self.wait_until_closed(&node, patience)?;
         let (mut attributes, seen) = self.describe(&node, patience)?;
         attributes.ino = lock(&self.inodes).number(&node);
         let valid = self.validity(&node);
@@ -320,6 +325,7 @@ impl Tree {
         if let Node::Scratch(id) = &node {
             return self.open_scratch(&node, *id, OpenForWriting::default());
         }
+        self.wait_until_closed(&node, patience)?;
         let (attributes, object) = self.noted(self.describe(&node, patience))?;
         if attributes.kind == FileKind::Directory {
             return Err(Error::new(ErrorKind::IsADirectory, "a directory"));

@@ -88,9 +88,11 @@ fn mend(store: &Store, settings: &Settings, finding: &Finding) -> Result<()> {
     match remedy {
         Remedy::MakeLock => make_lock(&place),
         Remedy::RemoveLock => remove_lock(&place),
-        Remedy::MakeGeneration => {
-            make_generation(&place, settings, Patience::at_most(store.options().lock_wait))
-        }
+        Remedy::MakeGeneration => make_generation(
+            &place,
+            settings,
+            Patience::at_most(store.options().lock_wait),
+        ),
         Remedy::TakeBits(bits) => take_bits(&place, bits),
         Remedy::Recover | Remedy::RollBack => Ok(()),
     }

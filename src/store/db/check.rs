@@ -115,7 +115,8 @@ fn references(connection: &Connection) -> rusqlite::Result<Vec<Problem>> {
     Ok(strays
         .into_iter()
         .map(|(table, (count, first))| {
-            let first = first.map_or_else(String::new, |row| format!(", the first of them row {row}"));
+            let first =
+                first.map_or_else(String::new, |row| format!(", the first of them row {row}"));
             let rows = if count == 1 { "row" } else { "rows" };
             Problem::Odd(format!(
                 "{count} {rows} in {table} belong to no object{first}; SoftHSM never sees them"
