@@ -337,13 +337,8 @@ fn look_inside(
         }
         return Ok(report);
     }
-    let directory = openat(
-        store.directory(),
-        name.as_os_str(),
-        flags,
-        Mode::empty(),
-    )
-    .map_err(|errno| Error::system("open", errno))?;
+    let directory = openat(store.directory(), name.as_os_str(), flags, Mode::empty())
+        .map_err(|errno| Error::system("open", errno))?;
     let stat = fstat(&directory).map_err(|errno| Error::system("stat", errno))?;
     let entries = place::entries(&directory, path)?;
     let mut look = Look {
@@ -428,7 +423,9 @@ fn no_token(look: &mut Look<'_>) {
         };
         Finding::new(
             Category::Torn,
-            format!("the directory holds {objects} and no token.object, so that SoftHSM sees none of them"),
+            format!(
+                "the directory holds {objects} and no token.object, so that SoftHSM sees none of them"
+            ),
         )
     } else {
         Finding::new(

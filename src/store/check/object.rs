@@ -228,7 +228,9 @@ fn cut(attributes: &Attributes) -> Option<(AttributeType, Vec<AttributeType>)> {
 }
 
 fn cut_off(size: u64, last: AttributeType, missing: &[AttributeType]) -> Finding {
-    let first = missing.first().map_or_else(String::new, |first| name(*first));
+    let first = missing
+        .first()
+        .map_or_else(String::new, |first| name(*first));
     let more = match missing.len() {
         0 | 1 => String::new(),
         count => format!(" and {} more", count - 1),
