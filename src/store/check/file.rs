@@ -99,7 +99,7 @@ fn content(
                     let finding = Finding::new(Category::Suspicious, detail).at_offset(offset);
                     look.report.found(finding, &path);
                 }
-                if decoded.generation.is_none() {
+                if size.is_none() && decoded.attributes.is_empty() {
                     return None;
                 }
                 Some((decoded.attributes, places(&bytes), size))
@@ -229,18 +229,13 @@ fn generation(look: &mut Look<'_>) {
     }
     match generation_size(look) {
         Ok(8) => {}
-        Ok(0) => {
-            let detail = "it is empty, and has 8 bytes otherwise; SoftHSM fills it when it starts";
-            let finding = Finding::new(Category::Torn, detail)
-                .at_offset(0)
-                .mended_by(Remedy::MakeGeneration);
-            look.report.found(finding, &path);
-        }
         Ok(size) if size < 8 => {
             let detail = format!(
-                "it has {size} of 8 bytes, and SoftHSM does not count on from there; remove it while nothing uses the token, and SoftHSM makes a new one; it ends"
+                "it has {size} of 8 bytes, and SoftHSM does not count on from there; it ends"
             );
-            let finding = Finding::new(Category::Torn, detail).at_offset(size);
+            let finding = Finding::new(Category::Torn, detail)
+                .at_offset(size)
+                .mended_by(Remedy::MakeGeneration);
             look.report.found(finding, &path);
         }
         Ok(_) => {

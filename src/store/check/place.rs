@@ -235,11 +235,10 @@ pub(super) fn judge_mode(look: &mut Look<'_>, path: &Path, stat: &FileStat) {
     }
     // Those bits of the group are then an upper limit for everybody whom the list names (`acl(5)`), so that to take them away
     // is to take them from all of these.
-    let list = rustix::fs::lgetxattr(path, acl::NAME, &mut [0u8; 0]);
-    let by_list = if list.is_ok_and(|length| length > 0) {
-        " (by an access control list)"
-    } else {
-        ""
+    let by_list = match rustix::fs::lgetxattr(path, acl::NAME, &mut [0u8; 1024][..]) {
+        // Or one of more entries than that.
+        Ok(1..) | Err(rustix::io::Errno::RANGE) => " (by an access control list)",
+        _ => "",
     };
     let certain = forbidden & settings.configured_mask;
     let whose = if certain == forbidden {

@@ -10,6 +10,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, FcntlArg, OFlag, fcntl, openat};
@@ -225,7 +226,9 @@ fn remove_lock(place: &Place) -> Result<()> {
     place.sync()
 }
 
-/// Makes the token's counter, as SoftHSM does when it finds none, or an empty one (`Generation::commit`).
+/// Makes the token's counter, or a new one of one that was cut short. SoftHSM would begin at 1 again, which a session that is open may
+/// have seen before, and would then see nothing of what is made and deleted next. The number of seconds since 1970 is more than any
+/// that was ever counted to, and more than the one that an earlier repair has begun with.
 fn make_generation(place: &Place, settings: &Settings, patience: Patience) -> Result<()> {
     if place.name.as_os_str() != GENERATION {
         return Ok(());
@@ -237,14 +240,16 @@ fn make_generation(place: &Place, settings: &Settings, patience: Patience) -> Re
         Err(error) if error.kind() == ErrorKind::Exists => (place.open(OFlag::O_RDWR, 0)?, false),
         Err(error) => return Err(error),
     };
-    let pause = std::time::Duration::from_millis(2);
+    let pause = Duration::from_millis(2);
     while !try_exclusive(&file)? {
         patience.wait(pause, "another process holds a lock on the file")?;
     }
     let stat = fstat(&file).map_err(|errno| Error::system("stat", errno))?;
     // A SoftHSM may have been faster.
-    if is_file(&stat) && stat.st_size == 0 {
-        file.write_all_at(&1u64.to_be_bytes(), 0)
+    if is_file(&stat) && stat.st_size < 8 {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH);
+        let count = now.map_or(1, |since| since.as_secs());
+        file.write_all_at(&count.to_be_bytes(), 0)
             .and_then(|()| file.sync_all())
             .map_err(|error| Error::io("write", &error))?;
     }
