@@ -468,12 +468,12 @@ impl Tree {
                     Ok(is_new)
                 })?;
                 if !was_new {
-                    self.token(token)?.remove(object, patience)?;
+                    self.ask(token, patience, |token| token.remove(object, patience))?;
                     lock(&self.drafts).remove(&key);
                 }
             }
             Node::Token(token) => {
-                self.store.remove_token(token, patience)?;
+                self.end_building(token, patience, || self.store.remove_token(token, patience))?;
                 let mut drafts = lock(&self.drafts);
                 for key in drafts.keys(Some(token)) {
                     drafts.remove(&key);

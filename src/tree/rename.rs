@@ -270,7 +270,9 @@ impl Tree {
             access,
             mtime,
         };
-        self.token(token)?.create(object, &new, patience)
+        self.ask(token, patience, |token| {
+            token.create(object, &new, patience)
+        })
     }
 
     /// The attributes that the files in a scratch directory are.
@@ -403,8 +405,7 @@ impl Tree {
     ) -> Result<()> {
         let from_key = (token.clone(), ObjectId::Object(from.clone()));
         let to_key = (token.clone(), ObjectId::Object(to.clone()));
-        let opened = self.token(token)?;
-        if opened.backend() == Backend::Db {
+        if self.token(token)?.backend() == Backend::Db {
             check_uuid(to)?;
         }
         let was_new = self.with_drafts(&from_key, patience, |drafts| {
@@ -424,7 +425,7 @@ impl Tree {
         }
         // What was unlinked stays unlinked.
         self.write_draft(&from_key, patience)?;
-        let object = opened.object(&from_key.1, patience)?;
+        let object = self.ask(token, patience, |token| token.object(&from_key.1, patience))?;
         let new = NewObject {
             attributes: object.attributes.clone(),
             access: Access {
@@ -434,8 +435,10 @@ impl Tree {
             },
             mtime: Some(object.metadata.mtime),
         };
-        opened.create(to, &new, patience)?;
-        opened.remove(from, patience)?;
+        self.ask(token, patience, |token| {
+            token.create(to, &new, patience)?;
+            token.remove(from, patience)
+        })?;
         lock(&self.drafts).remove(&from_key);
         Ok(())
     }
@@ -456,7 +459,7 @@ impl Tree {
             Ok(is_new)
         })?;
         if !was_new {
-            self.token(token)?.remove(object, patience)?;
+            self.ask(token, patience, |token| token.remove(object, patience))?;
             lock(&self.drafts).remove(&key);
         }
         Ok(())

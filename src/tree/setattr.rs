@@ -101,8 +101,9 @@ impl Tree {
             Node::Token(token) => {
                 let change = self.masked(metadata, 0o7777);
                 let times = change.mtime.map(|mtime| moment(mtime, SystemTime::now()));
-                self.token(token)?
-                    .set_metadata(&Target::Directory, &change, patience)?;
+                self.ask(token, patience, |token| {
+                    token.set_metadata(&Target::Directory, &change, patience)
+                })?;
                 if change.mtime.is_some() {
                     self.finish_build(token, times, patience)?;
                     let mut drafts = lock(&self.drafts);
@@ -171,7 +172,9 @@ impl Tree {
         })?;
         if !in_draft {
             let target = Target::Object(id.clone());
-            self.token(token)?.set_metadata(&target, change, patience)?;
+            self.ask(token, patience, |token| {
+                token.set_metadata(&target, change, patience)
+            })?;
             if is_directory && change.mtime.is_some() && *id == ObjectId::Token {
                 self.finish_object(&key, mtime, patience)?;
             }

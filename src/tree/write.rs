@@ -628,7 +628,9 @@ impl Tree {
         if in_draft {
             return Ok(());
         }
-        self.token(token)?.update(id, edit, mtime, patience)?;
+        self.ask(token, patience, |token| {
+            token.update(id, edit, mtime, patience)
+        })?;
         if *id == ObjectId::Token
             && let Some(build) = lock(&self.drafts).build_mut(token)
         {
