@@ -426,6 +426,9 @@ impl Tree {
     /// What `node` is called in the mount, from its root, for messages.
     fn path_of(&self, node: &Node) -> PathBuf {
         let mut path = PathBuf::new();
+        if *node == Node::Root {
+            path.push("/");
+        }
         if let Some(token) = node.token() {
             path.push(token.as_os_str());
         }

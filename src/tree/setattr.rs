@@ -95,8 +95,8 @@ impl Tree {
                 Ok(())
             }
             Node::Root => {
-                let change = self.masked(metadata, 0o7777);
-                self.store.set_metadata(&change)
+                // It is the tokendir's own, which no mask is about.
+                self.store.set_metadata(metadata)
             }
             Node::Token(token) => {
                 let change = self.masked(metadata, 0o7777);
@@ -209,7 +209,7 @@ impl Tree {
 
     /// Says which bits of a mode that somebody asked for cannot be had.
     fn note_dropped(&self, node: &Node, wanted: Option<u32>) {
-        let Some(wanted) = wanted else {
+        let Some(wanted) = wanted.filter(|_| *node != Node::Root) else {
             return;
         };
         let mask = self.settings.mask & 0o777;

@@ -220,7 +220,12 @@ impl Tree {
     /// Makes a token that is being built one, if it has its own attributes.
     pub(super) fn publish(&self, token: &TokenName, patience: Patience) -> Result<()> {
         let outcome = self.end_building(token, patience, || {
-            self.store.publish_token(token, patience)
+            // Somebody else may have found it finished at the same time.
+            if self.store.is_building(token) {
+                self.store.publish_token(token, patience)
+            } else {
+                Ok(())
+            }
         });
         match &outcome {
             Ok(()) => {
