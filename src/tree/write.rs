@@ -52,7 +52,8 @@ impl Tree {
         patience: Patience,
     ) -> Result<HandleId> {
         let node = self.node(ino)?;
-        self.open_writer(&node, how, patience)
+        let opened = self.open_writer(&node, how, patience);
+        self.noted_write(&node, opened)
     }
 
     pub(super) fn open_writer(
