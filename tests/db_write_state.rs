@@ -14,7 +14,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use db_common::*;
 use db_write_common::*;
 use tokenfs::error::ErrorKind;
-use tokenfs::store::attribute::Value;
+use tokenfs::store::attribute::{Attributes, Value};
 use tokenfs::store::db::times::CKA_TOKENFS_TIMES;
 use tokenfs::store::db::uuid::derived;
 use tokenfs::store::db::{DATABASE, DbToken};
@@ -369,4 +369,33 @@ fn the_schema_is_softhsms() {
         }
         assert_eq!(seen, 4);
     }
+}
+
+#[test]
+fn threads_that_write_at_once_take_turns() {
+    let made = made("");
+    let token = made.token();
+    let id = of_row(&token, 2);
+    set(&token, &id, 5, Value::Ulong(0)).unwrap();
+    std::thread::scope(|scope| {
+        for thread in 0..4 {
+            let (token, id) = (&token, &id);
+            scope.spawn(move || {
+                for n in 0..25 {
+                    let count = &mut |attributes: &mut Attributes| {
+                        let old = attributes.ulong(5).unwrap();
+                        attributes.insert(5, Value::Ulong(old + 1));
+                        Ok(())
+                    };
+                    token.update(id, count, None, patient()).unwrap();
+                    let text = format!("{thread:08x}-0000-4000-8000-{n:012x}");
+                    token.create(&name(&text), &new(&text), patient()).unwrap();
+                    assert!(token.object(&named(&text), patient()).is_ok());
+                }
+            });
+        }
+    });
+    assert_eq!(get(&token, &id).ulong(5), Some(100));
+    assert_eq!(names(&token).len(), 103);
+    agree(&made, &token);
 }
