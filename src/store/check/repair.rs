@@ -18,7 +18,7 @@ use nix::sys::stat::{FchmodatFlags, FileStat, Mode, fchmod, fchmodat, fstat, fst
 use nix::unistd::{Gid, Uid, UnlinkatFlags, fchown, fsync, unlinkat};
 
 use super::place::{GENERATION, with};
-use super::{Finding, Remedy, Report, Settings};
+use super::{Finding, Remedy, Report};
 use crate::diagnostics::Diagnostics;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::db::DbToken;
@@ -37,7 +37,7 @@ pub struct Repaired {
 }
 
 /// Mends what `report`, which is from [`super::check`], says can be mended. Afterwards one has to look again.
-pub fn repair(store: &Store, settings: &Settings, report: &Report) -> Repaired {
+pub fn repair(store: &Store, report: &Report) -> Repaired {
     let mut repaired = Repaired::default();
     let remedies = |wanted: fn(&Remedy) -> bool| {
         report
@@ -53,8 +53,11 @@ pub fn repair(store: &Store, settings: &Settings, report: &Report) -> Repaired {
     {
         repaired.failures.push(error);
     }
-    for finding in remedies(|remedy| !matches!(remedy, Remedy::Recover)) {
-        if let Err(error) = mend(store, settings, finding) {
+    // Then modes, which what is made takes over.
+    let modes = remedies(|remedy| matches!(remedy, Remedy::TakeBits(_)));
+    let others = remedies(|remedy| !matches!(remedy, Remedy::Recover | Remedy::TakeBits(_)));
+    for finding in modes.chain(others) {
+        if let Err(error) = mend(store, finding) {
             // What is gone needs no mending.
             if error.kind() != ErrorKind::NotFound {
                 repaired.failures.push(error.at(&finding.path));
@@ -78,7 +81,7 @@ fn recover(store: &Store, repaired: &mut Repaired) -> Result<()> {
     Ok(())
 }
 
-fn mend(store: &Store, settings: &Settings, finding: &Finding) -> Result<()> {
+fn mend(store: &Store, finding: &Finding) -> Result<()> {
     let Some(remedy) = finding.remedy else {
         return Ok(());
     };
@@ -89,11 +92,9 @@ fn mend(store: &Store, settings: &Settings, finding: &Finding) -> Result<()> {
     match remedy {
         Remedy::MakeLock => make_lock(&place),
         Remedy::RemoveLock => remove_lock(&place),
-        Remedy::MakeGeneration => make_generation(
-            &place,
-            settings,
-            Patience::at_most(store.options().lock_wait),
-        ),
+        Remedy::MakeGeneration => {
+            make_generation(&place, Patience::at_most(store.options().lock_wait))
+        }
         Remedy::TakeBits(bits) => take_bits(&place, bits),
         Remedy::Recover | Remedy::RollBack => Ok(()),
     }
@@ -229,12 +230,11 @@ fn remove_lock(place: &Place) -> Result<()> {
 /// Makes the token's counter, or a new one of one that was cut short. SoftHSM would begin at 1 again, which a session that is open may
 /// have seen before, and would then see nothing of what is made and deleted next. The number of seconds since 1970 is more than any
 /// that was ever counted to, and more than the one that an earlier repair has begun with.
-fn make_generation(place: &Place, settings: &Settings, patience: Patience) -> Result<()> {
+fn make_generation(place: &Place, patience: Patience) -> Result<()> {
     if place.name.as_os_str() != GENERATION {
         return Ok(());
     }
-    let mut like = place.stat(OsStr::new(TOKEN_OBJECT))?;
-    like.st_mode &= !settings.mask;
+    let like = place.stat(OsStr::new(TOKEN_OBJECT))?;
     let (file, made) = match place.make_like(&like) {
         Ok(file) => (file, true),
         Err(error) if error.kind() == ErrorKind::Exists => (place.open(OFlag::O_RDWR, 0)?, false),
