@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use fuser::Notifier;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -19,6 +20,7 @@ use crate::fuse::invalidate::{self, Invalidation};
 use crate::fuse::mount::{Request, check_point, check_tokendir};
 use crate::fuse::options::{MountOptions, Unknown};
 use crate::fuse::session;
+use crate::fuse::settle;
 use crate::fuse::signals::Signals;
 use crate::store::{self, Store};
 use crate::tree::{self, Tree};
@@ -140,19 +142,28 @@ fn serve(
         gid: getegid().as_raw(),
         ..tree::Settings::default()
     };
+    // What a crash left behind, before anybody looks.
+    store.recover();
     let tree = Arc::new(Tree::new(store, settings, diagnostics));
     let filesystem = Adapter::new(Arc::clone(&tree));
-    session::serve(
-        filesystem,
+    let outcome = session::serve(
+        filesystem.clone(),
         &plan.request,
         signals,
-        |notifier| Ok(watch_store(&tree, notifier, plan.notify)),
+        |notifier| {
+            let settling = settle::start(&tree)?;
+            Ok((watch_store(&tree, notifier, plan.notify), settling))
+        },
         |mount| {
             let watcher = plan.auto_unmount.then(|| watch::start(mount)).transpose()?;
             ready()?;
             Ok(watcher)
         },
-    )
+    );
+    // The mount is gone, but what was written into it is not all in the store yet.
+    filesystem.drain(2 * plan.store.lock_wait + Duration::from_secs(1));
+    tree.finish();
+    outcome
 }
 
 /// Has the kernel told of changes, where that can be. Without, its memory is short, and nothing else is amiss.

@@ -1,42 +1,34 @@
 //! One translation per request of the kernel, and nothing else: what a request means is the tree's business.
 //!
 //! Requests are answered in the thread that reads them, which is the fastest there is for one client, as long as that takes no
-//! waiting. One that would have to wait (a lock, an unfinished writer, a long scan) is answered by a thread of its own, so
-//! that it holds up nobody else.
+//! waiting. One that would have to wait (a lock, an unfinished writer, a long scan, a disk that has to be written) is answered by a
+//! thread of its own, so that it holds up nobody else.
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::thread;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 
 use fuser::{
-    AccessFlags, BsdFileFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags,
-    Generation, INodeNo, InitFlags, KernelConfig, LockOwner, OpenAccMode, OpenFlags, RenameFlags,
-    ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry,
-    ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
+    AccessFlags, BsdFileFlags, Errno, FileHandle, Filesystem, FopenFlags, INodeNo, InitFlags,
+    KernelConfig, LockOwner, OpenAccMode, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate,
+    ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyOpen, ReplyStatfs,
+    ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 
-use crate::error::{Error, ErrorKind, Result};
-use crate::store::Patience;
-use crate::tree::{self, Entry, FileKind, HandleId, Listed, Tree};
-
-/// The most requests that wait at a time. More than one reader of the same object is rare, and a waiting thread costs little.
-const MOST_WAITING: usize = 256;
-
-/// A number of an inode that was never used before has this generation: ours are not used again for something else.
-const GENERATION: Generation = Generation(0);
-
-/// The size that directories and files are read in best.
-const BLOCK_SIZE: u32 = 4096;
+use super::reply::{self, GENERATION, attributes, errno, file_type, fill};
+use super::wait::Waiting;
+use crate::store::{MetadataChange, Patience, Time};
+use crate::tree::{
+    Caller, Creation, FileKind, HandleId, OpenForWriting, RenameHow, SetAttributes, Tree,
+};
 
 /// The tree, as the kernel asks for it.
 #[derive(Clone, Debug)]
 pub struct Adapter {
     tree: Arc<Tree>,
-    waiting: Arc<AtomicUsize>,
+    waiting: Waiting,
 }
 
 impl Adapter {
@@ -44,164 +36,39 @@ impl Adapter {
     #[must_use]
     pub fn new(tree: Arc<Tree>) -> Self {
         Self {
+            waiting: Waiting::new(Arc::clone(&tree)),
             tree,
-            waiting: Arc::default(),
         }
     }
 
-    /// Answers with what `ask` says: at once, or from another thread if it has to wait.
-    fn answer<T, R>(
-        &self,
-        reply: R,
-        ask: impl Fn(&Tree, Patience) -> Result<T> + Send + 'static,
-        done: impl FnOnce(&Tree, R, Result<T>) + Send + 'static,
-    ) where
-        R: Send + 'static,
-    {
-        let at_once = ask(&self.tree, Patience::Now);
-        match &at_once {
-            Err(error) if error.kind() == ErrorKind::WouldBlock => {}
-            _ => return done(&self.tree, reply, at_once),
-        }
-        self.wait(reply, move |tree, reply, patience| {
-            let answer = ask(tree, patience);
-            done(tree, reply, answer);
-        });
-    }
-
-    /// Has a thread of its own answer.
-    fn wait<R: Send + 'static>(
-        &self,
-        reply: R,
-        answer: impl FnOnce(&Tree, R, Patience) + Send + 'static,
-    ) {
-        let tree = Arc::clone(&self.tree);
-        let Some(slot) = Slot::take(&self.waiting) else {
-            // No patience left: it is refused, or answered after all if what it waited for has come.
-            tree.diagnostics()
-                .warning("too many requests are waiting for locks already");
-            return answer(&tree, reply, Patience::Until(Instant::now()));
-        };
-        let limit = tree.store().options().lock_wait;
-        // If no thread is to be had the reply is dropped with the closure, which answers EIO.
-        let started = thread::Builder::new()
-            .name("tokenfs-wait".to_owned())
-            .spawn(move || {
-                let _slot = slot;
-                answer(&tree, reply, Patience::at_most(limit));
-            });
-        if let Err(error) = started {
-            let error = Error::io("start a thread for a request that has to wait", &error);
-            self.tree.diagnostics().error(&error);
-        }
+    /// Waits until no request is being answered any more, but for `limit` at most.
+    pub fn drain(&self, limit: Duration) {
+        self.waiting.drain(limit);
     }
 }
 
-/// Fills `reply` with entries from `offset` on. Gives it back if it is empty and the first entry has to be waited for.
-///
-/// Each entry is counted by the kernel as an answer about its inode, with all that `stat` says: there is no naming one
-/// without (`fuser` takes the inode from the attributes).
-fn fill(
-    tree: &Tree,
-    mut reply: ReplyDirectoryPlus,
-    ino: u64,
-    listing: &[Listed],
-    offset: u64,
-    patience: Patience,
-) -> Result<(), ReplyDirectoryPlus> {
-    let mut is_empty = true;
-    // The kernel takes no attributes of these two.
-    let dots = [(ino, "."), (tree.parent(ino), "..")];
-    for (index, (ino, name)) in dots.into_iter().enumerate() {
-        let next = index as u64 + 1;
-        if next > offset {
-            is_empty = false;
-            let bare = bare(ino, FileKind::Directory);
-            if reply.add(INodeNo(ino), next, name, &Duration::ZERO, &bare, GENERATION) {
-                reply.ok();
-                return Ok(());
-            }
-        }
-    }
-    let first = usize::try_from(offset.saturating_sub(2)).unwrap_or(usize::MAX);
-    for (index, entry) in listing.iter().enumerate().skip(first) {
-        let look = match tree.look_at(entry, patience) {
-            Ok(look) => look,
-            // It has gone since the directory was opened.
-            Err(error) if error.kind() == ErrorKind::NotFound => continue,
-            // The next request begins with it.
-            Err(_) if !is_empty => break,
-            Err(error) if error.kind() == ErrorKind::WouldBlock => return Err(reply),
-            Err(error) => {
-                reply.error(errno(&error));
-                return Ok(());
-            }
-        };
-        let found = &look.entry;
-        let full = reply.add(
-            INodeNo(found.attributes.ino),
-            index as u64 + 3,
-            &entry.name,
-            &found.valid,
-            &attributes(&found.attributes),
-            GENERATION,
-        );
-        if full {
-            break;
-        }
-        is_empty = false;
-        tree.tell(ino, &look);
-    }
-    reply.ok();
-    Ok(())
-}
+/// How an open file is read and written: never from the kernel's pages, since what is in them is cut to the size that the kernel
+/// believes in, and whether that is the size of this version nobody can tell.
+const OPENED: FopenFlags = FopenFlags::FOPEN_DIRECT_IO;
 
-/// One of the places for requests that wait.
-struct Slot(Arc<AtomicUsize>);
-
-impl Slot {
-    fn take(waiting: &Arc<AtomicUsize>) -> Option<Self> {
-        let slot = Self(Arc::clone(waiting));
-        (waiting.fetch_add(1, Ordering::Relaxed) < MOST_WAITING).then_some(slot)
+fn caller(request: &Request) -> Caller {
+    Caller {
+        uid: request.uid(),
+        gid: request.gid(),
     }
 }
 
-impl Drop for Slot {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
+fn for_writing(flags: i32) -> OpenForWriting {
+    OpenForWriting {
+        truncate: flags & libc::O_TRUNC != 0,
+        append: flags & libc::O_APPEND != 0,
     }
 }
 
-fn errno(error: &Error) -> Errno {
-    Errno::from_i32(error.errno())
-}
-
-fn attributes(from: &tree::Attributes) -> FileAttr {
-    FileAttr {
-        ino: INodeNo(from.ino),
-        size: from.size,
-        blocks: from.size.div_ceil(512),
-        atime: from.atime,
-        mtime: from.mtime,
-        ctime: from.ctime,
-        crtime: SystemTime::UNIX_EPOCH,
-        kind: file_type(from.kind),
-        perm: (from.mode & 0o7777) as u16,
-        // A directory that does not count its sub-directories says 1, as btrfs does: find(1) then looks for itself.
-        nlink: 1,
-        uid: from.uid,
-        gid: from.gid,
-        rdev: 0,
-        blksize: BLOCK_SIZE,
-        flags: 0,
-    }
-}
-
-fn file_type(kind: FileKind) -> FileType {
-    match kind {
-        FileKind::File => FileType::RegularFile,
-        FileKind::Directory => FileType::Directory,
-        FileKind::Link => FileType::Symlink,
+fn time(time: TimeOrNow) -> Time {
+    match time {
+        TimeOrNow::SpecificTime(time) => Time::At(time),
+        TimeOrNow::Now => Time::Now,
     }
 }
 
@@ -216,6 +83,8 @@ impl Filesystem for Adapter {
             InitFlags::FUSE_PARALLEL_DIROPS,
             // Files can be mapped all the same.
             InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP,
+            // Without, an open with O_TRUNC comes as a truncation of its own before the open, which would take effect at once.
+            InitFlags::FUSE_ATOMIC_O_TRUNC,
         ] {
             let _ = config.add_capabilities(wanted);
         }
@@ -224,18 +93,10 @@ impl Filesystem for Adapter {
 
     fn lookup(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         let name = name.to_os_string();
-        self.answer(
+        self.waiting.answer(
             reply,
             move |tree, patience| tree.lookup(parent.0, &name, patience),
-            |_, reply, answer| match answer {
-                Ok(Entry {
-                    attributes: from,
-                    valid,
-                }) => {
-                    reply.entry(&valid, &attributes(&from), GENERATION);
-                }
-                Err(error) => reply.error(errno(&error)),
-            },
+            reply::entry,
         );
     }
 
@@ -247,19 +108,16 @@ impl Filesystem for Adapter {
         &self,
         _request: &Request,
         ino: INodeNo,
-        _handle: Option<FileHandle>,
+        handle: Option<FileHandle>,
         reply: ReplyAttr,
     ) {
-        self.answer(
+        self.waiting.answer(
             reply,
-            move |tree, patience| tree.attributes(ino.0, patience),
-            |_, reply, answer| match answer {
-                Ok(Entry {
-                    attributes: from,
-                    valid,
-                }) => reply.attr(&valid, &attributes(&from)),
-                Err(error) => reply.error(errno(&error)),
+            move |tree, patience| match handle {
+                Some(handle) => tree.open_attributes(ino.0, HandleId(handle.0), patience),
+                None => tree.attributes(ino.0, patience),
             },
+            reply::attr,
         );
     }
 
@@ -271,17 +129,25 @@ impl Filesystem for Adapter {
     }
 
     fn open(&self, _request: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
-        if flags.acc_mode() != OpenAccMode::O_RDONLY {
-            return reply.error(Errno::EROFS);
-        }
-        self.answer(
+        let is_read = flags.acc_mode() == OpenAccMode::O_RDONLY;
+        let how = for_writing(flags.0);
+        self.waiting.answer(
             reply,
-            move |tree, patience| tree.open(ino.0, patience),
-            |_, reply, answer| match answer {
+            move |tree, patience| {
+                if is_read && !how.truncate {
+                    tree.open(ino.0, patience)
+                } else {
+                    tree.open_for_writing(ino.0, how, patience)
+                }
+            },
+            move |_, reply, answer| match answer {
                 Ok(handle) => {
-                    // Never from the kernel's pages: what is in them is cut to the size that the kernel believes in, and whether
-                    // that is the size of this version nobody can tell. There is nothing to flush either.
-                    let flags = FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_NOFLUSH;
+                    // What is only read has nothing to flush.
+                    let flags = if is_read {
+                        OPENED | FopenFlags::FOPEN_NOFLUSH
+                    } else {
+                        OPENED
+                    };
                     reply.opened(FileHandle(handle.0), flags);
                 }
                 Err(error) => reply.error(errno(&error)),
@@ -316,34 +182,45 @@ impl Filesystem for Adapter {
         _flush: bool,
         reply: ReplyEmpty,
     ) {
-        self.tree.release(HandleId(handle.0));
-        reply.ok();
+        self.waiting.answer(
+            reply,
+            move |tree, patience| tree.release(HandleId(handle.0), patience),
+            reply::empty,
+        );
     }
 
     fn flush(
         &self,
         _request: &Request,
         _ino: INodeNo,
-        _handle: FileHandle,
+        handle: FileHandle,
         _owner: LockOwner,
         reply: ReplyEmpty,
     ) {
-        reply.ok();
+        self.waiting.answer(
+            reply,
+            move |tree, patience| tree.flush(HandleId(handle.0), patience),
+            reply::empty,
+        );
     }
 
     fn fsync(
         &self,
         _request: &Request,
-        _ino: INodeNo,
-        _handle: FileHandle,
+        ino: INodeNo,
+        handle: FileHandle,
         _datasync: bool,
         reply: ReplyEmpty,
     ) {
-        reply.ok();
+        self.waiting.answer(
+            reply,
+            move |tree, patience| tree.sync_file(ino.0, HandleId(handle.0), patience),
+            reply::empty,
+        );
     }
 
     fn opendir(&self, _request: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
-        self.answer(
+        self.waiting.answer(
             reply,
             move |tree, patience| tree.open_dir(ino.0, patience),
             |_, reply, answer| match answer {
@@ -396,7 +273,7 @@ impl Filesystem for Adapter {
             return;
         };
         // The first entry has to be waited for.
-        self.wait(reply, move |tree, reply, patience| {
+        self.waiting.wait(reply, move |tree, reply, patience| {
             if let Err(reply) = fill(tree, reply, ino.0, &listing, offset, patience) {
                 reply.error(Errno::EBUSY);
             }
@@ -411,19 +288,24 @@ impl Filesystem for Adapter {
         _flags: OpenFlags,
         reply: ReplyEmpty,
     ) {
-        self.tree.release(HandleId(handle.0));
+        // A directory has nothing to write.
+        let _ = self.tree.release(HandleId(handle.0), Patience::Now);
         reply.ok();
     }
 
     fn fsyncdir(
         &self,
         _request: &Request,
-        _ino: INodeNo,
+        ino: INodeNo,
         _handle: FileHandle,
         _datasync: bool,
         reply: ReplyEmpty,
     ) {
-        reply.ok();
+        self.waiting.answer(
+            reply,
+            move |tree, patience| tree.sync_dir(ino.0, patience),
+            reply::empty,
+        );
     }
 
     fn statfs(&self, _request: &Request, _ino: INodeNo, reply: ReplyStatfs) {
@@ -465,62 +347,196 @@ impl Filesystem for Adapter {
         reply.ok();
     }
 
-    // Everything that writes. The kernel refuses most of it before it asks, since the mount is read-only; this is for what
-    // reaches us all the same.
-
     fn setattr(
         &self,
         _request: &Request,
-        _ino: INodeNo,
-        _mode: Option<u32>,
-        _uid: Option<u32>,
-        _gid: Option<u32>,
-        _size: Option<u64>,
-        _atime: Option<TimeOrNow>,
-        _mtime: Option<TimeOrNow>,
+        ino: INodeNo,
+        mode: Option<u32>,
+        uid: Option<u32>,
+        gid: Option<u32>,
+        size: Option<u64>,
+        atime: Option<TimeOrNow>,
+        mtime: Option<TimeOrNow>,
         _ctime: Option<SystemTime>,
-        _handle: Option<FileHandle>,
+        handle: Option<FileHandle>,
         _crtime: Option<SystemTime>,
         _chgtime: Option<SystemTime>,
         _bkuptime: Option<SystemTime>,
         _flags: Option<BsdFileFlags>,
         reply: ReplyAttr,
     ) {
-        reply.error(Errno::EROFS);
+        let metadata = MetadataChange {
+            mode: mode.map(|mode| mode & 0o7777),
+            uid,
+            gid,
+            atime: atime.map(time),
+            mtime: mtime.map(time),
+        };
+        let change = SetAttributes { size, metadata };
+        let handle = handle.map(|handle| HandleId(handle.0));
+        self.waiting.answer(
+            reply,
+            move |tree, patience| tree.set_attributes(ino.0, handle, &change, patience),
+            reply::attr,
+        );
     }
 
     fn mknod(
         &self,
-        _request: &Request,
-        _parent: INodeNo,
-        _name: &OsStr,
-        _mode: u32,
+        request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        mode: u32,
         _umask: u32,
         _rdev: u32,
         reply: ReplyEntry,
     ) {
-        reply.error(Errno::EROFS);
+        // Only files. A local file system that knows no other sort says this.
+        if mode & libc::S_IFMT != libc::S_IFREG && mode & libc::S_IFMT != 0 {
+            return reply.error(Errno::EPERM);
+        }
+        let (name, caller) = (name.to_os_string(), caller(request));
+        self.waiting.answer(
+            reply,
+            move |tree, patience| tree.make_file(parent.0, &name, mode & 0o7777, caller, patience),
+            reply::entry,
+        );
     }
 
     fn mkdir(
         &self,
-        _request: &Request,
-        _parent: INodeNo,
-        _name: &OsStr,
-        _mode: u32,
+        request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        mode: u32,
         _umask: u32,
         reply: ReplyEntry,
     ) {
-        reply.error(Errno::EROFS);
+        let (name, caller) = (name.to_os_string(), caller(request));
+        self.waiting.answer(
+            reply,
+            move |tree, patience| tree.make_dir(parent.0, &name, mode & 0o7777, caller, patience),
+            reply::entry,
+        );
     }
 
-    fn unlink(&self, _request: &Request, _parent: INodeNo, _name: &OsStr, reply: ReplyEmpty) {
-        reply.error(Errno::EROFS);
+    fn unlink(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let name = name.to_os_string();
+        self.waiting.answer(
+            reply,
+            move |tree, patience| tree.unlink(parent.0, &name, patience),
+            reply::empty,
+        );
     }
 
-    fn rmdir(&self, _request: &Request, _parent: INodeNo, _name: &OsStr, reply: ReplyEmpty) {
-        reply.error(Errno::EROFS);
+    fn rmdir(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let name = name.to_os_string();
+        self.waiting.answer(
+            reply,
+            move |tree, patience| tree.remove_dir(parent.0, &name, patience),
+            reply::empty,
+        );
     }
+
+    fn rename(
+        &self,
+        _request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        to_parent: INodeNo,
+        to_name: &OsStr,
+        flags: RenameFlags,
+        reply: ReplyEmpty,
+    ) {
+        // What a file system says that does not know how to exchange.
+        if !(flags - RenameFlags::RENAME_NOREPLACE).is_empty() {
+            return reply.error(Errno::EINVAL);
+        }
+        let how = RenameHow {
+            no_replace: flags.contains(RenameFlags::RENAME_NOREPLACE),
+        };
+        let (name, to_name) = (name.to_os_string(), to_name.to_os_string());
+        self.waiting.answer(
+            reply,
+            move |tree, patience| {
+                tree.rename((parent.0, &name), (to_parent.0, &to_name), how, patience)
+            },
+            reply::empty,
+        );
+    }
+
+    fn create(
+        &self,
+        request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        mode: u32,
+        _umask: u32,
+        flags: i32,
+        reply: ReplyCreate,
+    ) {
+        let (name, caller) = (name.to_os_string(), caller(request));
+        let how = Creation {
+            mode: mode & 0o7777,
+            exclusive: flags & libc::O_EXCL != 0,
+            open: for_writing(flags),
+        };
+        self.waiting.answer(
+            reply,
+            move |tree, patience| tree.create(parent.0, &name, how, caller, patience),
+            |_, reply, answer| match answer {
+                Ok((entry, handle)) => reply.created(
+                    &entry.valid,
+                    &attributes(&entry.attributes),
+                    GENERATION,
+                    FileHandle(handle.0),
+                    OPENED,
+                ),
+                Err(error) => reply.error(errno(&error)),
+            },
+        );
+    }
+
+    fn write(
+        &self,
+        _request: &Request,
+        _ino: INodeNo,
+        handle: FileHandle,
+        offset: u64,
+        data: &[u8],
+        _write_flags: WriteFlags,
+        _flags: OpenFlags,
+        _owner: Option<LockOwner>,
+        reply: ReplyWrite,
+    ) {
+        match self.tree.write(HandleId(handle.0), offset, data) {
+            Ok(()) => reply.written(data.len() as u32),
+            Err(error) => reply.error(errno(&error)),
+        }
+    }
+
+    fn fallocate(
+        &self,
+        _request: &Request,
+        _ino: INodeNo,
+        handle: FileHandle,
+        offset: u64,
+        length: u64,
+        mode: i32,
+        reply: ReplyEmpty,
+    ) {
+        let answer = match mode {
+            0 => self
+                .tree
+                .extend_open(HandleId(handle.0), offset.saturating_add(length)),
+            // Nothing has to be reserved, since it is all in memory until it is committed.
+            libc::FALLOC_FL_KEEP_SIZE => Ok(()),
+            _ => return reply.error(Errno::EOPNOTSUPP),
+        };
+        reply::empty(&self.tree, reply, answer);
+    }
+
+    // What there is not in a store: links of both kinds, and extended attributes.
 
     fn symlink(
         &self,
@@ -530,20 +546,7 @@ impl Filesystem for Adapter {
         _target: &Path,
         reply: ReplyEntry,
     ) {
-        reply.error(Errno::EROFS);
-    }
-
-    fn rename(
-        &self,
-        _request: &Request,
-        _parent: INodeNo,
-        _name: &OsStr,
-        _to_parent: INodeNo,
-        _to_name: &OsStr,
-        _flags: RenameFlags,
-        reply: ReplyEmpty,
-    ) {
-        reply.error(Errno::EROFS);
+        reply.error(Errno::EPERM);
     }
 
     fn link(
@@ -554,48 +557,7 @@ impl Filesystem for Adapter {
         _to_name: &OsStr,
         reply: ReplyEntry,
     ) {
-        reply.error(Errno::EROFS);
-    }
-
-    fn create(
-        &self,
-        _request: &Request,
-        _parent: INodeNo,
-        _name: &OsStr,
-        _mode: u32,
-        _umask: u32,
-        _flags: i32,
-        reply: ReplyCreate,
-    ) {
-        reply.error(Errno::EROFS);
-    }
-
-    fn write(
-        &self,
-        _request: &Request,
-        _ino: INodeNo,
-        _handle: FileHandle,
-        _offset: u64,
-        _data: &[u8],
-        _write_flags: WriteFlags,
-        _flags: OpenFlags,
-        _owner: Option<LockOwner>,
-        reply: ReplyWrite,
-    ) {
-        reply.error(Errno::EROFS);
-    }
-
-    fn fallocate(
-        &self,
-        _request: &Request,
-        _ino: INodeNo,
-        _handle: FileHandle,
-        _offset: u64,
-        _length: u64,
-        _mode: i32,
-        reply: ReplyEmpty,
-    ) {
-        reply.error(Errno::EROFS);
+        reply.error(Errno::EPERM);
     }
 
     fn setxattr(
@@ -608,25 +570,10 @@ impl Filesystem for Adapter {
         _position: u32,
         reply: ReplyEmpty,
     ) {
-        reply.error(Errno::EROFS);
+        reply.error(Errno::ENOSYS);
     }
 
     fn removexattr(&self, _request: &Request, _ino: INodeNo, _name: &OsStr, reply: ReplyEmpty) {
-        reply.error(Errno::EROFS);
+        reply.error(Errno::ENOSYS);
     }
-}
-
-/// Attributes of which only number and type count.
-fn bare(ino: u64, kind: FileKind) -> FileAttr {
-    attributes(&tree::Attributes {
-        ino,
-        kind,
-        size: 0,
-        mode: 0,
-        uid: 0,
-        gid: 0,
-        atime: SystemTime::UNIX_EPOCH,
-        mtime: SystemTime::UNIX_EPOCH,
-        ctime: SystemTime::UNIX_EPOCH,
-    })
 }

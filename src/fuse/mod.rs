@@ -1,6 +1,8 @@
 //! Between the tree and the kernel: mounting, unmounting and serving.
 //!
 //! - [`adapter`]: translates requests, one short function each.
+//! - `reply`, `wait`: from the tree's types to the kernel's; the threads for requests that have to wait.
+//! - [`settle`]: a thread that writes what has been left alone.
 //! - [`invalidate`]: tells the kernel what it has to forget.
 //! - [`options`]: what stands behind `-o`.
 //! - [`mountinfo`]: the mounts of this process, as the kernel lists them.
@@ -13,6 +15,9 @@ pub mod invalidate;
 pub mod mount;
 pub mod mountinfo;
 pub mod options;
+mod reply;
 pub mod session;
+pub mod settle;
 pub mod signals;
 pub mod unmount;
+mod wait;

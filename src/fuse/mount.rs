@@ -179,7 +179,7 @@ pub fn mount_as_root(request: &Request, device: &OwnedFd) -> Result<Option<()>> 
         Some(request.fsname.as_os_str()),
         &request.point,
         Some(fstype.as_str()),
-        request.flags | MsFlags::MS_RDONLY,
+        request.flags,
         Some(data.as_str()),
     );
     match mounted {
@@ -213,9 +213,9 @@ pub fn fuser_options(request: &Request) -> Vec<MountOption> {
         MountOption::FSName(escape(&request.fsname).to_string_lossy().into_owned()),
         MountOption::Subtype(request.subtype.clone()),
         MountOption::DefaultPermissions,
-        MountOption::RO,
     ];
     let flags = [
+        (MsFlags::MS_RDONLY, MountOption::RO),
         (MsFlags::MS_NODEV, MountOption::NoDev),
         (MsFlags::MS_NOSUID, MountOption::NoSuid),
         (MsFlags::MS_NOEXEC, MountOption::NoExec),

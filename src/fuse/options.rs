@@ -63,7 +63,7 @@ impl Default for MountOptions {
             auto_unmount: false,
             fsname: None,
             subtype: None,
-            flags: MsFlags::MS_RDONLY | MsFlags::MS_NODEV | MsFlags::MS_NOSUID,
+            flags: MsFlags::MS_NODEV | MsFlags::MS_NOSUID,
             max_read: None,
             config: None,
             tokendir: None,
@@ -184,8 +184,14 @@ impl MountOptions {
             b"auto_unmount" => self.auto_unmount = true,
             b"noinotify" => self.noinotify = true,
             // The last one counts, as for mount(8).
-            b"ro" => self.read_only = true,
-            b"rw" => self.read_only = false,
+            b"ro" => {
+                self.read_only = true;
+                self.flags |= MsFlags::MS_RDONLY;
+            }
+            b"rw" => {
+                self.read_only = false;
+                self.flags -= MsFlags::MS_RDONLY;
+            }
             b"remount" => {
                 return Err(
                     "a mount of tokenfs cannot be remounted; unmount it and mount it again".into(),

@@ -2,6 +2,7 @@
 
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 /// A `CK_ATTRIBUTE_TYPE`. SoftHSM stores an `unsigned long`, 64 bits in both backends.
 pub type AttributeType = u64;
@@ -62,8 +63,11 @@ pub struct AttributeKey {
 }
 
 /// Attributes in ascending order of type, then kind.
+///
+/// A clone costs nothing until one of the two is changed, and is equal to the other without a look at the values: a commit to
+/// one object of a database gives all the others new times, and nothing else.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Attributes(Vec<(AttributeType, Value)>);
+pub struct Attributes(Arc<Vec<(AttributeType, Value)>>);
 
 impl Attributes {
     /// No attributes.
@@ -157,12 +161,11 @@ impl Attributes {
             attribute_type,
             kind,
         }) {
-            Ok(index) => self
-                .0
+            Ok(index) => Arc::make_mut(&mut self.0)
                 .get_mut(index)
                 .map(|(_, old)| std::mem::replace(old, value)),
             Err(index) => {
-                self.0.insert(index, (attribute_type, value));
+                Arc::make_mut(&mut self.0).insert(index, (attribute_type, value));
                 None
             }
         }
@@ -171,7 +174,7 @@ impl Attributes {
     /// Removes an attribute, and returns what it was.
     pub fn remove(&mut self, key: AttributeKey) -> Option<Value> {
         let index = self.position(key).ok()?;
-        Some(self.0.remove(index).1)
+        Some(Arc::make_mut(&mut self.0).remove(index).1)
     }
 
     /// The entries of an attribute map, to be changed.
@@ -183,7 +186,7 @@ impl Attributes {
                 kind,
             })
             .ok()?;
-        match self.0.get_mut(index) {
+        match Arc::make_mut(&mut self.0).get_mut(index) {
             Some((_, Value::Map(entries))) => Some(entries),
             _ => None,
         }
@@ -201,6 +204,6 @@ impl Attributes {
 
 impl From<BTreeMap<AttributeType, Value>> for Attributes {
     fn from(attributes: BTreeMap<AttributeType, Value>) -> Self {
-        Self(attributes.into_iter().collect())
+        Self(Arc::new(attributes.into_iter().collect()))
     }
 }

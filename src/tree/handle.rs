@@ -1,21 +1,58 @@
 //! Open files and directories.
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
-use super::Listed;
+use super::draft::Bytes;
+use super::node::Node;
+use super::{Attributes, Listed};
 
 /// The number of an open file or directory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct HandleId(pub u64);
 
 /// What is kept while something is open.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) enum Handle {
-    /// The content of a file as it was when it was opened.
-    Content(Arc<Vec<u8>>),
+    /// The content of a file as it was when it was opened, and what `stat` said then.
+    Content(Arc<Vec<u8>>, Attributes),
+    /// A scratch file: it has one content, whoever has it open.
+    Shared(Arc<Writer>),
+    /// A file that is open for writing: a copy of its own until it is closed or synced.
+    Writer(Arc<Writer>),
     /// The entries of a directory as they were when it was opened.
     Listing(Arc<[Listed]>),
+}
+
+/// A descriptor that a file is being written through.
+#[derive(Debug)]
+pub(super) struct Writer {
+    /// What was opened.
+    pub node: Node,
+    /// What `stat` said then.
+    pub attributes: Attributes,
+    /// Every write goes to the end (`O_APPEND`).
+    pub append: bool,
+    /// What is in the file as this descriptor sees it.
+    pub content: Bytes,
+    /// What of that the store has to be told.
+    pub state: Mutex<State>,
+}
+
+/// What has become of a writer's copy.
+#[derive(Clone, Debug, Default)]
+pub(super) struct State {
+    /// Something was written since the last commit.
+    pub written: bool,
+    /// It was cut or extended since the last commit, which counts when it is closed for good.
+    pub resized: bool,
+    /// How much of the end was appended since the last commit, if nothing else was done: then it is appended to what is stored by
+    /// that time, so that two who append lose nothing.
+    pub appended: Option<usize>,
+    /// A write was refused and nothing was written since: there is nothing to commit, not even that the file was emptied for it.
+    pub refused: bool,
+    /// Counts the writes, so that one that falls into a commit is not taken for committed.
+    pub version: u64,
 }
 
 /// All that is open.
@@ -37,7 +74,7 @@ impl Handles {
         self.open.get(&id)
     }
 
-    pub(super) fn remove(&mut self, id: HandleId) {
-        self.open.remove(&id);
+    pub(super) fn remove(&mut self, id: HandleId) -> Option<Handle> {
+        self.open.remove(&id)
     }
 }

@@ -49,6 +49,8 @@ impl Inode {
 #[derive(Debug)]
 pub struct InodeTable {
     inodes: HashMap<Ino, Inode>,
+    /// The numbers of what was renamed, which are not those that it would have.
+    renamed: HashMap<Node, Ino>,
 }
 
 impl Default for InodeTable {
@@ -60,6 +62,7 @@ impl Default for InodeTable {
         };
         Self {
             inodes: HashMap::from([(ROOT, root)]),
+            renamed: HashMap::new(),
         }
     }
 }
@@ -79,6 +82,9 @@ impl InodeTable {
     /// The number that `node` has, or would have if the kernel were told of it now.
     #[must_use]
     pub fn number(&self, node: &Node) -> Ino {
+        if let Some(ino) = self.renamed.get(node) {
+            return *ino;
+        }
         let mut ino = node.number();
         while let Some(other) = self.inodes.get(&ino)
             && other.node != *node
@@ -110,20 +116,47 @@ impl InodeTable {
         ino
     }
 
-    /// Takes back `count` answers that named `ino`. The last one removes it.
-    pub fn forget(&mut self, ino: Ino, count: u64) {
+    /// What was renamed is something else now: the kernel goes on to use the number that it had.
+    pub fn rebind(&mut self, ino: Ino, node: Node, parent: Option<Ino>) {
         let Some(inode) = self.inodes.get_mut(&ino) else {
             return;
         };
+        let old = std::mem::replace(&mut inode.node, node.clone());
+        inode.seen = None;
+        if self.renamed.get(&old) == Some(&ino) {
+            self.renamed.remove(&old);
+        }
+        if node.number() != ino {
+            self.renamed.insert(node, ino);
+        }
+        if let Some(parent) = parent
+            && let Some(inode) = self.inodes.get_mut(&ino)
+        {
+            let old = std::mem::replace(&mut inode.parent, parent);
+            if let Some(directory) = self.inodes.get_mut(&old) {
+                directory.children.remove(&ino);
+            }
+            if let Some(directory) = self.inodes.get_mut(&parent) {
+                directory.children.insert(ino);
+            }
+        }
+    }
+
+    /// Takes back `count` answers that named `ino`. The last one removes it, and returns what it stood for.
+    pub fn forget(&mut self, ino: Ino, count: u64) -> Option<Node> {
+        let inode = self.inodes.get_mut(&ino)?;
         inode.lookups = inode.lookups.saturating_sub(count);
         if inode.lookups > 0 || ino == ROOT {
-            return;
+            return None;
         }
-        let parent = inode.parent;
-        self.inodes.remove(&ino);
-        if let Some(directory) = self.inodes.get_mut(&parent) {
+        let forgotten = self.inodes.remove(&ino)?;
+        if self.renamed.get(&forgotten.node) == Some(&ino) {
+            self.renamed.remove(&forgotten.node);
+        }
+        if let Some(directory) = self.inodes.get_mut(&forgotten.parent) {
             directory.children.remove(&ino);
         }
+        Some(forgotten.node)
     }
 
     /// The known inodes below `ino`, parents before their children, without itself.

@@ -11,32 +11,49 @@
 //! another is taken.
 
 mod by_label;
+mod draft;
+mod entries;
 mod handle;
 pub mod inode;
 pub mod label;
 pub mod mode;
 pub mod name;
 pub mod node;
+mod rename;
+mod scratch;
+mod setattr;
+mod settle;
+mod slot;
 mod stale;
 pub mod text;
 mod view;
+mod write;
 
+use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
 
 use crate::diagnostics::Diagnostics;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::watch::Coverage;
 use crate::store::{Object, Patience, Store, Token, TokenName};
 
+use draft::Drafts;
+pub use entries::{Caller, Creation};
 pub use handle::HandleId;
 use handle::{Handle, Handles};
 use inode::InodeTable;
 pub use node::Ino;
 use node::Node;
+pub use rename::RenameHow;
+use scratch::Scratch;
+pub use scratch::ScratchId;
+pub use setattr::SetAttributes;
 pub use stale::Stale;
+pub use write::OpenForWriting;
 
 /// How a tree is shown.
 #[derive(Clone, Debug)]
@@ -140,6 +157,12 @@ pub struct Tree {
     inodes: Mutex<InodeTable>,
     handles: Mutex<Handles>,
     labels: Mutex<by_label::Index>,
+    drafts: Mutex<Drafts>,
+    scratch: Mutex<Scratch>,
+    /// Files whose last descriptor is closed and whose content is still being committed, and how long that may take.
+    closing: Mutex<HashMap<Node, Instant>>,
+    /// Whether there may be something to settle, and the signal for it.
+    work: (Mutex<bool>, Condvar),
     /// Counts the changes that were reported.
     changes: AtomicU64,
     mounted_at: SystemTime,
@@ -157,6 +180,10 @@ impl Tree {
             inodes: Mutex::default(),
             handles: Mutex::default(),
             labels: Mutex::default(),
+            drafts: Mutex::default(),
+            scratch: Mutex::default(),
+            closing: Mutex::default(),
+            work: (Mutex::default(), Condvar::new()),
             changes: AtomicU64::new(0),
             mounted_at: SystemTime::now(),
         }
@@ -214,7 +241,37 @@ impl Tree {
 
     /// Takes back `count` answers that named `ino`.
     pub fn forget(&self, ino: Ino, count: u64) {
-        lock(&self.inodes).forget(ino, count);
+        let forgotten = lock(&self.inodes).forget(ino, count);
+        if let Some(Node::Scratch(id)) = forgotten {
+            lock(&self.scratch).forget(id);
+        }
+    }
+
+    /// What `stat` says of an open file: its size is that of the copy that is read and written through `handle`, and it says it of
+    /// one that is unlinked too.
+    ///
+    /// # Errors
+    /// As [`Tree::attributes`].
+    pub fn open_attributes(&self, ino: Ino, handle: HandleId, patience: Patience) -> Result<Entry> {
+        let (at_open, size) = match lock(&self.handles).get(handle) {
+            Some(Handle::Content(content, attributes)) => (*attributes, content.len() as u64),
+            Some(Handle::Writer(writer) | Handle::Shared(writer)) => {
+                (writer.attributes, lock(&writer.content).len() as u64)
+            }
+            _ => return self.attributes(ino, patience),
+        };
+        let mut entry = match self.attributes(ino, patience) {
+            Err(error) if error.kind() == ErrorKind::NotFound => Entry {
+                attributes: Attributes { ino, ..at_open },
+                valid: Duration::ZERO,
+            },
+            answer => answer?,
+        };
+        if entry.attributes.kind == FileKind::File && entry.attributes.size != size {
+            entry.attributes.size = size;
+            entry.valid = Duration::ZERO;
+        }
+        Ok(entry)
     }
 
     /// What `stat` says.
@@ -224,13 +281,20 @@ impl Tree {
     pub fn attributes(&self, ino: Ino, patience: Patience) -> Result<Entry> {
         let mut look = self.noted(self.look(self.node(ino)?, patience))?;
         look.entry.attributes.ino = ino;
-        if let Some(inode) = lock(&self.inodes).get_mut(ino) {
+        let mut inodes = lock(&self.inodes);
+        // Under a number that is not its own, which comes of a rename onto it, nobody would find it to say that it has changed.
+        if inodes.number(&look.node) != ino {
+            look.entry.valid = Duration::ZERO;
+        }
+        if let Some(inode) = inodes.get_mut(ino) {
             inode.tell(look.seen);
         }
+        drop(inodes);
         Ok(look.entry)
     }
 
     fn look(&self, node: Node, patience: Patience) -> Result<Look> {
+        self.wait_until_closed(&node, patience)?;
         let (mut attributes, seen) = self.describe(&node, patience)?;
         attributes.ino = lock(&self.inodes).number(&node);
         let valid = self.validity(&node);
@@ -258,14 +322,24 @@ impl Tree {
     /// [`ErrorKind::IsADirectory`]; [`ErrorKind::NotFound`] if it is gone by now, and what the store fails with.
     pub fn open(&self, ino: Ino, patience: Patience) -> Result<HandleId> {
         let node = self.node(ino)?;
-        let content = if node == Node::Log {
-            self.diagnostics.render().into_bytes()
-        } else {
-            let object = self.noted(self.object_of(&node, patience))?;
-            self.noted(view::content(&node, &object))?
-                .ok_or_else(|| Error::new(ErrorKind::IsADirectory, "a directory"))?
+        if let Node::Scratch(id) = &node {
+            return self.open_scratch(&node, *id, OpenForWriting::default());
+        }
+        self.wait_until_closed(&node, patience)?;
+        let (attributes, object) = self.noted(self.describe(&node, patience))?;
+        if attributes.kind == FileKind::Directory {
+            return Err(Error::new(ErrorKind::IsADirectory, "a directory"));
+        }
+        let content = match object {
+            None => self.diagnostics.render().into_bytes(),
+            Some(object) => match self.fresh_content(&node) {
+                Some(content) if view::value(&node, &object).is_none() => content,
+                _ => self
+                    .noted(view::content(&node, &object))?
+                    .ok_or_else(|| Error::new(ErrorKind::IsADirectory, "a directory"))?,
+            },
         };
-        Ok(self.open_handle(Handle::Content(Arc::new(content))))
+        Ok(self.open_handle(Handle::Content(Arc::new(content), attributes)))
     }
 
     /// Reads at most `size` bytes at `offset`; fewer only at the end.
@@ -274,7 +348,10 @@ impl Tree {
     /// [`ErrorKind::NotFound`] if the handle is not known.
     pub fn read(&self, handle: HandleId, offset: u64, size: u32) -> Result<Vec<u8>> {
         let content = match lock(&self.handles).get(handle) {
-            Some(Handle::Content(content)) => Arc::clone(content),
+            Some(Handle::Content(content, _)) => Arc::clone(content),
+            Some(Handle::Writer(writer) | Handle::Shared(writer)) => {
+                return Ok(slice(&lock(&writer.content), offset, size));
+            }
             _ => return Err(Error::not_found("no such handle")),
         };
         Ok(slice(&content, offset, size))
@@ -321,11 +398,6 @@ impl Tree {
             .map_or(node::ROOT, |inode| inode.parent)
     }
 
-    /// Closes a file or a directory.
-    pub fn release(&self, handle: HandleId) {
-        lock(&self.handles).remove(handle);
-    }
-
     fn open_handle(&self, handle: Handle) -> HandleId {
         lock(&self.handles).insert(handle)
     }
@@ -339,6 +411,36 @@ impl Tree {
         self.store.token(name)
     }
 
+    /// Whether what is said of `node` will change without a change of the store.
+    fn is_pending(&self, node: &Node, token: &TokenName) -> bool {
+        let drafts = lock(&self.drafts);
+        drafts.build(token).is_some()
+            || node
+                .object()
+                .is_some_and(|(token, id)| drafts.get(&(token.clone(), id.clone())).is_some())
+    }
+
+    /// What `node` is called in the mount, from its root, for messages.
+    fn path_of(&self, node: &Node) -> PathBuf {
+        let mut path = PathBuf::new();
+        if let Some(token) = node.token() {
+            path.push(token.as_os_str());
+        }
+        if let Some((_, id)) = node.object() {
+            path.push(match id {
+                crate::store::ObjectId::Token => OsStr::new(view::TOKEN),
+                crate::store::ObjectId::Object(name) => name.as_os_str(),
+            });
+        }
+        if let Some((_, _, slot)) = slot::Slot::of(node) {
+            if let Some(map) = slot.map {
+                path.push(&*name::file_name(slot::map_key(map)));
+            }
+            path.push(&*name::file_name(slot.key));
+        }
+        path
+    }
+
     fn node(&self, ino: Ino) -> Result<Node> {
         let inodes = lock(&self.inodes);
         inodes
@@ -349,6 +451,11 @@ impl Tree {
 
     /// How long an answer about `node` may be remembered.
     fn validity(&self, node: &Node) -> Duration {
+        if let Some(token) = node.token()
+            && self.is_pending(node, token)
+        {
+            return Duration::ZERO;
+        }
         let covered = match node {
             Node::Token(token)
             | Node::Object(token, _)
@@ -356,7 +463,11 @@ impl Tree {
             | Node::MapEntry(token, _, _, _) => self.coverage.has_token(token),
             Node::Root | Node::Control => self.coverage.has_tokendir(),
             // Made on the spot from what is remembered anyway.
-            Node::Log | Node::ByLabel | Node::TokenByLabel(_) | Node::ObjectByLabel(_, _) => {
+            Node::Log
+            | Node::ByLabel
+            | Node::TokenByLabel(_)
+            | Node::ObjectByLabel(_, _)
+            | Node::Scratch(_) => {
                 return Duration::ZERO;
             }
         };

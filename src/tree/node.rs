@@ -7,6 +7,7 @@ use std::hash::Hasher;
 
 use siphasher::sip::SipHasher13;
 
+use super::scratch::ScratchId;
 use crate::store::attribute::{AttributeKey, AttributeType, Kind};
 use crate::store::{ObjectId, ObjectName, TokenName};
 
@@ -39,6 +40,8 @@ pub enum Node {
     TokenByLabel(TokenName),
     /// A link in it.
     ObjectByLabel(TokenName, ObjectName),
+    /// A scratch file or directory.
+    Scratch(ScratchId),
 }
 
 impl Node {
@@ -52,7 +55,18 @@ impl Node {
             | Self::MapEntry(token, _, _, _)
             | Self::TokenByLabel(token)
             | Self::ObjectByLabel(token, _) => Some(token),
-            Self::Root | Self::Control | Self::Log | Self::ByLabel => None,
+            Self::Root | Self::Control | Self::Log | Self::ByLabel | Self::Scratch(_) => None,
+        }
+    }
+
+    /// The object that this is, or is in.
+    #[must_use]
+    pub fn object(&self) -> Option<(&TokenName, &ObjectId)> {
+        match self {
+            Self::Object(token, id)
+            | Self::Attribute(token, id, _)
+            | Self::MapEntry(token, id, _, _) => Some((token, id)),
+            _ => None,
         }
     }
 
@@ -72,6 +86,7 @@ impl Node {
             Self::ByLabel => 7,
             Self::TokenByLabel(_) => 8,
             Self::ObjectByLabel(..) => 9,
+            Self::Scratch(_) => 10,
         };
         hasher.write_u8(tag);
         if let Some(token) = self.token() {
@@ -89,6 +104,7 @@ impl Node {
                 attribute(&mut hasher, *key);
             }
             Self::ObjectByLabel(_, object) => name(&mut hasher, object.as_bytes()),
+            Self::Scratch(id) => hasher.write_u64(id.0),
             _ => {}
         }
         // 63 bits, for programs that take inode numbers for signed. 0 is no inode, 1 the root's.

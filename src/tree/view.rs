@@ -5,19 +5,23 @@ use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
 
+use std::time::SystemTime;
+
+use super::draft::New;
 use super::name::Name;
 use super::node::Node;
+use super::slot::{Slot, map_key};
 use super::text::Context;
-use super::{Attributes, FileKind, Tree, by_label, mode, name, text};
+use super::{Attributes, FileKind, Tree, by_label, lock, mode, name, text};
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::attribute::{AttributeKey, Kind, Value};
-use crate::store::{Metadata, Object, ObjectId, ObjectName, Patience, TokenName};
+use crate::store::attribute::{AttributeKey, AttributeType, Kind, Value};
+use crate::store::{Backend, Metadata, Object, ObjectId, ObjectName, Patience, TokenName};
 
 /// The directory of everything derived, in the root and not listed there.
-const CONTROL: &str = ".tokenfs";
+pub(super) const CONTROL: &str = ".tokenfs";
 
 /// The directory of the token's own attributes.
-const TOKEN: &str = "token";
+pub(super) const TOKEN: &str = "token";
 
 /// The two names in `.tokenfs`.
 const BY_LABEL: &str = "by-label";
@@ -27,7 +31,14 @@ impl Tree {
     /// The child `name` of `directory`. That it exists is for [`Tree::describe`] to find out.
     pub(super) fn child(&self, directory: &Node, name: &OsStr, patience: Patience) -> Result<Node> {
         let absent = || Error::not_found("no such file or directory");
+        if let Some(id) = lock(&self.scratch).find(directory, name) {
+            return Ok(Node::Scratch(id));
+        }
         match directory {
+            Node::Scratch(id) => match lock(&self.scratch).get(*id)?.kind() {
+                FileKind::Directory => Err(absent()),
+                _ => Err(not_a_directory()),
+            },
             Node::Root if name == CONTROL => Ok(Node::Control),
             Node::Root => TokenName::new(name).map(Node::Token).ok_or_else(absent),
             Node::Token(token) if name == TOKEN => Ok(Node::Object(token.clone(), ObjectId::Token)),
@@ -98,8 +109,15 @@ impl Tree {
                 let own = names.mode(&metadata, mode::of_token(metadata.mode, mask), mask);
                 (directory(&metadata, own), None)
             }
+            Node::Scratch(id) => {
+                let entry = lock(&self.scratch).get(*id)?.clone();
+                match &entry.becomes {
+                    Some(node) => self.describe(node, patience)?,
+                    None => (entry.attributes(), None),
+                }
+            }
             Node::Object(token, id) => {
-                let metadata = self.token(token)?.object_metadata(id, patience)?;
+                let metadata = self.object_metadata(token, id, patience)?;
                 (
                     directory(&metadata, mode::of_object(metadata.mode, mask)),
                     None,
@@ -107,7 +125,14 @@ impl Tree {
             }
             Node::Attribute(token, id, _) | Node::MapEntry(token, id, _, _) => {
                 let object = self.object(token, id, patience)?;
-                (self.describe_version(node, &object)?, Some(object))
+                let described = match (value(node, &object), self.fresh_size(node)) {
+                    (None, Some(size)) => Attributes {
+                        size,
+                        ..file(&object.metadata, mask)
+                    },
+                    _ => self.describe_version(node, &object)?,
+                };
+                (described, Some(object))
             }
             Node::Log => (self.describe_log(), None),
             Node::ObjectByLabel(token, object) => {
@@ -129,10 +154,8 @@ impl Tree {
         let mask = self.settings.mask;
         Ok(match content_length(node, object)? {
             Some(size) => Attributes {
-                kind: FileKind::File,
                 size,
-                mode: mode::of_attribute(metadata.mode, mask),
-                ..directory(metadata, 0)
+                ..file(metadata, mask)
             },
             None => directory(metadata, mode::of_object(metadata.mode, mask)),
         })
@@ -169,28 +192,41 @@ impl Tree {
                     .collect()
             }
             Node::Token(token) => {
-                let objects = self.token(token)?.list(patience)?;
-                let own = Node::Object(token.clone(), ObjectId::Token);
-                std::iter::once(as_directory(TOKEN.into(), own))
-                    .chain(objects.iter().map(|object| {
+                // The token's own comes last: who copies in this order makes a token of it when all its objects are there, and who
+                // removes in this order leaves a token until the end.
+                let mut listed: Vec<_> = self
+                    .objects(token, patience)?
+                    .into_iter()
+                    .map(|object| {
                         let id = ObjectId::Object(object.clone());
                         let node = Node::Object(token.clone(), id);
                         as_directory(object.as_os_str().into(), node)
-                    }))
-                    .collect()
+                    })
+                    .collect();
+                if self.has_own(token) {
+                    let own = Node::Object(token.clone(), ObjectId::Token);
+                    listed.push(as_directory(TOKEN.into(), own));
+                }
+                listed
             }
             Node::Object(token, id) => {
                 let object = self.object(token, id, patience)?;
-                listed(&object.attributes, |key| {
+                let mut listed = listed(&object.attributes, |key| {
                     Node::Attribute(token.clone(), id.clone(), key)
-                })
+                });
+                self.add_fresh(token, id, None, &mut listed);
+                listed
             }
             Node::Attribute(token, id, map) => {
                 let object = self.object(token, id, patience)?;
                 match value(directory, &object) {
-                    Some(Value::Map(entries)) => listed(entries, |key| {
-                        Node::MapEntry(token.clone(), id.clone(), map.attribute_type, key)
-                    }),
+                    Some(Value::Map(entries)) => {
+                        let mut listed = listed(entries, |key| {
+                            Node::MapEntry(token.clone(), id.clone(), map.attribute_type, key)
+                        });
+                        self.add_fresh(token, id, Some(map.attribute_type), &mut listed);
+                        listed
+                    }
                     Some(_) => return Err(not_a_directory()),
                     None => return Err(gone()),
                 }
@@ -218,10 +254,70 @@ impl Tree {
                     })
                     .collect()
             }
+            Node::Scratch(_) => {
+                let scratch = lock(&self.scratch);
+                let names = scratch.names(directory).ok_or_else(not_a_directory)?;
+                names
+                    .iter()
+                    .map(|(name, id)| {
+                        Ok((name.clone(), scratch.get(*id)?.kind(), Node::Scratch(*id)))
+                    })
+                    .collect::<Result<_>>()?
+            }
             Node::MapEntry(..) | Node::Log | Node::ObjectByLabel(..) => {
                 return Err(not_a_directory());
             }
         })
+    }
+
+    /// The objects of a token, those that are not in the store yet included.
+    pub(super) fn objects(&self, token: &TokenName, patience: Patience) -> Result<Vec<ObjectName>> {
+        let mut objects = self.token(token)?.list(patience)?.to_vec();
+        let new = lock(&self.drafts).new_objects(token);
+        if !new.is_empty() {
+            objects.extend(new);
+            objects.sort_unstable();
+            objects.dedup();
+        }
+        Ok(objects)
+    }
+
+    /// Whether a token has a directory `token`: not before that was made, and not after it was removed.
+    pub(super) fn has_own(&self, token: &TokenName) -> bool {
+        let drafts = lock(&self.drafts);
+        let gone = drafts
+            .get(&(token.clone(), ObjectId::Token))
+            .is_some_and(|draft| draft.gone);
+        let made = drafts.build(token).is_none_or(|build| build.has_own);
+        made && !gone
+    }
+
+    /// The files in an object, or in a map, that were created and have no value yet.
+    fn add_fresh(
+        &self,
+        token: &TokenName,
+        id: &ObjectId,
+        map: Option<AttributeType>,
+        listed: &mut Vec<(OsString, FileKind, Node)>,
+    ) {
+        let drafts = lock(&self.drafts);
+        if let Some(draft) = drafts.get(&(token.clone(), id.clone())) {
+            for slot in draft.fresh.keys().filter(|slot| slot.map == map) {
+                let node = slot.node(token, id);
+                if !listed.iter().any(|(_, _, known)| *known == node) {
+                    let name = OsString::from(&*name::file_name(slot.key));
+                    listed.push((name, FileKind::File, node));
+                }
+            }
+        }
+    }
+
+    /// The size of a file that was created and has no value yet.
+    fn fresh_size(&self, node: &Node) -> Option<u64> {
+        let (token, id, slot) = Slot::of(node)?;
+        let drafts = lock(&self.drafts);
+        let bytes = drafts.get(&(token.clone(), id.clone()))?.fresh.get(&slot)?;
+        Some(lock(bytes).len() as u64)
     }
 
     /// A token that nobody can get at, since the tree has that name for something else.
@@ -233,18 +329,77 @@ impl Tree {
         false
     }
 
-    /// The present version of the object that `node` is in.
-    pub(super) fn object_of(&self, node: &Node, patience: Patience) -> Result<Arc<Object>> {
-        match node {
-            Node::Object(token, id)
-            | Node::Attribute(token, id, _)
-            | Node::MapEntry(token, id, _, _) => self.object(token, id, patience),
-            _ => Err(Error::new(ErrorKind::IsADirectory, "a directory")),
+    /// The present version of an object, with what was written to it in the mount and is not in the store yet.
+    pub(super) fn object(
+        &self,
+        token: &TokenName,
+        id: &ObjectId,
+        patience: Patience,
+    ) -> Result<Arc<Object>> {
+        let draft = lock(&self.drafts)
+            .get(&(token.clone(), id.clone()))
+            .cloned();
+        if *id == ObjectId::Token && !self.has_own(token) {
+            return Err(Error::not_found("the directory token is gone"));
         }
+        let Some(draft) = draft else {
+            return self.token(token)?.object(id, patience);
+        };
+        if let Some(new) = &draft.new {
+            return Ok(Arc::new(Object {
+                metadata: self.new_metadata(token, new, patience)?,
+                ..new.object()
+            }));
+        }
+        let stored = self.token(token)?.object(id, patience)?;
+        if draft.removed.is_empty() {
+            return Ok(stored);
+        }
+        let mut object = Object::clone(&stored);
+        for slot in &draft.removed {
+            slot.remove(&mut object.attributes);
+        }
+        Ok(Arc::new(object))
     }
 
-    fn object(&self, token: &TokenName, id: &ObjectId, patience: Patience) -> Result<Arc<Object>> {
-        self.token(token)?.object(id, patience)
+    /// Of the backing file of an object, or of the one that a new object is going to have.
+    pub(super) fn object_metadata(
+        &self,
+        token: &TokenName,
+        id: &ObjectId,
+        patience: Patience,
+    ) -> Result<Metadata> {
+        if *id == ObjectId::Token && !self.has_own(token) {
+            return Err(Error::not_found("the directory token is gone"));
+        }
+        let draft = lock(&self.drafts)
+            .get(&(token.clone(), id.clone()))
+            .cloned();
+        if let Some(new) = draft.and_then(|draft| draft.new) {
+            // Its own time is now for as long as it is pending.
+            let now = SystemTime::now();
+            return Ok(Metadata {
+                mtime: now,
+                ..self.new_metadata(token, &new, patience)?
+            });
+        }
+        self.token(token)?.object_metadata(id, patience)
+    }
+
+    fn new_metadata(&self, token: &TokenName, new: &New, patience: Patience) -> Result<Metadata> {
+        let token = self.token(token)?;
+        let own = new.metadata();
+        if token.backend() == Backend::File {
+            return Ok(own);
+        }
+        // All objects of a database have its mode and owner.
+        let Metadata { mode, uid, gid, .. } = token.object_metadata(&ObjectId::Token, patience)?;
+        Ok(Metadata {
+            mode,
+            uid,
+            gid,
+            ..own
+        })
     }
 }
 
@@ -327,13 +482,6 @@ fn context(node: &Node, object: &Object) -> Context {
     }
 }
 
-fn map_key(attribute_type: u64) -> AttributeKey {
-    AttributeKey {
-        attribute_type,
-        kind: Kind::Map,
-    }
-}
-
 fn directory(metadata: &Metadata, mode: u32) -> Attributes {
     Attributes {
         ino: 0,
@@ -345,6 +493,15 @@ fn directory(metadata: &Metadata, mode: u32) -> Attributes {
         atime: metadata.atime,
         mtime: metadata.mtime,
         ctime: metadata.ctime,
+    }
+}
+
+/// An empty file in an object.
+pub(super) fn file(metadata: &Metadata, mask: u32) -> Attributes {
+    Attributes {
+        kind: FileKind::File,
+        mode: mode::of_attribute(metadata.mode, mask),
+        ..directory(metadata, 0)
     }
 }
 

@@ -172,6 +172,8 @@ pub fn object_name(backend: Backend, token: &str, id: &str) -> String {
     const NAMESPACE: uuid::Uuid = uuid::uuid!("fcbf94c2-e10e-458a-b5f2-13a8cb3a7d13");
     match backend {
         Backend::File => id.to_owned(),
+        // A foreign one that the database remembers.
+        Backend::Db if id.parse::<u64>().is_err() => id.to_owned(),
         Backend::Db => {
             uuid::Uuid::new_v5(&NAMESPACE, format!("{token}/{id}").as_bytes()).to_string()
         }

@@ -3,6 +3,7 @@
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
 use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::Duration;
 
@@ -23,7 +24,8 @@ pub type Answer<T> = Result<T, Refusal>;
 pub struct P11 {
     child: Child,
     input: Option<ChildStdin>,
-    answers: Receiver<String>,
+    /// Locked by nobody: with it tests can share what holds a client.
+    answers: Mutex<Receiver<String>>,
     /// How long an answer may take: a minute, unless a test says otherwise.
     pub patience: Duration,
 }
@@ -71,7 +73,7 @@ impl P11 {
         let mut client = Self {
             input: child.stdin.take(),
             child,
-            answers,
+            answers: Mutex::new(answers),
             patience: Duration::from_secs(60),
         };
         client.finish().expect("C_Initialize");
@@ -91,7 +93,8 @@ impl P11 {
 
     /// The answer to the command that was begun, if it comes in time.
     pub fn poll(&mut self, limit: Duration) -> Option<Answer<Value>> {
-        let line = match self.answers.recv_timeout(limit) {
+        let answers = self.answers.get_mut().unwrap_or_else(|e| e.into_inner());
+        let line = match answers.recv_timeout(limit) {
             Ok(line) => line,
             Err(RecvTimeoutError::Timeout) => return None,
             Err(RecvTimeoutError::Disconnected) => {

@@ -57,7 +57,7 @@ pub struct Token {
     pub backend: Backend,
     /// The token's own attributes.
     pub token: Object,
-    /// The objects, by the stem of the file or by the row id in decimal.
+    /// The objects, by the stem of the file; by the UUID that a row of text gives them, or else by the row id in decimal.
     pub objects: BTreeMap<String, Object>,
     /// What does not parse, and why.
     pub damaged: BTreeMap<String, String>,
@@ -252,6 +252,12 @@ pub fn read_db_token(directory: &Path) -> Token {
             object.entry((attribute_type, kind)).or_insert(value);
         }
     }
+    // What was restored with a UUID of its own has it in a text that SoftHSM never looks at.
+    let given: BTreeMap<i64, String> =
+        query("select object_id, cast(value as text) from attribute_text order by id")
+            .iter()
+            .filter_map(|row| Some((row.first()?.parse().ok()?, uuid_in(row.get(1)?)?)))
+            .collect();
     let mut objects: BTreeMap<i64, Object> = rows
         .into_iter()
         .map(|(id, object)| {
@@ -269,10 +275,22 @@ pub fn read_db_token(directory: &Path) -> Token {
         token: objects.remove(&1).unwrap_or_default(),
         objects: objects
             .into_iter()
-            .map(|(id, object)| (id.to_string(), object))
+            .map(|(id, object)| {
+                let id = given.get(&id).cloned().unwrap_or_else(|| id.to_string());
+                (id, object)
+            })
             .collect(),
         damaged,
     }
+}
+
+/// The first UUID in a text.
+fn uuid_in(text: &str) -> Option<String> {
+    let uuids = (0..text.len()).filter_map(|at| text.get(at..at + 36));
+    uuids
+        .filter(|part| uuid::Uuid::try_parse(part).is_ok())
+        .map(str::to_owned)
+        .next()
 }
 
 /// Native-endian numbers.

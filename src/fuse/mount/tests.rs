@@ -67,7 +67,6 @@ fn fuser_gets_what_fusermount_understands() {
             MountOption::FSName("a\\,b\\\\c".into()),
             MountOption::Subtype("tokenfs".into()),
             MountOption::DefaultPermissions,
-            MountOption::RO,
             MountOption::NoDev,
             MountOption::NoExec,
             MountOption::CUSTOM("max_read=8192".into()),

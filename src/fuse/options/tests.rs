@@ -10,7 +10,7 @@ fn refused(list: &str) -> String {
 }
 
 #[test]
-fn nothing_gives_the_defaults_and_a_read_only_mount() {
+fn nothing_gives_the_defaults_and_a_mount_that_writes() {
     assert_eq!(read(""), MountOptions::default());
     for list in [
         "rw",
@@ -20,7 +20,7 @@ fn nothing_gives_the_defaults_and_a_read_only_mount() {
         "rw,nonempty,default_permissions",
     ] {
         assert_eq!(read(list), MountOptions::default(), "{list}");
-        assert!(read(list).flags.contains(MsFlags::MS_RDONLY));
+        assert!(!read(list).flags.contains(MsFlags::MS_RDONLY));
     }
 }
 
@@ -29,6 +29,7 @@ fn of_ro_and_rw_the_last_counts() {
     assert!(read("ro").read_only && read("rw,ro").read_only);
     assert!(read("ro").flags.contains(MsFlags::MS_RDONLY));
     assert!(!read("ro,rw").read_only && !read("").read_only);
+    assert!(!read("ro,rw").flags.contains(MsFlags::MS_RDONLY));
 }
 
 #[test]
@@ -72,7 +73,7 @@ fn flags_are_set_and_taken_away_and_the_later_one_counts() {
             | MsFlags::MS_DIRSYNC
     );
     assert_eq!(read("noexec,exec,noatime,atime").flags, default);
-    assert_eq!(read("dev,suid").flags, MsFlags::MS_RDONLY);
+    assert_eq!(read("dev,suid").flags, MsFlags::empty());
     assert_eq!(read("dev,nodev,suid,nosuid").flags, default);
 }
 

@@ -133,6 +133,7 @@ fn versioned(look: &Look<'_>, file: &OsStr, lock: Option<&OsStr>) -> Result<(Ver
             look.directory.as_fd(),
             Path::new(file),
             lock.map(Path::new),
+            false,
             patience,
         )?;
         if let Some(bytes) = bytes_of(look, file, &version.stamp, patience)? {

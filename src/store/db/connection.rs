@@ -86,6 +86,8 @@ pub(super) struct Database {
     pub identity: Identity,
     /// Different for every connection of a token.
     pub serial: u64,
+    /// How much is synced is settled.
+    prepared: bool,
 }
 
 impl Database {
@@ -121,11 +123,37 @@ impl Database {
         connection
             .set_db_config(DbConfig::SQLITE_DBCONFIG_DEFENSIVE, true)
             .map_err(fail)?;
+        // Deleting an object is deleting its row; those of its attributes go with it.
+        connection
+            .set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_FKEY, true)
+            .map_err(fail)?;
         Ok(Self {
             connection,
             identity: Stamp::of(stat).identity,
             serial,
+            prepared: false,
         })
+    }
+
+    /// What has to be said before the first write, outside of a transaction.
+    ///
+    /// With `full`, which is what SQLite does if it is told nothing, a commit is whole after a power failure and can be undone
+    /// by it: the directory is not synced after the journal is deleted, and a journal that is back rolls back. `extra` syncs it
+    /// (<https://www.sqlite.org/pragma.html#pragma_synchronous>). A token that is being `built` is synced when it is published.
+    pub fn prepare(&mut self, built: bool) -> rusqlite::Result<()> {
+        if !self.prepared {
+            if built {
+                self.connection.pragma_update(None, "synchronous", "off")?;
+                // Not stored in the file.
+                self.connection
+                    .pragma_update_and_check(None, "journal_mode", "memory", |_| Ok(()))?;
+            } else {
+                self.connection
+                    .pragma_update(None, "synchronous", "extra")?;
+            }
+            self.prepared = true;
+        }
+        Ok(())
     }
 }
 

@@ -74,6 +74,39 @@ pub(super) fn classify(error: &rusqlite::Error, path: &Path) -> Failure {
     }
 }
 
+/// What an error of SQLite means that happened while the database `path` was to be written.
+pub(super) fn classify_write(error: &rusqlite::Error, path: &Path) -> Failure {
+    match error {
+        // It was renamed or deleted since it was opened: what is at the path now is the one to write.
+        rusqlite::Error::SqliteFailure(failure, _)
+            if failure.extended_code == ffi::SQLITE_READONLY_DBMOVED =>
+        {
+            Failure::Taken
+        }
+        // The database, its journal, or the directory that the journal is to be made in.
+        rusqlite::Error::SqliteFailure(failure, _)
+            if matches!(failure.code, ErrorCode::ReadOnly | ErrorCode::CannotOpen) =>
+        {
+            cannot_write(path).map_or_else(|| classify(error, path), Failure::Other)
+        }
+        _ => classify(error, path),
+    }
+}
+
+/// Why the database, or a journal beside it, cannot be written, as far as the operating system says so.
+pub(super) fn cannot_write(path: &Path) -> Option<Error> {
+    let directory = path.parent().unwrap_or(Path::new("/"));
+    for (needed, access) in [
+        (path, AccessFlags::W_OK),
+        (directory, AccessFlags::W_OK | AccessFlags::X_OK),
+    ] {
+        if let Err(errno) = eaccess(needed, access) {
+            return Some(Error::system("open for writing", errno).at(needed));
+        }
+    }
+    None
+}
+
 /// The journal that belongs to a database.
 pub(super) fn journal_of(path: &Path) -> std::path::PathBuf {
     let mut journal = path.as_os_str().to_owned();

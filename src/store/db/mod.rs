@@ -6,16 +6,19 @@
 //! long as the stamp is so young that a second change could hide in the same tick of the clock, SQLite is asked each time.
 //!
 //! Assumes that every writer goes through SQLite's locks, that the directory's path has no symbolic link in it, and a
-//! 64-bit `CK_ULONG`. Commits of this connection do not change `data_version`: what writes through it has to drop the
-//! snapshot.
+//! 64-bit `CK_ULONG`. Commits of this connection do not change `data_version`: what writes through it replaces the
+//! snapshot, or drops it.
 //!
 //! Lock order: `connection`, then (inside SQLite) the database's file lock, then `cache`, which is held for the copying
 //! of a pointer only.
 //!
-//! - [`decode`], [`encode`]: the blobs. [`uuid`]: the names.
+//! - [`decode`], [`encode`]: the blobs. [`uuid`]: the names. [`times`]: times of single objects.
 //! - `scan`: SQL to rows. `snapshot`: rows to objects.
+//! - `write`: a change in its transaction. `statements`: its SQL. `access`: modes and owners. `build`: new tokens.
 //! - `connection`, `read`, `failure`, `exclusive`: SQLite's connection, one transaction, its errors, whose turn it is.
 
+mod access;
+mod build;
 pub(crate) mod check;
 mod connection;
 pub mod decode;
@@ -25,7 +28,10 @@ mod failure;
 mod read;
 mod scan;
 mod snapshot;
+mod statements;
+pub mod times;
 pub mod uuid;
+mod write;
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -38,12 +44,13 @@ use self::exclusive::Exclusive;
 use self::failure::{Failure, journal_of};
 use self::read::{Outcome, Seen, Version};
 use self::snapshot::Snapshot;
+use self::uuid::Derived;
 use crate::diagnostics::Diagnostics;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::attribute::Attributes;
 use crate::store::{
-    Access, Backend, Metadata, MetadataChange, NewObject, Object, ObjectId, ObjectName, Options,
-    Patience, Target, Token, TokenName,
+    Backend, Metadata, MetadataChange, NewObject, Object, ObjectId, ObjectName, Options, Patience,
+    Target, Token, TokenName,
 };
 
 /// The file that makes a directory a `db` token (SoftHSM's `DBToken.cpp`).
@@ -70,6 +77,8 @@ pub struct DbToken {
     path: PathBuf,
     options: Options,
     diagnostics: Arc<Diagnostics>,
+    /// Whether it is being built and has another name than [`DATABASE`] until then.
+    built: bool,
     connection: Exclusive<Slot>,
     cache: Mutex<Option<Arc<Cached>>>,
 }
@@ -82,6 +91,8 @@ struct Slot {
     opened: u64,
     /// The warnings of the last snapshot, which need not be said again.
     warned: Vec<String>,
+    /// Which rows derived names are of, as far as anybody has asked.
+    derived: Derived,
 }
 
 /// What the last look at the database gave, and when that holds.
@@ -111,35 +122,12 @@ impl DbToken {
             path: directory.join(DATABASE),
             options,
             diagnostics,
+            built: false,
             connection: Exclusive::default(),
             cache: Mutex::default(),
         };
         token.metadata()?;
         Ok(token)
-    }
-
-    /// Begins a token in the empty directory `directory`: the database has SoftHSM's schema and the token's own object, which holds
-    /// nothing yet, under the name `sqlite3.db.tokenfs-new`, with the mode and owner `files`. Nothing is synced.
-    ///
-    /// # Errors
-    /// What making it fails with.
-    pub fn build(
-        _name: TokenName,
-        directory: &Path,
-        _files: Access,
-        _options: Options,
-        _diagnostics: Arc<Diagnostics>,
-    ) -> Result<Self> {
-        Err(Error::new(ErrorKind::ReadOnly, "not yet").at(directory))
-    }
-
-    /// Syncs a token that was begun with [`DbToken::build`], and gives its database its name. This value is of no use
-    /// afterwards.
-    ///
-    /// # Errors
-    /// What syncing and renaming fail with.
-    pub fn publish(&self) -> Result<()> {
-        Err(Error::new(ErrorKind::ReadOnly, "not yet").at(&self.path))
     }
 
     /// The id of the row in the table `object` that an object is stored under.
@@ -200,26 +188,16 @@ impl DbToken {
         before: &FileStat,
         patience: Patience,
     ) -> Result<Option<Arc<Snapshot>>, Failure> {
-        let impatient = matches!(patience, Patience::Now);
-        // Before SQLite touches the file that it has open: it would take the journal of the one that is now at the path
-        // for its own, roll it back and delete it.
-        let identity = Stamp::of(before).identity;
-        slot.database.take_if(|open| open.identity != identity);
+        let impatient = matches!(patience, Patience::Now) && !self.built;
         // There may be a journal to roll back, which is much writing.
         if impatient && lstat(&journal_of(&self.path)).is_ok() {
             return Err(Failure::Taken);
         }
-        let fresh = slot.database.is_none();
-        let database = match &mut slot.database {
-            Some(database) => database,
-            none => {
-                slot.opened += 1;
-                let read_only = self.options.read_only;
-                none.insert(Database::open(&self.path, before, read_only, slot.opened)?)
-            }
+        let fresh = self.connect(slot, before)?;
+        let Some(database) = &slot.database else {
+            return Ok(None);
         };
-        let cached = self.lock_cache().clone();
-        let known = cached.and_then(|cached| cached.content.clone().ok());
+        let known = self.known();
         let version = known.as_ref().map(|(version, _)| *version);
         let may_scan = |stat: &FileStat| !impatient || stat.st_size <= QUICK_SCAN;
         let outcome = match read::read(database, &self.path, version, may_scan) {
@@ -228,11 +206,40 @@ impl DbToken {
             Err(Failure::Content(_)) if !fresh => Outcome::Stale,
             Err(failure) => return Err(failure),
         };
+        let Some((_, snapshot)) = self.absorb(outcome, known, &mut slot.warned) else {
+            slot.database = None;
+            return Ok(None);
+        };
+        Ok(Some(snapshot))
+    }
+
+    /// Opens the file that `before` was just taken of, if it is not open. Says whether it was not.
+    fn connect(&self, slot: &mut Slot, before: &FileStat) -> Result<bool, Failure> {
+        // Before SQLite touches the file that it has open: it would take the journal of the one that is now at the path
+        // for its own, roll it back and delete it.
+        let identity = Stamp::of(before).identity;
+        slot.database.take_if(|open| open.identity != identity);
+        let fresh = slot.database.is_none();
+        if fresh {
+            slot.opened += 1;
+            let read_only = self.options.read_only;
+            slot.database = Some(Database::open(&self.path, before, read_only, slot.opened)?);
+        }
+        Ok(fresh)
+    }
+
+    /// What a look at the database means, for everybody. `None` if the connection has to go.
+    fn absorb(
+        &self,
+        outcome: Outcome,
+        known: Option<(Version, Arc<Snapshot>)>,
+        warned: &mut Vec<String>,
+    ) -> Option<(Seen, Arc<Snapshot>)> {
         let (seen, snapshot) = match (outcome, known) {
             (Outcome::New(seen, rows), _) => {
                 let metadata = Metadata::of_path(&self.path, &seen.stat);
                 let snapshot = Snapshot::new(&self.name, &self.path, metadata, rows);
-                self.warn(&mut slot.warned, &snapshot.warnings);
+                self.warn(warned, &snapshot.warnings);
                 (seen, Arc::new(snapshot))
             }
             (Outcome::Same(seen), Some((version, snapshot))) => {
@@ -243,20 +250,14 @@ impl DbToken {
                 };
                 (seen, snapshot)
             }
-            (Outcome::Stale | Outcome::Same(_), _) => {
-                slot.database = None;
-                return Ok(None);
-            }
+            (Outcome::Stale | Outcome::Same(_), _) => return None,
         };
-        let Seen {
-            version, settled, ..
-        } = seen;
         self.remember(Cached {
-            stamp: version.stamp,
-            settled,
-            content: Ok((version, Arc::clone(&snapshot))),
+            stamp: seen.version.stamp,
+            settled: seen.settled,
+            content: Ok((seen.version, Arc::clone(&snapshot))),
         });
-        Ok(Some(snapshot))
+        Some((seen, snapshot))
     }
 
     fn warn(&self, warned: &mut Vec<String>, warnings: &[String]) {
@@ -280,6 +281,17 @@ impl DbToken {
     fn remember(&self, cached: Cached) {
         let previous = self.lock_cache().replace(Arc::new(cached));
         // A large snapshot takes its time to go; not under the lock.
+        drop(previous);
+    }
+
+    /// What was read last and made sense, whether it still holds or not.
+    fn known(&self) -> Option<(Version, Arc<Snapshot>)> {
+        self.lock_cache().clone()?.content.clone().ok()
+    }
+
+    /// The next look at the database reads all of it.
+    fn forget(&self) {
+        let previous = self.lock_cache().take();
         drop(previous);
     }
 
@@ -313,13 +325,26 @@ impl Token for DbToken {
     }
 
     fn object_metadata(&self, id: &ObjectId, patience: Patience) -> Result<Metadata> {
-        match id {
-            ObjectId::Token => Ok(Metadata::of_path(&self.path, &stat(&self.path)?)),
-            ObjectId::Object(_) => {
-                let snapshot = self.current(patience)?;
-                snapshot.row(id).map_err(|error| error.at(&self.path))?;
-                Ok(snapshot.metadata)
+        match (id, self.current(patience)) {
+            (_, Ok(snapshot)) => snapshot
+                .metadata_of(id)
+                .map_err(|error| error.at(&self.path)),
+            // The token's own object is there whatever becomes of its content. If that cannot be had, its time is the one that was
+            // known last. A scan is worth coming back for.
+            (ObjectId::Token, Err(error)) => {
+                let stat = stat(&self.path)?;
+                if error.kind() == ErrorKind::WouldBlock && stat.st_size > QUICK_SCAN {
+                    return Err(error);
+                }
+                let metadata = Metadata::of_path(&self.path, &stat);
+                let known = self
+                    .known()
+                    .filter(|(version, _)| version.stamp == Stamp::of(&stat));
+                Ok(known
+                    .and_then(|(_, snapshot)| snapshot.metadata_of(id).ok())
+                    .unwrap_or(metadata))
             }
+            (ObjectId::Object(_), Err(error)) => Err(error),
         }
     }
 
@@ -330,33 +355,36 @@ impl Token for DbToken {
 
     fn update(
         &self,
-        _id: &ObjectId,
-        _edit: &mut dyn FnMut(&mut Attributes) -> Result<()>,
-        _mtime: Option<SystemTime>,
-        _patience: Patience,
+        id: &ObjectId,
+        edit: &mut dyn FnMut(&mut Attributes) -> Result<()>,
+        mtime: Option<SystemTime>,
+        patience: Patience,
     ) -> Result<()> {
-        Err(Error::new(ErrorKind::ReadOnly, "not yet").at(&self.path))
+        self.write_update(id, edit, mtime, patience)
     }
 
-    fn create(&self, _name: &ObjectName, _new: &NewObject, _patience: Patience) -> Result<()> {
-        Err(Error::new(ErrorKind::ReadOnly, "not yet").at(&self.path))
+    fn create(&self, name: &ObjectName, new: &NewObject, patience: Patience) -> Result<()> {
+        self.write_new(name, new, patience)
     }
 
-    fn remove(&self, _name: &ObjectName, _patience: Patience) -> Result<()> {
-        Err(Error::new(ErrorKind::ReadOnly, "not yet").at(&self.path))
+    fn remove(&self, name: &ObjectName, patience: Patience) -> Result<()> {
+        self.write_removal(name, patience)
     }
 
+    /// Mode and owner of an object are those of the database, and so of all of them. Its time of last access cannot be set.
     fn set_metadata(
         &self,
-        _target: &Target,
-        _change: &MetadataChange,
-        _patience: Patience,
+        target: &Target,
+        change: &MetadataChange,
+        patience: Patience,
     ) -> Result<()> {
-        Err(Error::new(ErrorKind::ReadOnly, "not yet").at(&self.path))
+        self.change_metadata(target, change, patience)
     }
 
-    fn sync(&self, _patience: Patience) -> Result<()> {
-        Err(Error::new(ErrorKind::ReadOnly, "not yet").at(&self.path))
+    /// Every change is durable when it returns, but for modes and owners.
+    fn sync(&self, patience: Patience) -> Result<()> {
+        self.may_write(patience)?;
+        self.sync_directory()
     }
 }
 

@@ -28,6 +28,13 @@ pub(super) struct Version {
     pub data_version: i64,
 }
 
+impl Version {
+    /// Whether nobody but the connection itself has committed between the two.
+    pub fn same_content(&self, other: &Self) -> bool {
+        (self.serial, self.data_version) == (other.serial, other.data_version)
+    }
+}
+
 /// The file under the shared lock.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Seen {
@@ -59,15 +66,71 @@ pub(super) fn read(
     let fail = |error| classify(&error, path);
     // Rolled back when it is dropped, which lets go of the shared lock: nothing is written in it.
     let transaction = database.connection.unchecked_transaction().map_err(fail)?;
-    let data_version = data_version(&transaction).map_err(fail)?;
+    let outcome = look(database, path, known, may_scan)?;
+    drop(transaction);
+    if let Outcome::New(..) = outcome {
+        // The pages are of no use any more: the next scan is for a change.
+        database.connection.release_memory().map_err(fail)?;
+    }
+    Ok(outcome)
+}
+
+/// The same in a transaction that the caller has begun, and in which nothing is written yet.
+pub(super) fn look(
+    database: &Database,
+    path: &Path,
+    known: Option<Version>,
+    may_scan: impl Fn(&FileStat) -> bool,
+) -> Result<Outcome, Failure> {
+    let fail = |error| classify(&error, path);
+    let connection = &database.connection;
+    let (seen, log) = match under_lock(database, path)? {
+        Some(seen) => seen,
+        None => return Ok(Outcome::Stale),
+    };
+    if let Some(known) = known
+        && known.same_content(&seen.version)
+    {
+        if seen.version.stamp.written_since(&known.stamp) && !log {
+            return Ok(Outcome::Stale);
+        }
+        return Ok(Outcome::Same(seen));
+    }
+    if !may_scan(&seen.stat) {
+        return Err(Failure::Taken);
+    }
+    let missing = scan::missing_tables(connection).map_err(fail)?;
+    if !missing.is_empty() {
+        let missing = missing.join(", ");
+        return Err(Failure::damaged(
+            path,
+            format!("the database is not that of a token: it lacks the tables {missing}"),
+        ));
+    }
+    let rows = scan::read(connection).map_err(fail)?;
+    Ok(Outcome::New(seen, rows))
+}
+
+/// The file as it is right after a commit of this connection; `None` if another one is at the path.
+pub(super) fn after_commit(database: &Database, path: &Path) -> Result<Option<Seen>, Failure> {
+    let begun = database.connection.unchecked_transaction();
+    let _transaction = begun.map_err(|error| classify(&error, path))?;
+    Ok(under_lock(database, path)?.map(|(seen, _)| seen))
+}
+
+/// What the file looks like under the lock that asking for `data_version` takes, and whether it has a write-ahead log; `None` if
+/// another file is at the path.
+fn under_lock(database: &Database, path: &Path) -> Result<Option<(Seen, bool)>, Failure> {
+    let fail = |error| classify(&error, path);
+    let data_version = data_version(&database.connection).map_err(fail)?;
     let stat = stat(path).map_err(Failure::Other)?;
     let now = SystemTime::now();
     let stamp = Stamp::of(&stat);
     if stamp.identity != database.identity {
-        return Ok(Outcome::Stale);
+        return Ok(None);
     }
     // A write-ahead log takes the commits and leaves the database as it is. SoftHSM never asks for one.
-    let log = journal_mode(&transaction)
+    let log = journal_mode(&database.connection)
         .map_err(fail)?
         .eq_ignore_ascii_case("wal");
     let seen = Seen {
@@ -79,30 +142,7 @@ pub(super) fn read(
         },
         settled: !log && stamp.is_settled(now, GRANULARITY),
     };
-    if let Some(known) = known
-        && (known.serial, known.data_version) == (database.serial, data_version)
-    {
-        if stamp.written_since(&known.stamp) && !log {
-            return Ok(Outcome::Stale);
-        }
-        return Ok(Outcome::Same(seen));
-    }
-    if !may_scan(&stat) {
-        return Err(Failure::Taken);
-    }
-    let missing = scan::missing_tables(&transaction).map_err(fail)?;
-    if !missing.is_empty() {
-        let missing = missing.join(", ");
-        return Err(Failure::damaged(
-            path,
-            format!("the database is not that of a token: it lacks the tables {missing}"),
-        ));
-    }
-    let rows = scan::read(&transaction).map_err(fail)?;
-    drop(transaction);
-    // The pages are of no use any more: the next scan is for a change.
-    database.connection.release_memory().map_err(fail)?;
-    Ok(Outcome::New(seen, rows))
+    Ok(Some((seen, log)))
 }
 
 /// A number that changes when somebody else has committed; commits of this connection leave it alone

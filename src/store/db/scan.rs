@@ -10,6 +10,7 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 use rusqlite::Connection;
 use rusqlite::types::ValueRef;
 
+use super::times::CKA_TOKENFS_TIMES;
 use super::uuid::CKA_TOKENFS_UUID;
 
 /// The tables that attributes are stored in.
@@ -97,8 +98,12 @@ pub(super) struct Rows {
     pub attributes: Vec<Row>,
     /// The UUIDs in `attribute_text`; `None` for a value that is no text.
     pub remembered: BTreeMap<i64, Option<String>>,
+    /// The times in `attribute_text`.
+    pub times: BTreeMap<i64, String>,
     /// The tables with rows that belong to no object.
     pub stray: BTreeSet<Table>,
+    /// Whether `attribute_text` has such rows.
+    pub stray_text: bool,
 }
 
 /// The tables of a token that are not there, of those without which objects would seem to lack attributes.
@@ -129,7 +134,9 @@ pub(super) fn read(connection: &Connection) -> rusqlite::Result<Rows> {
     for table in Table::ALL {
         read_table(connection, table, &objects, &mut rows)?;
     }
-    rows.remembered = read_remembered(connection)?;
+    if has_text(connection)? {
+        read_text(connection, &objects, &mut rows)?;
+    }
     Ok(rows)
 }
 
@@ -175,27 +182,49 @@ fn read_table(
     Ok(())
 }
 
-fn read_remembered(connection: &Connection) -> rusqlite::Result<BTreeMap<i64, Option<String>>> {
-    let mut remembered = BTreeMap::new();
-    if !connection
+/// Whether there is a table `attribute_text`, which SoftHSM makes and a token can do without.
+pub(super) fn has_text(connection: &Connection) -> rusqlite::Result<bool> {
+    connection
         .prepare_cached(
             "select 1 from sqlite_master where type = 'table' and name = 'attribute_text'",
         )?
-        .exists([])?
-    {
-        return Ok(remembered);
-    }
+        .exists([])
+}
+
+/// What tokenfs itself has stored. Of rows that repeat each other the first one counts here too.
+fn read_text(
+    connection: &Connection,
+    objects: &HashSet<i64>,
+    rows: &mut Rows,
+) -> rusqlite::Result<()> {
     let mut statement = connection
-        .prepare_cached("select value, object_id from attribute_text where type = ? order by id")?;
-    let mut found = statement.query([CKA_TOKENFS_UUID.cast_signed()])?;
+        .prepare_cached("select value, object_id, type from attribute_text order by id")?;
+    let mut found = statement.query([])?;
     while let Some(row) = found.next()? {
-        if let ValueRef::Integer(object) = row.get_ref(1)? {
-            let text = match row.get_ref(0)? {
-                ValueRef::Text(text) => std::str::from_utf8(text).ok().map(str::to_owned),
-                _ => None,
-            };
-            remembered.entry(object).or_insert(text);
+        let object = match row.get_ref(1)? {
+            ValueRef::Integer(object) if objects.contains(&object) => object,
+            _ => {
+                rows.stray_text = true;
+                continue;
+            }
+        };
+        let ValueRef::Integer(attribute_type) = row.get_ref(2)? else {
+            continue;
+        };
+        let attribute_type = attribute_type.cast_unsigned();
+        if attribute_type != CKA_TOKENFS_UUID && attribute_type != CKA_TOKENFS_TIMES {
+            continue;
+        }
+        let text = match row.get_ref(0)? {
+            ValueRef::Text(text) => std::str::from_utf8(text).ok().map(str::to_owned),
+            _ => None,
+        };
+        if attribute_type == CKA_TOKENFS_UUID {
+            rows.remembered.entry(object).or_insert(text);
+        } else {
+            // One that is no text is none.
+            rows.times.entry(object).or_insert(text.unwrap_or_default());
         }
     }
-    Ok(remembered)
+    Ok(())
 }

@@ -6,17 +6,18 @@
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use super::decode::{self, Undecodable};
 use super::scan::{Cell, Row, Rows, Table};
-use super::uuid;
+use super::{times, uuid};
 use crate::error::{Error, Result};
 use crate::store::attribute::{AttributeType, Attributes, Value};
 use crate::store::{Metadata, Object, ObjectId, ObjectName, TokenName};
 
 /// `CKA_ALLOWED_MECHANISMS` (PKCS #11, section 4.9): the one type whose rows in `attribute_binary` are mechanism sets
 /// (`attributeKind` in SoftHSM's `DBObject.cpp`).
-const CKA_ALLOWED_MECHANISMS: AttributeType = 0x4000_0600;
+pub(super) const CKA_ALLOWED_MECHANISMS: AttributeType = 0x4000_0600;
 
 /// The row of the token's own object (`DBTOKEN_OBJECT_TOKENINFO` in SoftHSM's `DBToken.cpp`).
 pub(super) const TOKEN_ROW: i64 = 1;
@@ -30,14 +31,68 @@ pub(super) struct Snapshot {
     pub names: Arc<[ObjectName]>,
     /// What was odd and does not stand in the way.
     pub warnings: Vec<String>,
-    token: Result<Arc<Object>>,
+    /// Whether there are rows that belong to no object.
+    pub leftovers: bool,
+    /// Whether there are remembered names that are not used, so that names can change when objects come and go.
+    contested: bool,
+    token: Content,
     objects: HashMap<ObjectName, Entry>,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Entry {
     row: i64,
-    content: Result<Arc<Object>>,
+    content: Content,
+}
+
+/// An object, and when it was last modified if that is known.
+#[derive(Clone, Debug)]
+struct Content {
+    object: Result<Arc<Object>>,
+    modified: Option<SystemTime>,
+}
+
+impl Content {
+    fn new(attributes: Attributes, modified: Option<SystemTime>, file: Metadata) -> Self {
+        let object = Object {
+            metadata: own(file, modified),
+            generation: None,
+            attributes,
+        };
+        Self {
+            object: Ok(Arc::new(object)),
+            modified,
+        }
+    }
+
+    fn with_metadata(&self, file: Metadata) -> Self {
+        match &self.object {
+            Ok(object) => Self::new(object.attributes.clone(), self.modified, file),
+            Err(_) => self.clone(),
+        }
+    }
+}
+
+/// Of an object in a database with the metadata `file`.
+fn own(file: Metadata, modified: Option<SystemTime>) -> Metadata {
+    Metadata {
+        mtime: modified.unwrap_or(file.mtime),
+        ..file
+    }
+}
+
+/// What a commit of our own did to a token.
+#[derive(Debug)]
+pub(super) enum Change {
+    /// An object is there, or holds something else.
+    Put {
+        id: ObjectId,
+        row: i64,
+        attributes: Attributes,
+        modified: Option<SystemTime>,
+    },
+    /// One is gone.
+    Removed(ObjectName),
 }
 
 impl Snapshot {
@@ -62,16 +117,16 @@ impl Snapshot {
             }
         }
 
-        let finish = |attributes: Result<Attributes>| {
-            attributes
-                .map(|attributes| {
-                    Arc::new(Object {
-                        metadata,
-                        generation: None,
-                        attributes,
-                    })
-                })
-                .map_err(|error| error.at(path))
+        let finish = |row: i64, attributes: Result<Attributes>| match attributes {
+            Ok(attributes) => {
+                let time = rows.times.get(&row);
+                let modified = time.and_then(|text| times::modified(text, &attributes));
+                Content::new(attributes, modified, metadata)
+            }
+            Err(error) => Content {
+                object: Err(error.at(path)),
+                modified: None,
+            },
         };
         let token = by_object.remove(&TOKEN_ROW).map_or_else(
             || {
@@ -81,15 +136,16 @@ impl Snapshot {
             },
             attributes_of,
         );
-        let token = finish(token);
+        let token = finish(TOKEN_ROW, token);
 
         let ids: Vec<i64> = by_object.keys().copied().collect();
         let mut names = uuid::assign(name, &ids, &rows.remembered);
+        let contested = !names.warnings.is_empty();
         warnings.append(&mut names.warnings);
         let objects: HashMap<ObjectName, Entry> = by_object
             .into_iter()
             .filter_map(|(row, rows)| {
-                let content = finish(attributes_of(rows));
+                let content = finish(row, attributes_of(rows));
                 Some((names.of_row.remove(&row)?, Entry { row, content }))
             })
             .collect();
@@ -99,6 +155,8 @@ impl Snapshot {
             metadata,
             names: names.into(),
             warnings,
+            leftovers: rows.stray_text || !rows.stray.is_empty(),
+            contested,
             token,
             objects,
         }
@@ -106,28 +164,65 @@ impl Snapshot {
 
     /// The same content in a file whose owner, mode or times have changed.
     pub fn with_metadata(&self, metadata: Metadata) -> Self {
-        let renew = |content: &Result<Arc<Object>>| {
-            content.clone().map(|object| {
-                Arc::new(Object {
-                    metadata,
-                    ..Object::clone(&object)
-                })
-            })
-        };
         Self {
             metadata,
             names: Arc::clone(&self.names),
             warnings: self.warnings.clone(),
-            token: renew(&self.token),
+            leftovers: self.leftovers,
+            contested: self.contested,
+            token: self.token.with_metadata(metadata),
             objects: self
                 .objects
                 .iter()
                 .map(|(name, Entry { row, content })| {
-                    let (row, content) = (*row, renew(content));
+                    let (row, content) = (*row, content.with_metadata(metadata));
                     (name.clone(), Entry { row, content })
                 })
                 .collect(),
         }
+    }
+
+    /// What a scan would find after `change`, if that can be told without one. `metadata` is that of the file now.
+    pub fn after(&self, change: Change, metadata: Metadata) -> Option<Self> {
+        let mut next = self.with_metadata(metadata);
+        let (names_change, name) = match change {
+            Change::Put {
+                id,
+                row,
+                attributes,
+                modified,
+            } => {
+                let content = Content::new(attributes, modified, metadata);
+                match id {
+                    ObjectId::Token => {
+                        next.token = content;
+                        return Some(next);
+                    }
+                    ObjectId::Object(name) => {
+                        let entry = Entry { row, content };
+                        let known = next.objects.insert(name.clone(), entry);
+                        (known.is_none(), name)
+                    }
+                }
+            }
+            Change::Removed(name) => {
+                next.objects.remove(&name);
+                (true, name)
+            }
+        };
+        if names_change {
+            if self.contested {
+                return None;
+            }
+            let mut names = self.names.to_vec();
+            match (names.binary_search(&name), next.objects.contains_key(&name)) {
+                (Err(index), true) => names.insert(index, name),
+                (Ok(index), false) => drop(names.remove(index)),
+                _ => return None,
+            }
+            next.names = names.into();
+        }
+        Some(next)
     }
 
     /// One object.
@@ -135,10 +230,15 @@ impl Snapshot {
     /// # Errors
     /// Of kind `NotFound` if there is no such object, `Damaged` if it makes no sense.
     pub fn object(&self, id: &ObjectId) -> Result<Arc<Object>> {
-        match id {
-            ObjectId::Token => self.token.clone(),
-            ObjectId::Object(name) => self.entry(name)?.content.clone(),
-        }
+        self.content(id)?.object.clone()
+    }
+
+    /// What the object would have for a file of its own, be it damaged or not: the database's, but for a time that is known.
+    ///
+    /// # Errors
+    /// Of kind `NotFound` if there is no such object.
+    pub fn metadata_of(&self, id: &ObjectId) -> Result<Metadata> {
+        Ok(own(self.metadata, self.content(id)?.modified))
     }
 
     /// The id of the row of an object, damaged or not.
@@ -149,6 +249,13 @@ impl Snapshot {
         match id {
             ObjectId::Token => Ok(TOKEN_ROW),
             ObjectId::Object(name) => Ok(self.entry(name)?.row),
+        }
+    }
+
+    fn content(&self, id: &ObjectId) -> Result<&Content> {
+        match id {
+            ObjectId::Token => Ok(&self.token),
+            ObjectId::Object(name) => Ok(&self.entry(name)?.content),
         }
     }
 

@@ -33,6 +33,50 @@ pub fn is_uuid(text: &str) -> bool {
     text.len() == 36 && Uuid::try_parse(text).is_ok()
 }
 
+/// Which row a derived UUID is of: a table, since that cannot be computed.
+#[derive(Debug)]
+pub(super) struct Derived {
+    rows: HashMap<Uuid, i64>,
+    /// The last row in it.
+    last: i64,
+}
+
+impl Derived {
+    /// More rows than any token has ever had; it bounds the table's size to some 50 MB.
+    const LAST: i64 = 1 << 20;
+
+    /// How far a name may be ahead of the rows that there have been: a backup can be of more objects than there are now.
+    const AHEAD: i64 = 16_384;
+
+    /// The row whose UUID `name` is, if it is one of the rows up to a good many above `highest`. Row 1 is the token.
+    pub fn row(&mut self, token: &TokenName, name: &str, highest: i64) -> Option<i64> {
+        let wanted = Uuid::try_parse(name).ok()?;
+        let top = highest.saturating_add(Self::AHEAD);
+        for row in self.last + 1..=top.min(Self::LAST) {
+            let uuid = Uuid::try_parse(&derived(token, row)).ok()?;
+            self.rows.insert(uuid, row);
+            self.last = row;
+        }
+        let row = match self.rows.get(&wanted) {
+            Some(row) => *row,
+            // Ids of a token that somebody has numbered in another way.
+            None => (top.saturating_sub(2 * Self::AHEAD).max(Self::LAST)..top)
+                .find(|row| derived(token, *row) == name)?,
+        };
+        // Spelled in capitals it is another name.
+        (derived(token, row) == name).then_some(row)
+    }
+}
+
+impl Default for Derived {
+    fn default() -> Self {
+        Self {
+            rows: HashMap::new(),
+            last: 1,
+        }
+    }
+}
+
 /// The names of a token's objects, and what was ignored on the way.
 #[derive(Debug, Default)]
 pub(super) struct Names {
@@ -136,6 +180,28 @@ mod tests {
         );
         let odd = TokenName::new(OsStr::new("tok en")).unwrap();
         assert_eq!(derived(&odd, 2), "d94911ad-a5c9-52bd-b025-0e3faa3ff199");
+    }
+
+    #[test]
+    fn the_row_of_a_derived_name_is_found_near_the_rows_that_there_are() {
+        let mut table = Derived::default();
+        let mut row = |row, highest| table.row(&token(), &derived(&token(), row), highest);
+        assert_eq!(row(2, 1), Some(2));
+        assert_eq!(row(16_385, 1), Some(16_385));
+        assert_eq!(row(16_386, 1), None);
+        assert_eq!(row(16_386, 2), Some(16_386));
+        assert_eq!(row(1, 1), None, "the token itself");
+        let upper = derived(&token(), 2).to_uppercase();
+        assert_eq!(table.row(&token(), &upper, 2), None);
+        assert_eq!(table.row(&token(), FOREIGN, 2), None);
+        let far = i64::from(u32::MAX);
+        let name = derived(&token(), far);
+        let mut table = Derived {
+            last: Derived::LAST,
+            ..Derived::default()
+        };
+        assert_eq!(table.row(&token(), &name, far), Some(far));
+        assert_eq!(table.row(&token(), FOREIGN, i64::MAX), None);
     }
 
     #[test]

@@ -1,0 +1,146 @@
+//! From the tree's plain types to what `fuser` sends.
+
+use std::time::{Duration, SystemTime};
+
+use fuser::{
+    Errno, FileAttr, FileType, Generation, INodeNo, ReplyAttr, ReplyDirectoryPlus, ReplyEmpty,
+    ReplyEntry,
+};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::store::Patience;
+use crate::tree::{self, Entry, FileKind, Listed, Tree};
+
+/// A number of an inode that was never used before has this generation: ours are not used again for something else.
+pub(super) const GENERATION: Generation = Generation(0);
+
+/// The size that directories and files are read in best.
+const BLOCK_SIZE: u32 = 4096;
+
+pub(super) fn empty(_: &Tree, reply: ReplyEmpty, answer: Result<()>) {
+    match answer {
+        Ok(()) => reply.ok(),
+        Err(error) => reply.error(errno(&error)),
+    }
+}
+
+pub(super) fn entry(_: &Tree, reply: ReplyEntry, answer: Result<Entry>) {
+    match answer {
+        Ok(entry) => reply.entry(&entry.valid, &attributes(&entry.attributes), GENERATION),
+        Err(error) => reply.error(errno(&error)),
+    }
+}
+
+pub(super) fn attr(_: &Tree, reply: ReplyAttr, answer: Result<Entry>) {
+    match answer {
+        Ok(entry) => reply.attr(&entry.valid, &attributes(&entry.attributes)),
+        Err(error) => reply.error(errno(&error)),
+    }
+}
+
+/// Fills `reply` with entries from `offset` on. Gives it back if it is empty and the first entry has to be waited for.
+///
+/// Each entry is counted by the kernel as an answer about its inode, with all that `stat` says: there is no naming one
+/// without (`fuser` takes the inode from the attributes).
+pub(super) fn fill(
+    tree: &Tree,
+    mut reply: ReplyDirectoryPlus,
+    ino: u64,
+    listing: &[Listed],
+    offset: u64,
+    patience: Patience,
+) -> Result<(), ReplyDirectoryPlus> {
+    let mut is_empty = true;
+    // The kernel takes no attributes of these two.
+    let dots = [(ino, "."), (tree.parent(ino), "..")];
+    for (index, (ino, name)) in dots.into_iter().enumerate() {
+        let next = index as u64 + 1;
+        if next > offset {
+            is_empty = false;
+            let bare = bare(ino, FileKind::Directory);
+            if reply.add(INodeNo(ino), next, name, &Duration::ZERO, &bare, GENERATION) {
+                reply.ok();
+                return Ok(());
+            }
+        }
+    }
+    let first = usize::try_from(offset.saturating_sub(2)).unwrap_or(usize::MAX);
+    for (index, entry) in listing.iter().enumerate().skip(first) {
+        let look = match tree.look_at(entry, patience) {
+            Ok(look) => look,
+            // It has gone since the directory was opened.
+            Err(error) if error.kind() == ErrorKind::NotFound => continue,
+            // The next request begins with it.
+            Err(_) if !is_empty => break,
+            Err(error) if error.kind() == ErrorKind::WouldBlock => return Err(reply),
+            Err(error) => {
+                reply.error(errno(&error));
+                return Ok(());
+            }
+        };
+        let found = &look.entry;
+        let full = reply.add(
+            INodeNo(found.attributes.ino),
+            index as u64 + 3,
+            &entry.name,
+            &found.valid,
+            &attributes(&found.attributes),
+            GENERATION,
+        );
+        if full {
+            break;
+        }
+        is_empty = false;
+        tree.tell(ino, &look);
+    }
+    reply.ok();
+    Ok(())
+}
+
+pub(super) fn errno(error: &Error) -> Errno {
+    Errno::from_i32(error.errno())
+}
+
+pub(super) fn attributes(from: &tree::Attributes) -> FileAttr {
+    FileAttr {
+        ino: INodeNo(from.ino),
+        size: from.size,
+        blocks: from.size.div_ceil(512),
+        atime: from.atime,
+        mtime: from.mtime,
+        ctime: from.ctime,
+        crtime: SystemTime::UNIX_EPOCH,
+        kind: file_type(from.kind),
+        perm: (from.mode & 0o7777) as u16,
+        // A directory that does not count its sub-directories says 1, as btrfs does: find(1) then looks for itself.
+        nlink: 1,
+        uid: from.uid,
+        gid: from.gid,
+        rdev: 0,
+        blksize: BLOCK_SIZE,
+        flags: 0,
+    }
+}
+
+pub(super) fn file_type(kind: FileKind) -> FileType {
+    match kind {
+        FileKind::File => FileType::RegularFile,
+        FileKind::Directory => FileType::Directory,
+        FileKind::Link => FileType::Symlink,
+    }
+}
+
+/// Attributes of which only number and type count.
+fn bare(ino: u64, kind: FileKind) -> FileAttr {
+    attributes(&tree::Attributes {
+        ino,
+        kind,
+        size: 0,
+        mode: 0,
+        uid: 0,
+        gid: 0,
+        atime: SystemTime::UNIX_EPOCH,
+        mtime: SystemTime::UNIX_EPOCH,
+        ctime: SystemTime::UNIX_EPOCH,
+    })
+}

@@ -1,0 +1,120 @@
+//! Requests that have to wait are answered by threads of their own, so that they hold up nobody else.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::store::Patience;
+use crate::tree::Tree;
+
+/// The most requests that wait at a time. More than one reader of the same object is rare, and a waiting thread costs little.
+const MOST_WAITING: usize = 256;
+
+/// Who answers.
+#[derive(Clone, Debug)]
+pub(super) struct Waiting {
+    tree: Arc<Tree>,
+    count: Arc<Count>,
+}
+
+#[derive(Debug, Default)]
+struct Count {
+    waiting: AtomicUsize,
+    lock: Mutex<()>,
+    less: Condvar,
+}
+
+impl Waiting {
+    pub fn new(tree: Arc<Tree>) -> Self {
+        Self {
+            tree,
+            count: Arc::default(),
+        }
+    }
+
+    /// Answers with what `ask` says: at once, or from another thread if it has to wait.
+    pub fn answer<T, R>(
+        &self,
+        reply: R,
+        ask: impl Fn(&Tree, Patience) -> Result<T> + Send + 'static,
+        done: impl FnOnce(&Tree, R, Result<T>) + Send + 'static,
+    ) where
+        R: Send + 'static,
+    {
+        let at_once = ask(&self.tree, Patience::Now);
+        match &at_once {
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+            _ => return done(&self.tree, reply, at_once),
+        }
+        self.wait(reply, move |tree, reply, patience| {
+            let answer = ask(tree, patience);
+            done(tree, reply, answer);
+        });
+    }
+
+    /// Has a thread of its own answer.
+    pub fn wait<R: Send + 'static>(
+        &self,
+        reply: R,
+        answer: impl FnOnce(&Tree, R, Patience) + Send + 'static,
+    ) {
+        let tree = Arc::clone(&self.tree);
+        let Some(slot) = Slot::take(&self.count) else {
+            // No patience left: it is refused, or answered after all if what it waited for has come.
+            tree.diagnostics()
+                .warning("too many requests are waiting for locks already");
+            return answer(&tree, reply, Patience::Until(Instant::now()));
+        };
+        let limit = tree.store().options().lock_wait;
+        // If no thread is to be had the reply is dropped with the closure, which answers EIO.
+        let started = thread::Builder::new()
+            .name("tokenfs-wait".to_owned())
+            .spawn(move || {
+                let _slot = slot;
+                answer(&tree, reply, Patience::at_most(limit));
+            });
+        if let Err(error) = started {
+            let error = Error::io("start a thread for a request that has to wait", &error);
+            self.tree.diagnostics().error(&error);
+        }
+    }
+
+    /// Waits until no request is waiting any more, but for `limit` at most: what is being written is written to its end before the
+    /// process ends.
+    pub fn drain(&self, limit: Duration) {
+        let deadline = Instant::now() + limit;
+        let mut guard = self
+            .count
+            .lock
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        while self.count.waiting.load(Ordering::Acquire) > 0 {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return;
+            }
+            let waited = self.count.less.wait_timeout(guard, left);
+            guard = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+}
+
+/// One of the places for requests that wait.
+struct Slot(Arc<Count>);
+
+impl Slot {
+    fn take(count: &Arc<Count>) -> Option<Self> {
+        let slot = Self(Arc::clone(count));
+        (count.waiting.fetch_add(1, Ordering::AcqRel) < MOST_WAITING).then_some(slot)
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        self.0.waiting.fetch_sub(1, Ordering::AcqRel);
+        let _guard = self.0.lock.lock().unwrap_or_else(PoisonError::into_inner);
+        self.0.less.notify_all();
+    }
+}

@@ -1,0 +1,135 @@
+//! Mode, owner and times of a token's directory and of its database, and syncing the directory.
+//!
+//! By path and without following a symbolic link: the database is not opened (`connection`). For a link, glibc finds out with a
+//! descriptor that is for nothing but its path, whose closing drops no locks.
+
+use std::fs::File;
+use std::path::Path;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use nix::errno::Errno;
+use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, open};
+use nix::sys::stat::{FchmodatFlags, Mode, UtimensatFlags, fchmodat, utimensat};
+use nix::sys::time::TimeSpec;
+use nix::unistd::{Gid, Uid, fchownat};
+
+use super::DbToken;
+use super::connection::stat;
+use crate::error::{Error, Result};
+use crate::store::{MetadataChange, Patience, Target, Time, Token};
+
+impl DbToken {
+    pub(super) fn change_metadata(
+        &self,
+        target: &Target,
+        change: &MetadataChange,
+        patience: Patience,
+    ) -> Result<()> {
+        let patience = self.may_write(patience)?;
+        match target {
+            Target::Directory => {
+                self.metadata()?;
+                change_access(&self.directory, change)?;
+                change_times(&self.directory, change)
+            }
+            Target::Object(id) => {
+                // One that is not there has nothing to change.
+                self.row(id, patience)?;
+                stat(&self.path)?;
+                change_access(&self.path, change)?;
+                match change.mtime {
+                    Some(Time::Now) => self.write_update(id, &mut |_| Ok(()), None, patience),
+                    Some(Time::At(time)) => {
+                        self.write_update(id, &mut |_| Ok(()), Some(time), patience)
+                    }
+                    None => Ok(()),
+                }
+            }
+        }
+    }
+
+    pub(super) fn sync_directory(&self) -> Result<()> {
+        sync_directory(&self.directory)
+    }
+}
+
+/// The owner first: changing it can clear bits of the mode.
+fn change_access(path: &Path, change: &MetadataChange) -> Result<()> {
+    let fail = |what: &'static str| move |errno: Errno| Error::system(what, errno).at(path);
+    if change.uid.is_some() || change.gid.is_some() {
+        let (uid, gid) = (change.uid.map(Uid::from_raw), change.gid.map(Gid::from_raw));
+        fchownat(AT_FDCWD, path, uid, gid, AtFlags::AT_SYMLINK_NOFOLLOW).map_err(fail("chown"))?;
+    }
+    if let Some(mode) = change.mode {
+        let mode = Mode::from_bits_truncate(mode & 0o7777);
+        fchmodat(AT_FDCWD, path, mode, FchmodatFlags::NoFollowSymlink).map_err(fail("chmod"))?;
+    }
+    Ok(())
+}
+
+fn change_times(path: &Path, change: &MetadataChange) -> Result<()> {
+    if change.atime.is_none() && change.mtime.is_none() {
+        return Ok(());
+    }
+    utimensat(
+        AT_FDCWD,
+        path,
+        &spec(change.atime),
+        &spec(change.mtime),
+        UtimensatFlags::NoFollowSymlink,
+    )
+    .map_err(|errno| Error::system("utimensat", errno).at(path))
+}
+
+fn spec(time: Option<Time>) -> TimeSpec {
+    match time {
+        None => TimeSpec::UTIME_OMIT,
+        Some(Time::Now) => TimeSpec::UTIME_NOW,
+        Some(Time::At(time)) => since_epoch(time),
+    }
+}
+
+fn since_epoch(time: SystemTime) -> TimeSpec {
+    let clamp = |seconds: u64| i64::try_from(seconds).unwrap_or(i64::MAX);
+    match time.duration_since(UNIX_EPOCH) {
+        Ok(after) => TimeSpec::new(clamp(after.as_secs()), i64::from(after.subsec_nanos())),
+        Err(error) => {
+            let before = error.duration();
+            let seconds = -clamp(before.as_secs());
+            match i64::from(before.subsec_nanos()) {
+                0 => TimeSpec::new(seconds, 0),
+                part => TimeSpec::new(seconds.saturating_sub(1), 1_000_000_000 - part),
+            }
+        }
+    }
+}
+
+/// Waits until the entries of `directory` survive a power failure.
+pub(super) fn sync_directory(directory: &Path) -> Result<()> {
+    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    let opened = open(directory, flags, Mode::empty())
+        .map_err(|errno| Error::system("open", errno).at(directory))?;
+    File::from(opened)
+        .sync_all()
+        .map_err(|error| Error::io("sync", &error).at(directory))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    #[test]
+    fn times_before_the_epoch_are_counted_from_below() {
+        let time = UNIX_EPOCH - Duration::new(1, 1);
+        assert_eq!(since_epoch(time), TimeSpec::new(-2, 999_999_999));
+        assert_eq!(
+            since_epoch(UNIX_EPOCH - Duration::from_secs(1)),
+            TimeSpec::new(-1, 0)
+        );
+        assert_eq!(
+            since_epoch(UNIX_EPOCH + Duration::new(1, 1)),
+            TimeSpec::new(1, 1)
+        );
+    }
+}

@@ -1,0 +1,343 @@
+//! What the mount shows of an object and the store does not have yet.
+//!
+//! Two kinds of it. A directory that was just made is *new*: all of it is here, and goes to the store in one step when it is finished. Of
+//! an object that is in the store, what was unlinked is *held* back for a moment, so that a program that unlinks before it
+//! writes leaves no mutilated key behind; and a file that was just created has no value yet.
+//!
+//! Knows nothing of the store. Contract: `docs/tree.md`, "Writing".
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant, SystemTime};
+
+use super::slot::Slot;
+use crate::pkcs11;
+use crate::store::attribute::Attributes;
+use crate::store::{Access, Metadata, Object, ObjectId, ObjectName, TokenName};
+
+/// How long something has to be left alone to be taken for finished.
+pub(super) const LEFT_ALONE: Duration = Duration::from_millis(200);
+
+/// How long until what failed is tried again.
+const TRY_AGAIN: Duration = Duration::from_secs(1);
+
+/// How long a `token` directory stays away that was removed from a token which is still there: its `rm -r` did not finish.
+const HALF_REMOVED: Duration = Duration::from_secs(5);
+
+/// Which object.
+pub(super) type Key = (TokenName, ObjectId);
+
+/// The content of a file that is being written.
+pub(super) type Bytes = Arc<Mutex<Vec<u8>>>;
+
+/// A directory that was made in the mount and is not in the store.
+#[derive(Clone, Debug)]
+pub(super) struct New {
+    /// What was written into it.
+    pub attributes: Attributes,
+    /// Mode and owner that its files are to have.
+    pub access: Access,
+    /// The time that it was given.
+    pub mtime: Option<SystemTime>,
+    /// Descriptors that are open for writing in it.
+    pub writers: usize,
+}
+
+impl New {
+    /// As an object that has just been changed.
+    pub fn object(&self) -> Object {
+        Object {
+            metadata: self.metadata(),
+            generation: None,
+            attributes: self.attributes.clone(),
+        }
+    }
+
+    /// Of the files that it would have.
+    pub fn metadata(&self) -> Metadata {
+        let now = SystemTime::now();
+        Metadata {
+            mode: self.access.mode,
+            uid: self.access.uid,
+            gid: self.access.gid,
+            atime: now,
+            mtime: self.mtime.unwrap_or(now),
+            ctime: now,
+        }
+    }
+}
+
+/// One object's share of what is not in the store.
+#[derive(Clone, Debug)]
+pub(super) struct Draft {
+    /// All of it, if it is new.
+    pub new: Option<New>,
+    /// What was unlinked and is in the store still.
+    pub removed: BTreeSet<Slot>,
+    /// Files that were created and have no value yet.
+    pub fresh: BTreeMap<Slot, Bytes>,
+    /// The directory itself was removed (a token's own: its last step is the token's).
+    pub gone: bool,
+    /// A thread is writing it to the store.
+    pub busy: bool,
+    touched: Instant,
+    not_before: Option<Instant>,
+}
+
+impl Draft {
+    fn new(new: Option<New>) -> Self {
+        Self {
+            new,
+            removed: BTreeSet::new(),
+            fresh: BTreeMap::new(),
+            gone: false,
+            busy: false,
+            touched: Instant::now(),
+            not_before: None,
+        }
+    }
+
+    /// Whether nothing is said here that the store does not say.
+    fn is_empty(&self) -> bool {
+        self.new.is_none() && self.removed.is_empty() && self.fresh.is_empty() && !self.gone
+    }
+
+    /// What was unlinked and not created again meanwhile.
+    pub fn unlinked(&self) -> impl Iterator<Item = Slot> {
+        let fresh = &self.fresh;
+        self.removed
+            .iter()
+            .copied()
+            .filter(move |slot| !fresh.contains_key(slot))
+    }
+
+    /// When it is to be written, if it is left alone until then.
+    fn due(&self) -> Option<Instant> {
+        if self.busy {
+            return None;
+        }
+        let due = match &self.new {
+            Some(new) => {
+                let complete = new.attributes.of_type(pkcs11::CKA_CLASS).is_some();
+                (complete && new.writers == 0).then_some(self.touched + LEFT_ALONE)
+            }
+            None if self.gone => Some(self.touched + HALF_REMOVED),
+            None => self.unlinked().next().map(|_| self.touched + LEFT_ALONE),
+        }?;
+        Some(self.not_before.map_or(due, |limit| limit.max(due)))
+    }
+}
+
+/// A token that is being built: a directory that was made in the root.
+#[derive(Clone, Debug)]
+pub(super) struct Build {
+    /// Its `token` directory was made.
+    pub has_own: bool,
+    /// Something was written into that.
+    pub own_filled: bool,
+    /// The times of that were set when it had something in it.
+    pub own_finished: bool,
+    /// Its own times were set: it is to be published as soon as all that is in it is finished.
+    pub finished: bool,
+    /// The times that its directory is to have.
+    pub mtime: Option<SystemTime>,
+    touched: Instant,
+    not_before: Option<Instant>,
+}
+
+impl Build {
+    /// Whether it has what makes it a token.
+    pub fn is_token(&self) -> bool {
+        self.has_own && self.own_filled
+    }
+}
+
+/// All drafts.
+#[derive(Debug, Default)]
+pub(super) struct Drafts {
+    objects: HashMap<Key, Draft>,
+    builds: HashMap<TokenName, Build>,
+    /// The times that the directories of tokens were given while something was still to be written into them.
+    times: HashMap<TokenName, SystemTime>,
+}
+
+impl Drafts {
+    pub fn get(&self, key: &Key) -> Option<&Draft> {
+        self.objects.get(key)
+    }
+
+    pub fn get_mut(&mut self, key: &Key) -> Option<&mut Draft> {
+        self.objects.get_mut(key)
+    }
+
+    /// Begins a new object.
+    pub fn insert_new(&mut self, key: Key, new: New) {
+        self.touch(&key);
+        self.objects.insert(key, Draft::new(Some(new)));
+    }
+
+    /// The draft of an object, which is in the store if there was none.
+    pub fn entry(&mut self, key: &Key) -> &mut Draft {
+        self.objects
+            .entry(key.clone())
+            .or_insert_with(|| Draft::new(None))
+    }
+
+    /// Puts a draft under a key.
+    pub fn put(&mut self, key: Key, draft: Draft) {
+        self.objects.insert(key, draft);
+    }
+
+    pub fn remove(&mut self, key: &Key) -> Option<Draft> {
+        self.objects.remove(key)
+    }
+
+    /// Forgets the draft of an object if it says nothing any more.
+    pub fn tidy(&mut self, key: &Key) {
+        if self.objects.get(key).is_some_and(Draft::is_empty) {
+            self.objects.remove(key);
+        }
+    }
+
+    /// Something was done in an object, and so in its token: both are not left alone.
+    pub fn touch(&mut self, key: &Key) {
+        let now = Instant::now();
+        if let Some(draft) = self.objects.get_mut(key) {
+            draft.touched = now;
+        }
+        if let Some(build) = self.builds.get_mut(&key.0) {
+            build.touched = now;
+        }
+    }
+
+    /// Writing an object failed: not again at once.
+    pub fn failed(&mut self, key: &Key) {
+        if let Some(draft) = self.objects.get_mut(key) {
+            draft.busy = false;
+            draft.not_before = Some(Instant::now() + TRY_AGAIN);
+        }
+    }
+
+    /// The names of the new objects of a token.
+    pub fn new_objects(&self, token: &TokenName) -> Vec<ObjectName> {
+        self.of_token(token)
+            .filter(|(_, draft)| draft.new.is_some())
+            .filter_map(|(id, _)| match id {
+                ObjectId::Object(name) => Some(name.clone()),
+                ObjectId::Token => None,
+            })
+            .collect()
+    }
+
+    fn of_token(&self, token: &TokenName) -> impl Iterator<Item = (&ObjectId, &Draft)> {
+        let token = token.clone();
+        self.objects
+            .iter()
+            .filter(move |((of, _), _)| *of == token)
+            .map(|((_, id), draft)| (id, draft))
+    }
+
+    /// All keys, of one token or of all.
+    pub fn keys(&self, token: Option<&TokenName>) -> Vec<Key> {
+        let of = |key: &&Key| token.is_none_or(|token| key.0 == *token);
+        self.objects.keys().filter(of).cloned().collect()
+    }
+
+    pub fn build(&self, token: &TokenName) -> Option<&Build> {
+        self.builds.get(token)
+    }
+
+    pub fn build_mut(&mut self, token: &TokenName) -> Option<&mut Build> {
+        self.builds.get_mut(token)
+    }
+
+    /// Begins a token.
+    pub fn insert_build(&mut self, token: TokenName) {
+        let build = Build {
+            has_own: false,
+            own_filled: false,
+            own_finished: false,
+            finished: false,
+            mtime: None,
+            touched: Instant::now(),
+            not_before: None,
+        };
+        self.builds.insert(token, build);
+    }
+
+    pub fn remove_build(&mut self, token: &TokenName) -> Option<Build> {
+        self.builds.remove(token)
+    }
+
+    /// Publishing a token failed: not again at once.
+    pub fn build_failed(&mut self, token: &TokenName) {
+        if let Some(build) = self.builds.get_mut(token) {
+            build.not_before = Some(Instant::now() + TRY_AGAIN);
+        }
+    }
+
+    /// The tokens that are being built.
+    pub fn builds(&self) -> Vec<TokenName> {
+        self.builds.keys().cloned().collect()
+    }
+
+    /// Whether a token that is being built has all that is going to be in it.
+    pub fn is_finished(&self, token: &TokenName) -> bool {
+        // What is in it and not finished yet keeps it, unless that has been left alone.
+        let unfinished = self.of_token(token).any(|(_, draft)| draft.new.is_some());
+        self.builds
+            .get(token)
+            .is_some_and(|build| build.is_token() && build.own_finished && build.finished)
+            && !unfinished
+    }
+
+    /// Whether a token has anything that is not in the store.
+    pub fn is_pending(&self, token: &TokenName) -> bool {
+        self.builds.contains_key(token) || self.of_token(token).next().is_some()
+    }
+
+    /// The directory of a token was given this time, and is to keep it over what is still to be written into it.
+    pub fn keep_time(&mut self, token: &TokenName, mtime: SystemTime) {
+        self.times.insert(token.clone(), mtime);
+    }
+
+    /// The time that the directory of a token was given, once nothing more is to be written into it.
+    pub fn time_to_restore(&mut self, token: &TokenName) -> Option<SystemTime> {
+        if self.is_pending(token) {
+            return None;
+        }
+        self.times.remove(token)
+    }
+
+    /// What is due by now; and when the next thing will be.
+    pub fn due(&self, now: Instant) -> (Vec<Key>, Vec<TokenName>, Option<Instant>) {
+        let mut next: Option<Instant> = None;
+        let mut keys = Vec::new();
+        let mut tokens = Vec::new();
+        let mut sort = |due: Instant, add: &mut dyn FnMut()| {
+            if due <= now {
+                add();
+            } else {
+                next = Some(next.map_or(due, |next| next.min(due)));
+            }
+        };
+        for (key, draft) in &self.objects {
+            if let Some(due) = draft.due() {
+                sort(due, &mut || keys.push(key.clone()));
+            }
+        }
+        for (token, build) in &self.builds {
+            let wait = if self.is_finished(token) {
+                Duration::ZERO
+            } else {
+                LEFT_ALONE
+            };
+            let due = build.touched + wait;
+            let due = build.not_before.map_or(due, |limit| limit.max(due));
+            if build.is_token() {
+                sort(due, &mut || tokens.push(token.clone()));
+            }
+        }
+        (keys, tokens, next)
+    }
+}

@@ -1,0 +1,594 @@
+//! What is made and removed: files, directories, and with them attributes, maps, objects and tokens.
+
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::sync::{Arc, Mutex};
+
+use super::draft::{Bytes, New};
+use super::name::{self, Name};
+use super::node::{Ino, Node};
+use super::scratch::Content;
+use super::slot::Slot;
+use super::view::{CONTROL, TOKEN};
+use super::write::OpenForWriting;
+use super::{Entry, FileKind, HandleId, NAME_MAX, Tree, lock};
+use crate::error::{Error, ErrorKind, Result};
+use crate::store::attribute::{Attributes, Kind, Value};
+use crate::store::db::uuid::is_uuid;
+use crate::store::{Access, Backend, ObjectId, ObjectName, Patience, TokenName};
+
+/// Who makes something: it belongs to them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Caller {
+    /// Their user.
+    pub uid: u32,
+    /// Their group.
+    pub gid: u32,
+}
+
+/// How a file is created.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Creation {
+    /// The permission bits that are asked for, without those of the caller's umask.
+    pub mode: u32,
+    /// `O_EXCL`: there must not be one.
+    pub exclusive: bool,
+    /// Otherwise it is opened like this.
+    pub open: OpenForWriting,
+}
+
+/// What a name stands for that something is made under.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Place {
+    /// An attribute, or a map.
+    Attribute(Node),
+    /// An object of a token.
+    Object(TokenName, ObjectName),
+    /// The directory of a token's own attributes.
+    Own(TokenName),
+    /// A token.
+    Token(TokenName),
+    /// Nothing of the store's.
+    Scratch,
+}
+
+impl Tree {
+    /// What a file, or a directory, called `name` in `directory` would be.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`] for what was meant as an attribute and cannot be one; [`ErrorKind::ReadOnly`] below `.tokenfs`.
+    pub(super) fn place(&self, directory: &Node, name: &OsStr, kind: FileKind) -> Result<Place> {
+        if name.len() > NAME_MAX {
+            return Err(Error::new(ErrorKind::NameTooLong, "the name is too long"));
+        }
+        self.check_writable(directory)?;
+        let is_directory = kind == FileKind::Directory;
+        let is_hidden = name.as_bytes().starts_with(b".");
+        let bytes = name.as_bytes();
+        let parsed = name::parse(bytes);
+        let outside = || {
+            let shown = name.to_string_lossy().escape_debug().to_string();
+            let detail = format!("{shown} belongs in the directory of an object");
+            Error::new(ErrorKind::Invalid, detail)
+        };
+        match directory {
+            Node::Scratch(_) => Ok(Place::Scratch),
+            Node::Root if name == CONTROL => Err(exists()),
+            Node::Root | Node::Token(_) if !is_directory => match parsed {
+                Name::Scratch => Ok(Place::Scratch),
+                Name::Attribute(_) | Name::Impossible => Err(outside()),
+            },
+            Node::Root | Node::Token(_) if is_hidden => Ok(Place::Scratch),
+            Node::Root => match TokenName::new(name) {
+                Some(token) => Ok(Place::Token(token)),
+                None => Err(Error::new(ErrorKind::Invalid, "no name of a directory")),
+            },
+            Node::Token(token) if name == TOKEN => Ok(Place::Own(token.clone())),
+            Node::Token(token) => match (parsed, ObjectName::new(name)) {
+                (Name::Scratch, Some(object)) => Ok(Place::Object(token.clone(), object)),
+                _ => Err(outside()),
+            },
+            Node::Object(token, id) => match parsed {
+                Name::Attribute(key) if (key.kind == Kind::Map) == is_directory => Ok(
+                    Place::Attribute(Node::Attribute(token.clone(), id.clone(), key)),
+                ),
+                Name::Attribute(key) => Err(wrong_kind(key.kind)),
+                Name::Impossible => Err(name::refusal(bytes)),
+                Name::Scratch if !is_directory || is_hidden => Ok(Place::Scratch),
+                Name::Scratch => Err(no_such_directory()),
+            },
+            Node::Attribute(token, id, map) if map.kind == Kind::Map => match parsed {
+                Name::Attribute(key) if key.kind == Kind::Map => Err(Error::new(
+                    ErrorKind::Invalid,
+                    "there are no attribute maps in attribute maps",
+                )),
+                Name::Attribute(key) if is_directory => Err(wrong_kind(key.kind)),
+                Name::Attribute(key) => Ok(Place::Attribute(Node::MapEntry(
+                    token.clone(),
+                    id.clone(),
+                    map.attribute_type,
+                    key,
+                ))),
+                Name::Impossible => Err(name::refusal(bytes)),
+                Name::Scratch if !is_directory || is_hidden => Ok(Place::Scratch),
+                Name::Scratch => Err(no_such_directory()),
+            },
+            _ => Err(Error::new(ErrorKind::NotADirectory, "not a directory")),
+        }
+    }
+
+    /// What is called `name` in `directory`, if there is anything.
+    pub(super) fn existing(
+        &self,
+        directory: &Node,
+        name: &OsStr,
+        patience: Patience,
+    ) -> Result<Option<(Node, FileKind)>> {
+        let found = self
+            .child(directory, name, patience)
+            .and_then(|node| Ok((self.describe(&node, patience)?.0.kind, node)));
+        match found {
+            Ok((kind, node)) => Ok(Some((node, kind))),
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Mode and owner of what `caller` makes in `directory` with the mode `mode`, of which only the bits in `most` can be had.
+    fn access(
+        &self,
+        directory: &Node,
+        mode: u32,
+        most: u32,
+        caller: Caller,
+        patience: Patience,
+    ) -> Result<Access> {
+        let (parent, _) = self.describe(directory, patience)?;
+        let gid = if parent.mode & libc::S_ISGID == 0 {
+            caller.gid
+        } else {
+            parent.gid
+        };
+        Ok(Access {
+            mode: mode & most & !self.settings.mask,
+            uid: caller.uid,
+            gid,
+        })
+    }
+
+    /// That what `access` says can be made by this process: only root gives files away.
+    fn check_owner(&self, access: Access) -> Result<()> {
+        if self.settings.uid != 0 && access.uid != self.settings.uid {
+            return Err(Error::new(
+                ErrorKind::NotPermitted,
+                "what is made here would not belong to whoever makes it: only a mount by root can give files away",
+            ));
+        }
+        Ok(())
+    }
+
+    /// Creates a file, or opens the one that is there.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Exists`] with `O_EXCL`, or if the type is there with another kind; [`ErrorKind::Invalid`] for a name that was
+    /// meant as an attribute and is none; otherwise as [`Tree::open_for_writing`].
+    pub fn create(
+        &self,
+        parent: Ino,
+        name: &OsStr,
+        how: Creation,
+        caller: Caller,
+        patience: Patience,
+    ) -> Result<(Entry, HandleId)> {
+        let directory = self.node(parent)?;
+        let created = self.create_in(&directory, name, how, caller, patience);
+        let (node, handle, is_new) = self.noted_entry(&directory, name, created)?;
+        match self.look(node.clone(), patience) {
+            Ok(look) => {
+                self.tell(parent, &look);
+                Ok((look.entry, handle))
+            }
+            Err(error) => {
+                // Nothing is left, so that it can be tried again.
+                lock(&self.handles).remove(handle);
+                if is_new {
+                    match node {
+                        Node::Scratch(_) => lock(&self.scratch).remove(&directory, name),
+                        node => self.drop_fresh(&node),
+                    }
+                }
+                Err(error)
+            }
+        }
+    }
+
+    fn create_in(
+        &self,
+        directory: &Node,
+        name: &OsStr,
+        how: Creation,
+        caller: Caller,
+        patience: Patience,
+    ) -> Result<(Node, HandleId, bool)> {
+        if let Some((node, _)) = self.existing(directory, name, patience)? {
+            if how.exclusive {
+                return Err(exists());
+            }
+            let handle = self.open_writer(&node, how.open, patience)?;
+            return Ok((node, handle, false));
+        }
+        match self.place(directory, name, FileKind::File)? {
+            Place::Attribute(node) => {
+                let handle = self.create_attribute(&node, how, patience)?;
+                Ok((node, handle, true))
+            }
+            Place::Scratch => {
+                let access = self.access(directory, how.mode, 0o666, caller, patience)?;
+                let made = lock(&self.scratch).make(directory, name, Some(Vec::new()), access)?;
+                let node = Node::Scratch(made);
+                let handle = self.open_scratch(&node, made, how.open)?;
+                Ok((node, handle, true))
+            }
+            Place::Object(..) | Place::Own(_) | Place::Token(_) => {
+                Err(Error::new(ErrorKind::Invalid, "a directory belongs there"))
+            }
+        }
+    }
+
+    /// A file for an attribute that is not there: it has no value before something is written into it.
+    fn create_attribute(&self, node: &Node, how: Creation, patience: Patience) -> Result<HandleId> {
+        let Some((token, id, slot)) = Slot::of(node) else {
+            return Err(Error::new(ErrorKind::Invalid, "not an attribute"));
+        };
+        let object = self.object(token, id, patience)?;
+        // That there is room for it: the map, and no other kind of the same type.
+        slot.set(&mut object.attributes.clone(), placeholder(slot.key.kind))?;
+        let bytes: Bytes = Arc::new(Mutex::new(Vec::new()));
+        {
+            let mut drafts = lock(&self.drafts);
+            let key = (token.clone(), id.clone());
+            drafts.entry(&key).fresh.insert(slot, Arc::clone(&bytes));
+            drafts.touch(&key);
+        }
+        let attributes = super::view::file(&object.metadata, self.settings.mask);
+        Ok(self.insert_writer(node.clone(), attributes, how.open.append, bytes, false))
+    }
+
+    /// Makes an empty file without opening it (`mknod`).
+    ///
+    /// # Errors
+    /// As [`Tree::create`], with `O_EXCL`.
+    pub fn make_file(
+        &self,
+        parent: Ino,
+        name: &OsStr,
+        mode: u32,
+        caller: Caller,
+        patience: Patience,
+    ) -> Result<Entry> {
+        let how = Creation {
+            mode,
+            exclusive: true,
+            ..Creation::default()
+        };
+        let (entry, handle) = self.create(parent, name, how, caller, patience)?;
+        lock(&self.handles).remove(handle);
+        Ok(entry)
+    }
+
+    /// Makes a directory: an attribute map; an object or a token, which are pending until they are finished; or scratch.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Exists`]; [`ErrorKind::Invalid`] for a name that cannot be that of what belongs there;
+    /// [`ErrorKind::NotPermitted`] if it could not belong to the caller; what the store fails with.
+    pub fn make_dir(
+        &self,
+        parent: Ino,
+        name: &OsStr,
+        mode: u32,
+        caller: Caller,
+        patience: Patience,
+    ) -> Result<Entry> {
+        let directory = self.node(parent)?;
+        let made = self.make_dir_in(&directory, name, mode, caller, patience);
+        let node = self.noted_entry(&directory, name, made)?;
+        let look = self.noted(self.look(node, patience))?;
+        self.tell(parent, &look);
+        Ok(look.entry)
+    }
+
+    fn make_dir_in(
+        &self,
+        directory: &Node,
+        name: &OsStr,
+        mode: u32,
+        caller: Caller,
+        patience: Patience,
+    ) -> Result<Node> {
+        if self.existing(directory, name, patience)?.is_some() {
+            return Err(exists());
+        }
+        match self.place(directory, name, FileKind::Directory)? {
+            Place::Attribute(node) => {
+                self.commit_value(&node, &Value::Map(Attributes::new()), patience)?;
+                Ok(node)
+            }
+            Place::Object(token, object) => {
+                let access = self.access(directory, mode, 0o666, caller, patience)?;
+                self.begin_object(&token, &object, access)?;
+                Ok(Node::Object(token, ObjectId::Object(object)))
+            }
+            Place::Own(token) => {
+                let mut drafts = lock(&self.drafts);
+                if let Some(build) = drafts.build_mut(&token) {
+                    build.has_own = true;
+                }
+                let key = (token.clone(), ObjectId::Token);
+                if let Some(draft) = drafts.get_mut(&key) {
+                    draft.gone = false;
+                }
+                drafts.touch(&key);
+                Ok(Node::Object(token, ObjectId::Token))
+            }
+            Place::Token(token) => {
+                let access = self.access(directory, mode, 0o777, caller, patience)?;
+                self.check_owner(access)?;
+                let files = Access {
+                    mode: access.mode & 0o666,
+                    ..access
+                };
+                self.store.create_token(&token, access, files)?;
+                lock(&self.drafts).insert_build(token.clone());
+                Ok(Node::Token(token))
+            }
+            Place::Scratch => {
+                let access = self.access(directory, mode, 0o777, caller, patience)?;
+                let made = lock(&self.scratch).make(directory, name, None, access)?;
+                Ok(Node::Scratch(made))
+            }
+        }
+    }
+
+    /// A new object, which is pending from now on.
+    pub(super) fn begin_object(
+        &self,
+        token: &TokenName,
+        object: &ObjectName,
+        access: Access,
+    ) -> Result<()> {
+        if self.token(token)?.backend() == Backend::Db {
+            check_uuid(object)?;
+        } else {
+            self.check_owner(access)?;
+        }
+        let new = New {
+            attributes: Attributes::new(),
+            access,
+            mtime: None,
+            writers: 0,
+        };
+        let key = (token.clone(), ObjectId::Object(object.clone()));
+        lock(&self.drafts).insert_new(key, new);
+        self.wake();
+        Ok(())
+    }
+
+    /// Removes a file. An attribute of an object in the store is gone from the mount at once, and from the store when the object
+    /// has been left alone for a moment.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`]; [`ErrorKind::IsADirectory`]; [`ErrorKind::ReadOnly`] below `.tokenfs`.
+    pub fn unlink(&self, parent: Ino, name: &OsStr, patience: Patience) -> Result<()> {
+        let directory = self.node(parent)?;
+        let outcome = self.unlink_in(&directory, name, patience);
+        self.noted_entry(&directory, name, outcome)
+    }
+
+    fn unlink_in(&self, directory: &Node, name: &OsStr, patience: Patience) -> Result<()> {
+        self.check_writable(directory)?;
+        let Some((node, kind)) = self.existing(directory, name, patience)? else {
+            return Err(Error::not_found("no such file or directory"));
+        };
+        self.check_writable(&node)?;
+        if kind == FileKind::Directory {
+            return Err(Error::new(ErrorKind::IsADirectory, "a directory"));
+        }
+        if let Node::Scratch(_) = node {
+            lock(&self.scratch).remove(directory, name);
+            return Ok(());
+        }
+        self.take_out(&node, patience)
+    }
+
+    /// Takes a value out of its object: held back if the store has it.
+    pub(super) fn take_out(&self, node: &Node, patience: Patience) -> Result<()> {
+        let Some((token, id, slot)) = Slot::of(node) else {
+            return Err(Error::new(ErrorKind::Invalid, "not an attribute"));
+        };
+        let key = (token.clone(), id.clone());
+        self.with_drafts(&key, patience, |drafts| {
+            let draft = drafts.entry(&key);
+            let was_fresh = draft.fresh.remove(&slot).is_some();
+            match &mut draft.new {
+                Some(new) => {
+                    slot.remove(&mut new.attributes);
+                }
+                // What was unlinked before it was created again is held already.
+                None if was_fresh => {}
+                None => {
+                    draft.removed.retain(|held| !held.is_in(slot));
+                    draft.removed.insert(slot);
+                }
+            }
+            drafts.touch(&key);
+            drafts.tidy(&key);
+            Ok(())
+        })?;
+        self.wake();
+        Ok(())
+    }
+
+    /// Removes an empty directory. An object goes from the store as a whole.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotEmpty`]; [`ErrorKind::NotFound`]; [`ErrorKind::NotADirectory`]; what the store fails with.
+    pub fn remove_dir(&self, parent: Ino, name: &OsStr, patience: Patience) -> Result<()> {
+        let directory = self.node(parent)?;
+        let outcome = self.remove_dir_in(&directory, name, patience);
+        self.noted_entry(&directory, name, outcome)
+    }
+
+    fn remove_dir_in(&self, directory: &Node, name: &OsStr, patience: Patience) -> Result<()> {
+        self.check_writable(directory)?;
+        let Some((node, kind)) = self.existing(directory, name, patience)? else {
+            return Err(Error::not_found("no such file or directory"));
+        };
+        self.check_writable(&node)?;
+        if kind != FileKind::Directory {
+            return Err(Error::new(ErrorKind::NotADirectory, "not a directory"));
+        }
+        if !self.children(&node, patience)?.is_empty() {
+            return Err(Error::new(
+                ErrorKind::NotEmpty,
+                "there is something in it still",
+            ));
+        }
+        match &node {
+            Node::Scratch(_) => lock(&self.scratch).remove(directory, name),
+            Node::Attribute(..) => self.take_out(&node, patience)?,
+            Node::Object(token, ObjectId::Token) => self.remove_own(token),
+            Node::Object(token, id @ ObjectId::Object(object)) => {
+                let key = (token.clone(), id.clone());
+                let was_new = self.with_drafts(&key, patience, |drafts| {
+                    let is_new = drafts.get(&key).is_some_and(|draft| draft.new.is_some());
+                    if is_new {
+                        drafts.remove(&key);
+                        drafts.touch(&key);
+                    }
+                    Ok(is_new)
+                })?;
+                if !was_new {
+                    self.token(token)?.remove(object, patience)?;
+                    lock(&self.drafts).remove(&key);
+                }
+            }
+            Node::Token(token) => {
+                self.store.remove_token(token, patience)?;
+                let mut drafts = lock(&self.drafts);
+                for key in drafts.keys(Some(token)) {
+                    drafts.remove(&key);
+                }
+                drafts.remove_build(token);
+            }
+            _ => return Err(Error::new(ErrorKind::ReadOnly, "cannot be removed")),
+        }
+        lock(&self.scratch).clear(&node);
+        self.wake();
+        Ok(())
+    }
+
+    /// The directory of a token's own attributes is gone from the mount; from the store only with the token.
+    fn remove_own(&self, token: &TokenName) {
+        let mut drafts = lock(&self.drafts);
+        if let Some(build) = drafts.build_mut(token) {
+            build.has_own = false;
+            return;
+        }
+        let key = (token.clone(), ObjectId::Token);
+        drafts.entry(&key).gone = true;
+        drafts.touch(&key);
+    }
+
+    /// The files in a scratch directory with their content, and the directories in it.
+    pub(super) fn scratch_files(
+        &self,
+        node: &Node,
+    ) -> Result<Vec<(std::ffi::OsString, Option<Vec<u8>>, Node)>> {
+        let scratch = lock(&self.scratch);
+        let names = scratch
+            .names(node)
+            .ok_or_else(|| Error::new(ErrorKind::NotADirectory, "not a directory"))?;
+        names
+            .iter()
+            .map(|(name, id)| {
+                let content = match &scratch.get(*id)?.content {
+                    Content::File(bytes) => Some(lock(bytes).clone()),
+                    Content::Directory(_) => None,
+                };
+                Ok((name.clone(), content, Node::Scratch(*id)))
+            })
+            .collect()
+    }
+
+    /// Records why something was not made or removed, with its name.
+    pub(super) fn noted_entry<T>(
+        &self,
+        directory: &Node,
+        name: &OsStr,
+        outcome: Result<T>,
+    ) -> Result<T> {
+        outcome.map_err(|error| {
+            let ordinary = matches!(
+                error.kind(),
+                ErrorKind::NotFound
+                    | ErrorKind::Exists
+                    | ErrorKind::NotEmpty
+                    | ErrorKind::IsADirectory
+                    | ErrorKind::NotADirectory
+                    | ErrorKind::CrossDevice
+                    | ErrorKind::WouldBlock
+            );
+            let error = match error.path() {
+                Some(_) => error,
+                None => error.at(self.path_of(directory).join(name)),
+            };
+            if !ordinary {
+                self.diagnostics.error(&error);
+            }
+            error
+        })
+    }
+}
+
+/// That an object of a `db` token can have this name.
+pub(super) fn check_uuid(object: &ObjectName) -> Result<()> {
+    let is_uuid = std::str::from_utf8(object.as_bytes()).is_ok_and(is_uuid);
+    if is_uuid {
+        return Ok(());
+    }
+    Err(Error::new(
+        ErrorKind::Invalid,
+        "an object of the db backend is called by a UUID; make one with uuidgen",
+    ))
+}
+
+/// Some value of a kind.
+fn placeholder(kind: Kind) -> Value {
+    match kind {
+        Kind::Bool => Value::Bool(false),
+        Kind::Ulong => Value::Ulong(0),
+        Kind::Bytes => Value::Bytes(Vec::new()),
+        Kind::Mechs => Value::Mechs(std::collections::BTreeSet::new()),
+        Kind::Map => Value::Map(Attributes::new()),
+    }
+}
+
+pub(super) fn exists() -> Error {
+    Error::new(ErrorKind::Exists, "there is something of that name")
+}
+
+fn wrong_kind(kind: Kind) -> Error {
+    let detail = if kind == Kind::Map {
+        "an attribute map is a directory"
+    } else {
+        "an attribute that is no map is a file"
+    };
+    Error::new(ErrorKind::Invalid, detail)
+}
+
+fn no_such_directory() -> Error {
+    Error::new(
+        ErrorKind::Invalid,
+        "a directory here is an attribute map, or scratch, and then its name begins with a dot",
+    )
+}

@@ -1,0 +1,471 @@
+//! Renaming: how scratch becomes an attribute or an object, how an object goes in one step, and what cannot be renamed.
+
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+
+use super::entries::{Place, check_uuid, exists};
+use super::name::{self, Name};
+use super::node::{Ino, Node};
+use super::scratch::{Content, ScratchId};
+use super::slot::Slot;
+use super::text::Context;
+use super::{FileKind, Tree, lock, text, view};
+use crate::error::{Error, ErrorKind, Result};
+use crate::store::attribute::{Attributes, Kind, Value};
+use crate::store::{Access, Backend, NewObject, ObjectId, ObjectName, Patience, TokenName};
+
+/// What `renameat2(2)` was asked for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RenameHow {
+    /// `RENAME_NOREPLACE`.
+    pub no_replace: bool,
+}
+
+/// One end of a rename.
+#[derive(Clone, Copy, Debug)]
+struct End<'a> {
+    directory: &'a Node,
+    name: &'a OsStr,
+}
+
+impl Tree {
+    /// Renames what is called `from_name` in `from` to `to_name` in `to`. A scratch file that is renamed to an attribute is
+    /// committed; one that is renamed over an attribute replaces its value, in one step.
+    ///
+    /// # Errors
+    /// [`ErrorKind::CrossDevice`] between tokens, between objects, and for tokens: mv(1) copies then; [`ErrorKind::Invalid`] for a name
+    /// that was meant as an attribute and is none, and for a text that is no value of it; [`ErrorKind::Exists`],
+    /// [`ErrorKind::NotEmpty`], [`ErrorKind::IsADirectory`] and [`ErrorKind::NotADirectory`] as `rename(2)` says; what the store fails
+    /// with.
+    pub fn rename(
+        &self,
+        from: (Ino, &OsStr),
+        to: (Ino, &OsStr),
+        how: RenameHow,
+        patience: Patience,
+    ) -> Result<()> {
+        let (from_directory, to_directory) = (self.node(from.0)?, self.node(to.0)?);
+        let source = End {
+            directory: &from_directory,
+            name: from.1,
+        };
+        let target = End {
+            directory: &to_directory,
+            name: to.1,
+        };
+        let outcome = self.rename_nodes(source, target, (from.0, to.0), how, patience);
+        self.noted_entry(&to_directory, to.1, outcome)
+    }
+
+    fn rename_nodes(
+        &self,
+        from: End<'_>,
+        to: End<'_>,
+        (_, to_parent): (Ino, Ino),
+        how: RenameHow,
+        patience: Patience,
+    ) -> Result<()> {
+        self.check_writable(from.directory)?;
+        self.check_writable(to.directory)?;
+        let Some((node, kind)) = self.existing(from.directory, from.name, patience)? else {
+            return Err(Error::not_found("no such file or directory"));
+        };
+        self.check_writable(&node)?;
+        if let Some((replaced, replaced_kind)) = self.existing(to.directory, to.name, patience)? {
+            if how.no_replace {
+                return Err(exists());
+            }
+            if replaced == node {
+                return Ok(());
+            }
+            match (kind, replaced_kind) {
+                (FileKind::Directory, FileKind::Directory) => {
+                    if !self.children(&replaced, patience)?.is_empty() {
+                        let detail = "there is something in the directory of that name still";
+                        return Err(Error::new(ErrorKind::NotEmpty, detail));
+                    }
+                }
+                (FileKind::Directory, _) => {
+                    return Err(Error::new(ErrorKind::NotADirectory, "a file has that name"));
+                }
+                (_, FileKind::Directory) => {
+                    return Err(Error::new(
+                        ErrorKind::IsADirectory,
+                        "a directory has that name",
+                    ));
+                }
+                _ => {}
+            }
+        }
+        let ino = self.known_number(&node);
+        let place = self.place(to.directory, to.name, kind)?;
+        match (&node, place) {
+            (Node::Scratch(id), Place::Attribute(target)) => {
+                self.publish_scratch(*id, kind, &target, patience)?;
+                lock(&self.scratch).unname(from.directory, from.name);
+            }
+            (Node::Scratch(_), Place::Scratch) => {
+                lock(&self.scratch).rename((from.directory, from.name), (to.directory, to.name))?;
+            }
+            (Node::Scratch(id), Place::Object(token, object)) => {
+                self.publish_object(*id, &token, &object, patience)?;
+                lock(&self.scratch).remove(from.directory, from.name);
+                let target = Node::Object(token, ObjectId::Object(object));
+                self.rebind(ino, &target, to_parent, patience);
+            }
+            (Node::Attribute(..) | Node::MapEntry(..), Place::Attribute(target)) => {
+                if node.object() != target.object() {
+                    return Err(other_device());
+                }
+                self.move_value(&node, &target, patience)?;
+                self.rebind(ino, &target, to_parent, patience);
+            }
+            (Node::Attribute(..) | Node::MapEntry(..), Place::Scratch) => {
+                let made = self.copy_to_scratch(&node, to, patience)?;
+                if let Err(error) = self.take_out(&node, patience) {
+                    lock(&self.scratch).remove(to.directory, to.name);
+                    return Err(error);
+                }
+                self.rebind(ino, &Node::Scratch(made), to_parent, patience);
+            }
+            (
+                Node::Object(token, id @ ObjectId::Object(object)),
+                Place::Object(to_token, to_object),
+            ) => {
+                if *token != to_token {
+                    return Err(other_device());
+                }
+                self.rename_object(token, object, &to_object, patience)?;
+                lock(&self.scratch).clear(&Node::Object(token.clone(), id.clone()));
+                let target = Node::Object(to_token, ObjectId::Object(to_object));
+                self.rebind(ino, &target, to_parent, patience);
+            }
+            (Node::Object(token, ObjectId::Object(object)), Place::Scratch) => {
+                let is_here = matches!(to.directory, Node::Token(other) if other == token);
+                if !is_here {
+                    return Err(other_device());
+                }
+                let made = self.copy_to_scratch(&node, to, patience)?;
+                if let Err(error) = self.remove_object(token, object, patience) {
+                    lock(&self.scratch).remove(to.directory, to.name);
+                    return Err(error);
+                }
+                lock(&self.scratch).clear(&node);
+                self.rebind(ino, &Node::Scratch(made), to_parent, patience);
+            }
+            // mv(1) copies what has to be copied.
+            (Node::Token(_), _) | (_, Place::Token(_)) => return Err(other_device()),
+            (_, Place::Own(_)) | (Node::Object(_, ObjectId::Token), _) => {
+                return Err(Error::new(
+                    ErrorKind::Invalid,
+                    "the directory token is part of its token and keeps its name",
+                ));
+            }
+            _ => return Err(other_device()),
+        }
+        self.wake();
+        Ok(())
+    }
+
+    /// The number under which the kernel knows `node`.
+    fn known_number(&self, node: &Node) -> Option<Ino> {
+        lock(&self.inodes).find(node)
+    }
+
+    /// The kernel goes on to use the numbers that it has: they stand for what was renamed, and what is in it.
+    fn rebind(&self, ino: Option<Ino>, target: &Node, parent: Ino, patience: Patience) {
+        let Some(ino) = ino else {
+            return;
+        };
+        let below = lock(&self.inodes).below(ino);
+        lock(&self.inodes).rebind(ino, target.clone(), Some(parent));
+        for child in below {
+            let (old, directory) = {
+                let inodes = lock(&self.inodes);
+                let Some(inode) = inodes.get(child) else {
+                    continue;
+                };
+                let directory = inodes.get(inode.parent).map(|parent| parent.node.clone());
+                (inode.node.clone(), directory)
+            };
+            let Some(name) = self.name_of(&old) else {
+                continue;
+            };
+            // Parents come before their children, and are what they are now by the time that these are looked up.
+            if let Some(directory) = directory
+                && let Ok(node) = self.child(&directory, &name, patience)
+            {
+                lock(&self.inodes).rebind(child, node, None);
+            }
+        }
+    }
+
+    fn name_of(&self, node: &Node) -> Option<std::ffi::OsString> {
+        if let Some((_, _, slot)) = Slot::of(node) {
+            return Some(name::file_name(slot.key).into_owned().into());
+        }
+        None
+    }
+
+    /// Makes a scratch file, or a scratch directory, the value of an attribute.
+    fn publish_scratch(
+        &self,
+        id: ScratchId,
+        kind: FileKind,
+        target: &Node,
+        patience: Patience,
+    ) -> Result<()> {
+        if kind == FileKind::Directory {
+            let entries = self.parse_directory(&Node::Scratch(id), true)?;
+            return self.commit_value(target, &Value::Map(entries), patience);
+        }
+        let (bytes, given) = {
+            let scratch = lock(&self.scratch);
+            let entry = scratch.get(id)?;
+            match &entry.content {
+                Content::File(bytes) => (lock(bytes).clone(), entry.given),
+                Content::Directory(_) => return Err(other_device()),
+            }
+        };
+        self.commit_text(target, &bytes, given, patience)?;
+        // Who has it open goes on to write into the attribute.
+        if let Ok(entry) = lock(&self.scratch).get_mut(id) {
+            entry.becomes = Some(target.clone());
+        }
+        Ok(())
+    }
+
+    /// Makes a scratch directory an object, in one step.
+    fn publish_object(
+        &self,
+        id: ScratchId,
+        token: &TokenName,
+        object: &ObjectName,
+        patience: Patience,
+    ) -> Result<()> {
+        let node = Node::Scratch(id);
+        let attributes = self.parse_directory(&node, false)?;
+        let (access, mtime) = {
+            let scratch = lock(&self.scratch);
+            let entry = scratch.get(id)?;
+            let access = Access {
+                mode: entry.access.mode & 0o666,
+                ..entry.access
+            };
+            (access, entry.given)
+        };
+        let key = (token.clone(), ObjectId::Object(object.clone()));
+        // An empty directory that was just made there is replaced.
+        if self.token(token)?.backend() == Backend::Db {
+            check_uuid(object)?;
+        }
+        self.with_drafts(&key, patience, |drafts| {
+            if drafts.get(&key).is_some_and(|draft| draft.new.is_some()) {
+                drafts.remove(&key);
+            }
+            Ok(())
+        })?;
+        let new = NewObject {
+            attributes,
+            access,
+            mtime,
+        };
+        self.token(token)?.create(object, &new, patience)
+    }
+
+    /// The attributes that the files in a scratch directory are.
+    fn parse_directory(&self, node: &Node, is_map: bool) -> Result<Attributes> {
+        let mut attributes = Attributes::new();
+        let files = self.scratch_files(node)?;
+        // What others depend on comes first: CKA_PARAMETER_SET is spelled by the CKA_KEY_TYPE beside it.
+        for with_context in [false, true] {
+            for (file, content, child) in &files {
+                let key = match name::parse(file.as_bytes()) {
+                    Name::Attribute(key) => key,
+                    Name::Scratch => continue,
+                    Name::Impossible => return Err(name::refusal(file.as_bytes())),
+                };
+                let depends = key.attribute_type == crate::pkcs11::CKA_PARAMETER_SET;
+                if depends != with_context {
+                    continue;
+                }
+                let slot = Slot { map: None, key };
+                let value = match content {
+                    Some(content) if key.kind != Kind::Map => {
+                        text::parse(key, content, Context::of(&attributes))?
+                    }
+                    None if key.kind == Kind::Map && !is_map => {
+                        Value::Map(self.parse_directory(child, true)?)
+                    }
+                    _ => {
+                        return Err(Error::new(
+                            ErrorKind::Invalid,
+                            "a file is where a directory belongs, or the other way round",
+                        ));
+                    }
+                };
+                slot.set(&mut attributes, value)?;
+            }
+        }
+        Ok(attributes)
+    }
+
+    /// Gives a value another name in its object.
+    fn move_value(&self, from: &Node, to: &Node, patience: Patience) -> Result<()> {
+        let (Some((token, id, source)), Some((_, _, target))) = (Slot::of(from), Slot::of(to))
+        else {
+            return Err(other_device());
+        };
+        let object = self.object(token, id, patience)?;
+        if view::value(from, &object).is_none() {
+            return Err(Error::new(
+                ErrorKind::Invalid,
+                "the file has no value yet, so it cannot be renamed",
+            ));
+        }
+        let content = view::content(from, &object)?;
+        self.change(from, None, patience, &mut |attributes| {
+            let Some(value) = source.remove(attributes) else {
+                return Err(Error::not_found("the attribute is gone"));
+            };
+            let value = match &content {
+                Some(content) => {
+                    let context = target
+                        .siblings(attributes)
+                        .map(Context::of)
+                        .unwrap_or_default();
+                    text::parse(target.key, content, context)?
+                }
+                None => value,
+            };
+            target.set(attributes, value)
+        })?;
+        lock(&self.drafts).touch(&(token.clone(), id.clone()));
+        Ok(())
+    }
+
+    /// A copy in scratch of an attribute, a map or an object, with the mode and owner that it has.
+    fn copy_to_scratch(&self, node: &Node, to: End<'_>, patience: Patience) -> Result<ScratchId> {
+        let (attributes, object) = self.describe(node, patience)?;
+        let access = Access {
+            mode: attributes.mode,
+            uid: attributes.uid,
+            gid: attributes.gid,
+        };
+        if attributes.kind == FileKind::Directory {
+            let children = self.children(node, patience)?;
+            let made = {
+                let mut scratch = lock(&self.scratch);
+                scratch.remove(to.directory, to.name);
+                scratch.make(to.directory, to.name, None, access)?
+            };
+            let directory = Node::Scratch(made);
+            for (name, _, child) in children {
+                let end = End {
+                    directory: &directory,
+                    name: &name,
+                };
+                if let Err(error) = self.copy_to_scratch(&child, end, patience) {
+                    lock(&self.scratch).remove(to.directory, to.name);
+                    return Err(error);
+                }
+            }
+            self.keep_scratch_time(made, attributes.mtime);
+            return Ok(made);
+        }
+        let content = match object.map(|object| view::content(node, &object)) {
+            Some(Ok(Some(content))) => content,
+            _ => self.fresh_content(node).unwrap_or_default(),
+        };
+        let mut scratch = lock(&self.scratch);
+        scratch.check_room(content.len() as u64)?;
+        scratch.remove(to.directory, to.name);
+        let made = scratch.make(to.directory, to.name, Some(content), access)?;
+        drop(scratch);
+        self.keep_scratch_time(made, attributes.mtime);
+        Ok(made)
+    }
+
+    fn keep_scratch_time(&self, id: ScratchId, mtime: std::time::SystemTime) {
+        if let Ok(entry) = lock(&self.scratch).get_mut(id) {
+            entry.mtime = mtime;
+            entry.given = Some(mtime);
+        }
+    }
+
+    /// Gives an object another name: it is made under that, and removed under the old one.
+    fn rename_object(
+        &self,
+        token: &TokenName,
+        from: &ObjectName,
+        to: &ObjectName,
+        patience: Patience,
+    ) -> Result<()> {
+        let from_key = (token.clone(), ObjectId::Object(from.clone()));
+        let to_key = (token.clone(), ObjectId::Object(to.clone()));
+        let opened = self.token(token)?;
+        if opened.backend() == Backend::Db {
+            check_uuid(to)?;
+        }
+        let was_new = self.with_drafts(&from_key, patience, |drafts| {
+            if drafts
+                .get(&from_key)
+                .is_none_or(|draft| draft.new.is_none())
+            {
+                return Ok(false);
+            }
+            if let Some(draft) = drafts.remove(&from_key) {
+                drafts.put(to_key.clone(), draft);
+            }
+            Ok(true)
+        })?;
+        if was_new {
+            return Ok(());
+        }
+        // What was unlinked stays unlinked.
+        self.write_draft(&from_key, patience)?;
+        let object = opened.object(&from_key.1, patience)?;
+        let new = NewObject {
+            attributes: object.attributes.clone(),
+            access: Access {
+                mode: object.metadata.mode,
+                uid: object.metadata.uid,
+                gid: object.metadata.gid,
+            },
+            mtime: Some(object.metadata.mtime),
+        };
+        opened.create(to, &new, patience)?;
+        opened.remove(from, patience)?;
+        lock(&self.drafts).remove(&from_key);
+        Ok(())
+    }
+
+    /// Removes an object, whether it is in the store by now or not.
+    fn remove_object(
+        &self,
+        token: &TokenName,
+        object: &ObjectName,
+        patience: Patience,
+    ) -> Result<()> {
+        let key = (token.clone(), ObjectId::Object(object.clone()));
+        let was_new = self.with_drafts(&key, patience, |drafts| {
+            let is_new = drafts.get(&key).is_some_and(|draft| draft.new.is_some());
+            if is_new {
+                drafts.remove(&key);
+            }
+            Ok(is_new)
+        })?;
+        if !was_new {
+            self.token(token)?.remove(object, patience)?;
+            lock(&self.drafts).remove(&key);
+        }
+        Ok(())
+    }
+}
+
+fn other_device() -> Error {
+    Error::new(
+        ErrorKind::CrossDevice,
+        "this has to be copied, as mv does of itself",
+    )
+}

@@ -1,0 +1,248 @@
+//! Files and directories that are none of the store's: what programs put beside a file while they write it.
+//!
+//! All of it is in memory, up to a limit, is listed nowhere but in a scratch directory, and is gone with the mount. Renaming a
+//! scratch file to an attribute, or a scratch directory to an object, is how its content gets into the store. Contract:
+//! `docs/tree.md`, "Writing".
+
+use std::collections::{BTreeMap, HashMap};
+use std::ffi::{OsStr, OsString};
+use std::sync::{Arc, Mutex};
+use std::time::SystemTime;
+
+use super::draft::Bytes;
+use super::node::Node;
+use super::{Attributes, FileKind, lock};
+use crate::error::{Error, ErrorKind, Result};
+use crate::store::Access;
+
+/// How many bytes all scratch files may have together.
+const MOST_BYTES: u64 = 256 * 1024 * 1024;
+
+/// How many scratch files and directories there may be.
+const MOST_ENTRIES: usize = 100_000;
+
+/// The number of a scratch file or directory. None is used twice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ScratchId(pub u64);
+
+/// What it holds.
+#[derive(Clone, Debug)]
+pub(super) enum Content {
+    File(Bytes),
+    Directory(BTreeMap<OsString, ScratchId>),
+}
+
+/// A scratch file or directory.
+#[derive(Clone, Debug)]
+pub(super) struct Entry {
+    pub content: Content,
+    pub access: Access,
+    pub atime: SystemTime,
+    pub mtime: SystemTime,
+    /// The time that it was given.
+    pub given: Option<SystemTime>,
+    pub ctime: SystemTime,
+    /// The attribute that it has been renamed to: what is written into it from then on belongs there.
+    pub becomes: Option<Node>,
+}
+
+impl Entry {
+    pub fn kind(&self) -> FileKind {
+        match self.content {
+            Content::File(_) => FileKind::File,
+            Content::Directory(_) => FileKind::Directory,
+        }
+    }
+
+    /// What `stat` says, but for the inode's number.
+    pub fn attributes(&self) -> Attributes {
+        let size = match &self.content {
+            Content::File(bytes) => lock(bytes).len() as u64,
+            Content::Directory(_) => 0,
+        };
+        Attributes {
+            ino: 0,
+            kind: self.kind(),
+            size,
+            mode: self.access.mode,
+            uid: self.access.uid,
+            gid: self.access.gid,
+            atime: self.atime,
+            mtime: self.mtime,
+            ctime: self.ctime,
+        }
+    }
+}
+
+/// All of it.
+#[derive(Debug, Default)]
+pub(super) struct Scratch {
+    last: u64,
+    entries: HashMap<ScratchId, Entry>,
+    /// What is in a directory of the store, by that directory's node.
+    outside: HashMap<Node, BTreeMap<OsString, ScratchId>>,
+}
+
+impl Scratch {
+    pub fn get(&self, id: ScratchId) -> Result<&Entry> {
+        self.entries.get(&id).ok_or_else(gone)
+    }
+
+    pub fn get_mut(&mut self, id: ScratchId) -> Result<&mut Entry> {
+        self.entries.get_mut(&id).ok_or_else(gone)
+    }
+
+    /// What is called `name` in `directory`.
+    pub fn find(&self, directory: &Node, name: &OsStr) -> Option<ScratchId> {
+        self.names(directory)?.get(name).copied()
+    }
+
+    /// The names in a directory.
+    pub fn names(&self, directory: &Node) -> Option<&BTreeMap<OsString, ScratchId>> {
+        match directory {
+            Node::Scratch(id) => match &self.entries.get(id)?.content {
+                Content::Directory(names) => Some(names),
+                Content::File(_) => None,
+            },
+            other => self.outside.get(other),
+        }
+    }
+
+    fn names_mut(&mut self, directory: &Node) -> Result<&mut BTreeMap<OsString, ScratchId>> {
+        match directory {
+            Node::Scratch(id) => match &mut self.get_mut(*id)?.content {
+                Content::Directory(names) => Ok(names),
+                Content::File(_) => Err(Error::new(ErrorKind::NotADirectory, "not a directory")),
+            },
+            other => Ok(self.outside.entry(other.clone()).or_default()),
+        }
+    }
+
+    /// Makes a file that holds `content`, or a directory, under a name that is free.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NoSpace`] beyond the limit; [`ErrorKind::NotFound`] if the directory is gone.
+    pub fn make(
+        &mut self,
+        directory: &Node,
+        name: &OsStr,
+        content: Option<Vec<u8>>,
+        access: Access,
+    ) -> Result<ScratchId> {
+        if self.entries.len() >= MOST_ENTRIES {
+            return Err(full());
+        }
+        self.last += 1;
+        let id = ScratchId(self.last);
+        self.names_mut(directory)?.insert(name.to_os_string(), id);
+        let now = SystemTime::now();
+        let content = match content {
+            Some(bytes) => Content::File(Arc::new(Mutex::new(bytes))),
+            None => Content::Directory(BTreeMap::new()),
+        };
+        let entry = Entry {
+            content,
+            access,
+            atime: now,
+            mtime: now,
+            given: None,
+            ctime: now,
+            becomes: None,
+        };
+        self.entries.insert(id, entry);
+        Ok(id)
+    }
+
+    /// Gives something another name, in the place of whatever had that.
+    pub fn rename(&mut self, from: (&Node, &OsStr), to: (&Node, &OsStr)) -> Result<()> {
+        let id = self.find(from.0, from.1).ok_or_else(gone)?;
+        let replaced = self.names_mut(to.0)?.insert(to.1.to_os_string(), id);
+        if let Some(replaced) = replaced.filter(|replaced| *replaced != id) {
+            self.drop_entry(replaced);
+        }
+        if from != to {
+            self.unname(from.0, from.1);
+        }
+        Ok(())
+    }
+
+    /// Takes a name away, and what it named with all that is in it.
+    pub fn remove(&mut self, directory: &Node, name: &OsStr) {
+        if let Some(id) = self.unname(directory, name) {
+            self.drop_entry(id);
+        }
+    }
+
+    /// Takes a name away and keeps what it named, for those who have it open.
+    pub fn unname(&mut self, directory: &Node, name: &OsStr) -> Option<ScratchId> {
+        let names = self.names_mut(directory).ok()?;
+        let id = names.remove(name);
+        if names.is_empty() && !matches!(directory, Node::Scratch(_)) {
+            self.outside.remove(directory);
+        }
+        id
+    }
+
+    /// Takes away all that is in a directory of the store, which is gone.
+    pub fn clear(&mut self, directory: &Node) {
+        for id in self
+            .outside
+            .remove(directory)
+            .unwrap_or_default()
+            .into_values()
+        {
+            self.drop_entry(id);
+        }
+    }
+
+    fn drop_entry(&mut self, id: ScratchId) {
+        if let Some(entry) = self.entries.remove(&id)
+            && let Content::Directory(names) = entry.content
+        {
+            for id in names.into_values() {
+                self.drop_entry(id);
+            }
+        }
+    }
+
+    /// Forgets what was renamed to an attribute, once the kernel has.
+    pub fn forget(&mut self, id: ScratchId) {
+        if self
+            .entries
+            .get(&id)
+            .is_some_and(|entry| entry.becomes.is_some())
+        {
+            self.entries.remove(&id);
+        }
+    }
+
+    /// That a file may grow by so many bytes.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NoSpace`] beyond the limit.
+    pub fn check_room(&self, more: u64) -> Result<()> {
+        let used: u64 = self
+            .entries
+            .values()
+            .map(|entry| match &entry.content {
+                Content::File(bytes) => lock(bytes).len() as u64,
+                Content::Directory(_) => 0,
+            })
+            .sum();
+        if used.saturating_add(more) > MOST_BYTES {
+            return Err(full());
+        }
+        Ok(())
+    }
+}
+
+fn gone() -> Error {
+    Error::not_found("the scratch file is gone")
+}
+
+fn full() -> Error {
+    Error::new(
+        ErrorKind::NoSpace,
+        "there are too many scratch files, which are in memory until the end of the mount; remove some",
+    )
+}

@@ -1,0 +1,235 @@
+//! Modes, owners, times and lengths that are set.
+
+use std::time::SystemTime;
+
+use super::handle::HandleId;
+use super::node::{Ino, Node};
+use super::{Entry, FileKind, Tree, lock};
+use crate::error::{Error, ErrorKind, Result};
+use crate::store::attribute::Kind;
+use crate::store::{Backend, MetadataChange, ObjectId, Patience, Target, Time, TokenName};
+
+/// What is to be set; the rest stays.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SetAttributes {
+    /// Length in bytes.
+    pub size: Option<u64>,
+    /// Mode, owner and times.
+    pub metadata: MetadataChange,
+}
+
+impl Tree {
+    /// Sets attributes of a file or a directory; those of `handle` if it is open.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotPermitted`] if tokenfs itself may not; [`ErrorKind::ReadOnly`]; [`ErrorKind::Invalid`] if a file that is cut
+    /// has no value then; what the store fails with.
+    pub fn set_attributes(
+        &self,
+        ino: Ino,
+        handle: Option<HandleId>,
+        change: &SetAttributes,
+        patience: Patience,
+    ) -> Result<Entry> {
+        let node = self.node(ino)?;
+        let outcome = self.set(&node, handle, change, patience);
+        let outcome = match (outcome, handle) {
+            // It is open and unlinked: nobody will ever see what was set.
+            (Err(error), Some(_)) if error.kind() == ErrorKind::NotFound => Ok(()),
+            (outcome, _) => outcome,
+        };
+        self.noted_write(&node, outcome)?;
+        self.note_dropped(&node, change.metadata.mode);
+        match handle {
+            Some(handle) => self.open_attributes(ino, handle, patience),
+            None => self.attributes(ino, patience),
+        }
+    }
+
+    fn set(
+        &self,
+        node: &Node,
+        handle: Option<HandleId>,
+        change: &SetAttributes,
+        patience: Patience,
+    ) -> Result<()> {
+        self.check_writable(node)?;
+        if let Some(size) = change.size {
+            match handle {
+                Some(handle) if self.is_open_for_writing(handle) => {
+                    self.resize_open(handle, size)?;
+                }
+                _ => self.resize(node, size, patience)?,
+            }
+        }
+        let metadata = &change.metadata;
+        if *metadata == MetadataChange::default() {
+            return Ok(());
+        }
+        match node {
+            Node::Scratch(id) => {
+                let mut scratch = lock(&self.scratch);
+                let entry = scratch.get_mut(*id)?;
+                if let Some(becomes) = entry.becomes.clone() {
+                    drop(scratch);
+                    return self.set(&becomes, None, change, patience);
+                }
+                let most = match entry.kind() {
+                    FileKind::Directory => 0o777,
+                    _ => 0o666,
+                };
+                if let Some(mode) = metadata.mode {
+                    entry.access.mode = mode & most & !self.settings.mask;
+                }
+                entry.access.uid = metadata.uid.unwrap_or(entry.access.uid);
+                entry.access.gid = metadata.gid.unwrap_or(entry.access.gid);
+                let now = SystemTime::now();
+                if let Some(mtime) = metadata.mtime {
+                    entry.mtime = moment(mtime, now);
+                    entry.given = Some(entry.mtime);
+                }
+                if let Some(atime) = metadata.atime {
+                    entry.atime = moment(atime, now);
+                }
+                entry.ctime = now;
+                Ok(())
+            }
+            Node::Root => {
+                let change = self.masked(metadata, 0o7777);
+                self.store.set_metadata(&change)
+            }
+            Node::Token(token) => {
+                let change = self.masked(metadata, 0o7777);
+                let times = change.mtime.map(|mtime| moment(mtime, SystemTime::now()));
+                self.token(token)?
+                    .set_metadata(&Target::Directory, &change, patience)?;
+                if change.mtime.is_some() {
+                    self.finish_build(token, times, patience)?;
+                    let mut drafts = lock(&self.drafts);
+                    if let Some(mtime) = times
+                        && drafts.is_pending(token)
+                    {
+                        drafts.keep_time(token, mtime);
+                    }
+                }
+                Ok(())
+            }
+            Node::Object(token, id) => {
+                let change = self.masked(metadata, 0o666);
+                self.set_object(token, id, &change, true, patience)
+            }
+            Node::Attribute(token, id, _) | Node::MapEntry(token, id, _, _) => {
+                let change = self.masked(metadata, 0o666);
+                self.set_object(token, id, &change, false, patience)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn is_open_for_writing(&self, handle: HandleId) -> bool {
+        use super::handle::Handle;
+        matches!(
+            lock(&self.handles).get(handle),
+            Some(Handle::Writer(_) | Handle::Shared(_))
+        )
+    }
+
+    /// Mode, owner and times of an object's file: those of its draft if it is new. That the times of its directory are set means
+    /// that it is finished.
+    fn set_object(
+        &self,
+        token: &TokenName,
+        id: &ObjectId,
+        change: &MetadataChange,
+        is_directory: bool,
+        patience: Patience,
+    ) -> Result<()> {
+        let key = (token.clone(), id.clone());
+        let mtime = change.mtime.map(|mtime| moment(mtime, SystemTime::now()));
+        let is_shared = self.token(token)?.backend() == Backend::Db;
+        let uid = self.settings.uid;
+        let in_draft = self.with_drafts(&key, patience, |drafts| {
+            drafts.touch(&key);
+            let Some(new) = drafts.get_mut(&key).and_then(|draft| draft.new.as_mut()) else {
+                return Ok(false);
+            };
+            if !is_shared {
+                if uid != 0 && change.uid.is_some_and(|wanted| wanted != uid) {
+                    return Err(Error::new(
+                        ErrorKind::NotPermitted,
+                        "only a mount by root can give files away",
+                    ));
+                }
+                new.access.mode = change.mode.unwrap_or(new.access.mode);
+                new.access.uid = change.uid.unwrap_or(new.access.uid);
+                new.access.gid = change.gid.unwrap_or(new.access.gid);
+            }
+            if !is_directory && mtime.is_some() {
+                new.mtime = mtime;
+            }
+            Ok(true)
+        })?;
+        if !in_draft {
+            let target = Target::Object(id.clone());
+            self.token(token)?.set_metadata(&target, change, patience)?;
+            if is_directory && change.mtime.is_some() && *id == ObjectId::Token {
+                self.finish_object(&key, mtime, patience)?;
+            }
+            return Ok(());
+        }
+        if is_shared && (change.mode.is_some() || change.uid.is_some() || change.gid.is_some()) {
+            // All objects of a database have its mode and owner.
+            let shared = MetadataChange {
+                atime: None,
+                mtime: None,
+                ..*change
+            };
+            let target = Target::Object(ObjectId::Token);
+            self.token(token)?
+                .set_metadata(&target, &shared, patience)?;
+        }
+        if is_directory && change.mtime.is_some() {
+            self.finish_object(&key, mtime, patience)?;
+        }
+        Ok(())
+    }
+
+    /// A change without the bits of a mode that cannot be had.
+    fn masked(&self, change: &MetadataChange, most: u32) -> MetadataChange {
+        MetadataChange {
+            mode: change
+                .mode
+                .map(|mode| mode & most & !(self.settings.mask & 0o777)),
+            ..*change
+        }
+    }
+
+    /// Says which bits of a mode that somebody asked for cannot be had.
+    fn note_dropped(&self, node: &Node, wanted: Option<u32>) {
+        let Some(wanted) = wanted else {
+            return;
+        };
+        let mask = self.settings.mask & 0o777;
+        // That a directory can be entered follows from that it can be listed.
+        let is_file = match node {
+            Node::Attribute(_, _, key) => key.kind != Kind::Map,
+            Node::MapEntry(..) => true,
+            _ => false,
+        };
+        let most = if is_file { !mask & 0o666 } else { !mask };
+        let dropped = wanted & 0o777 & !most;
+        if dropped != 0 {
+            self.diagnostics.warning(format!(
+                "{}: of the mode {wanted:04o}, the bits {dropped:04o} were dropped: the mask is {mask:04o}, and files are never executable",
+                self.path_of(node).display().to_string().escape_debug()
+            ));
+        }
+    }
+}
+
+fn moment(time: Time, now: SystemTime) -> SystemTime {
+    match time {
+        Time::Now => now,
+        Time::At(time) => time,
+    }
+}

@@ -1,0 +1,392 @@
+//! When what the mount shows becomes what the store has.
+//!
+//! A new object is written once, when it is finished: its times are set, it is synced, or it has been left alone. What was unlinked
+//! is held for as long. A token that is being built is published when all that is in it is finished. [`Tree::settle`] does what is due; a
+//! thread of its own calls it again at the time that it returns. [`Tree::finish`] does everything, at the end of the mount.
+
+use std::sync::PoisonError;
+use std::time::{Duration, Instant, SystemTime};
+
+use super::draft::{Draft, Drafts, Key};
+use super::handle::HandleId;
+use super::node::{Ino, Node};
+use super::slot::Slot;
+use super::{Tree, lock};
+use crate::error::{ErrorKind, Result};
+use crate::store::{MetadataChange, NewObject, ObjectId, Patience, Target, Time, TokenName};
+
+/// How long to wait for another thread that is writing the same object before looking again.
+pub(super) const PAUSE: Duration = Duration::from_millis(1);
+
+impl Tree {
+    /// Calls `action` with the drafts while nobody is writing the object `key` to the store.
+    pub(super) fn with_drafts<T>(
+        &self,
+        key: &Key,
+        patience: Patience,
+        mut action: impl FnMut(&mut Drafts) -> Result<T>,
+    ) -> Result<T> {
+        loop {
+            {
+                let mut drafts = lock(&self.drafts);
+                if !drafts.get(key).is_some_and(|draft| draft.busy) {
+                    return action(&mut drafts);
+                }
+            }
+            patience.wait(PAUSE, "the object is being written")?;
+        }
+    }
+
+    /// Does what is due, and returns when the next thing will be.
+    pub fn settle(&self) -> Option<Instant> {
+        let (keys, tokens, next) = lock(&self.drafts).due(Instant::now());
+        let patience = || Patience::at_most(self.store.options().lock_wait);
+        let is_done = keys.is_empty() && tokens.is_empty();
+        for key in keys {
+            // What fails is in the log, and tried again.
+            let _ = self.write_draft(&key, patience());
+        }
+        for token in tokens {
+            let _ = self.publish(&token, patience());
+        }
+        if is_done {
+            next
+        } else {
+            lock(&self.drafts).due(Instant::now()).2
+        }
+    }
+
+    /// Waits until `due`, or until there may be something to do before that.
+    pub fn wait_for_work(&self, due: Option<Instant>) {
+        let mut woken = lock(&self.work.0);
+        if !*woken {
+            let most = Duration::from_secs(3600);
+            let limit = due.map_or(most, |due| due.saturating_duration_since(Instant::now()));
+            let waited = self.work.1.wait_timeout(woken, limit);
+            woken = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        *woken = false;
+    }
+
+    /// Ends [`Tree::wait_for_work`].
+    pub fn wake(&self) {
+        *lock(&self.work.0) = true;
+        self.work.1.notify_all();
+    }
+
+    /// Writes everything that is not in the store yet: the mount ends. What cannot be written is lost, and is in the log.
+    pub fn finish(&self) {
+        let limit = self.store.options().lock_wait;
+        let keys = lock(&self.drafts).keys(None);
+        for key in keys {
+            let half_removed = lock(&self.drafts).get(&key).is_some_and(|draft| draft.gone);
+            if !half_removed {
+                let _ = self.write_draft(&key, Patience::at_most(limit));
+            }
+        }
+        let tokens = lock(&self.drafts).builds();
+        for token in tokens {
+            let outcome = if self.is_token(&token) {
+                self.publish(&token, Patience::at_most(limit))
+            } else {
+                self.diagnostics.warning(format!(
+                    "{token}: a directory without the attributes of a token was left in the root; it is removed with all that is in it"
+                ));
+                self.abandon(&token, Patience::at_most(limit))
+            };
+            if let Err(error) = outcome {
+                self.diagnostics.error(&error);
+            }
+        }
+    }
+
+    /// Whether a token that is being built has what makes it one.
+    fn is_token(&self, token: &TokenName) -> bool {
+        lock(&self.drafts)
+            .build(token)
+            .is_some_and(super::draft::Build::is_token)
+    }
+
+    /// Removes a token that is being built, with its objects.
+    fn abandon(&self, name: &TokenName, patience: Patience) -> Result<()> {
+        let token = self.token(name)?;
+        for object in token.list(patience)?.iter() {
+            token.remove(object, patience)?;
+        }
+        drop(token);
+        self.store.remove_token(name, patience)
+    }
+
+    /// Writes what is new or unlinked of one object to the store.
+    pub(super) fn write_draft(&self, key: &Key, patience: Patience) -> Result<()> {
+        let draft = self.with_drafts(key, patience, |drafts| {
+            let Some(draft) = drafts.get_mut(key) else {
+                return Ok(None);
+            };
+            draft.busy = true;
+            Ok(Some(draft.clone()))
+        })?;
+        let Some(draft) = draft else {
+            return Ok(());
+        };
+        let outcome = if draft.gone {
+            self.diagnostics.warning(format!(
+                "{}: the directory token was removed and the token was not; it is back",
+                key.0
+            ));
+            Ok(())
+        } else if let Some(new) = &draft.new {
+            self.write_new(key, new, patience)
+        } else {
+            self.write_unlinked(key, &draft, patience)
+        };
+        let mut drafts = lock(&self.drafts);
+        match &outcome {
+            Ok(()) => {
+                if let Some(written) = drafts.get_mut(key) {
+                    written.busy = false;
+                    written.new = None;
+                    written.gone = false;
+                    for slot in draft.unlinked() {
+                        written.removed.remove(&slot);
+                    }
+                    if draft.gone {
+                        written.removed.clear();
+                    }
+                }
+                drafts.tidy(key);
+            }
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                if let Some(waiting) = drafts.get_mut(key) {
+                    waiting.busy = false;
+                }
+            }
+            Err(error) => {
+                // Somebody else's lock will be free one day. Where it cannot be done what was unlinked is back, as it would be where
+                // unlinking fails at once.
+                if error.kind() != ErrorKind::Busy
+                    && let Some(kept) = drafts.get_mut(key)
+                {
+                    kept.removed.clear();
+                }
+                drafts.failed(key);
+                drafts.tidy(key);
+            }
+        }
+        drop(drafts);
+        if outcome.is_ok() {
+            self.restore_time(&key.0, patience);
+        }
+        self.wake();
+        let (token, id) = key.clone();
+        self.noted_write(&Node::Object(token, id), outcome)
+    }
+
+    fn write_new(&self, key: &Key, new: &super::draft::New, patience: Patience) -> Result<()> {
+        let (token, ObjectId::Object(name)) = key else {
+            return Ok(());
+        };
+        let object = NewObject {
+            attributes: new.attributes.clone(),
+            access: new.access,
+            mtime: new.mtime,
+        };
+        self.token(token)?.create(name, &object, patience)
+    }
+
+    fn write_unlinked(&self, key: &Key, draft: &Draft, patience: Patience) -> Result<()> {
+        let unlinked: Vec<Slot> = draft.unlinked().collect();
+        if unlinked.is_empty() {
+            return Ok(());
+        }
+        let mut remove = |attributes: &mut crate::store::attribute::Attributes| {
+            for slot in &unlinked {
+                slot.remove(attributes);
+            }
+            Ok(())
+        };
+        match self
+            .token(&key.0)?
+            .update(&key.1, &mut remove, None, patience)
+        {
+            // The object is gone, and what was to be removed with it.
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+            outcome => outcome,
+        }
+    }
+
+    /// Makes a token that is being built one, if it has its own attributes.
+    pub(super) fn publish(&self, token: &TokenName, patience: Patience) -> Result<()> {
+        let outcome = self.store.publish_token(token, patience);
+        match &outcome {
+            Ok(()) => {
+                let build = lock(&self.drafts).remove_build(token);
+                if let Some(mtime) = build.and_then(|build| build.mtime) {
+                    lock(&self.drafts).keep_time(token, mtime);
+                }
+                self.restore_time(token, patience);
+            }
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+            Err(_) => lock(&self.drafts).build_failed(token),
+        }
+        self.noted_write(&Node::Token(token.clone()), outcome)
+    }
+
+    /// Gives a token's directory the time again that it was given before the last objects were written into it.
+    fn restore_time(&self, token: &TokenName, patience: Patience) {
+        let Some(mtime) = lock(&self.drafts).time_to_restore(token) else {
+            return;
+        };
+        let change = MetadataChange {
+            mtime: Some(Time::At(mtime)),
+            ..MetadataChange::default()
+        };
+        let done = self
+            .token(token)
+            .and_then(|token| token.set_metadata(&Target::Directory, &change, patience));
+        if let Err(error) = done {
+            self.diagnostics.error(&error);
+        }
+    }
+
+    /// Syncs an open file: what was written into it is committed, and what the store has of its object survives a power failure.
+    ///
+    /// # Errors
+    /// As [`Tree::flush`].
+    pub fn sync_file(&self, ino: Ino, handle: HandleId, patience: Patience) -> Result<()> {
+        self.flush(handle, patience)?;
+        match self.node(ino) {
+            Ok(node) => self.sync_node(&node, patience),
+            // It is open and unlinked.
+            Err(_) => Ok(()),
+        }
+    }
+
+    /// Syncs a directory: what is new or was unlinked in it is written, and survives a power failure.
+    ///
+    /// # Errors
+    /// What writing fails with.
+    pub fn sync_dir(&self, ino: Ino, patience: Patience) -> Result<()> {
+        self.sync_node(&self.node(ino)?, patience)
+    }
+
+    /// A directory is synced, or the file in it: what is new or unlinked there is written, and survives a power failure from
+    /// now on.
+    ///
+    /// # Errors
+    /// What writing fails with.
+    pub(super) fn sync_node(&self, node: &Node, patience: Patience) -> Result<()> {
+        match node {
+            Node::Object(token, id) => {
+                self.write_draft(&(token.clone(), id.clone()), patience)?;
+                self.sync_token(token, patience)
+            }
+            Node::Attribute(token, id, _) | Node::MapEntry(token, id, _, _) => {
+                let key = (token.clone(), id.clone());
+                let incomplete = lock(&self.drafts).get(&key).is_some_and(|draft| {
+                    draft.new.as_ref().is_some_and(|new| {
+                        new.attributes.of_type(crate::pkcs11::CKA_CLASS).is_none()
+                    })
+                });
+                // One file of an object that is still being made does not make it whole.
+                if incomplete {
+                    return Ok(());
+                }
+                self.write_draft(&key, patience)?;
+                self.sync_token(token, patience)
+            }
+            Node::Token(token) => {
+                let keys = lock(&self.drafts).keys(Some(token));
+                for key in keys {
+                    self.write_draft(&key, patience)?;
+                }
+                if self.is_token(token) {
+                    self.publish(token, patience)?;
+                }
+                self.sync_token(token, patience)
+            }
+            Node::Root => {
+                if self.store.options().read_only {
+                    return Ok(());
+                }
+                let drafts = lock(&self.drafts);
+                let mut tokens = drafts.builds();
+                tokens.extend(drafts.keys(None).into_iter().map(|key| key.0));
+                drop(drafts);
+                tokens.sort_unstable();
+                tokens.dedup();
+                for token in tokens {
+                    self.sync_node(&Node::Token(token), patience)?;
+                }
+                self.store.sync()
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn sync_token(&self, token: &TokenName, patience: Patience) -> Result<()> {
+        if self.store.options().read_only || self.store.is_building(token) {
+            return Ok(());
+        }
+        self.token(token)?.sync(patience)
+    }
+
+    /// The times of a new object's directory were set, so it is finished, unless nothing was put into it yet (rsync sets the times of
+    /// a directory before it fills it, and once more afterwards).
+    pub(super) fn finish_object(
+        &self,
+        key: &Key,
+        mtime: Option<SystemTime>,
+        patience: Patience,
+    ) -> Result<()> {
+        if key.1 == ObjectId::Token {
+            let mut drafts = lock(&self.drafts);
+            if let Some(build) = drafts.build_mut(&key.0) {
+                build.own_finished = build.own_filled;
+            }
+            let is_finished = drafts.is_finished(&key.0);
+            drop(drafts);
+            return if is_finished {
+                self.publish(&key.0, patience)
+            } else {
+                Ok(())
+            };
+        }
+        let is_filled = self.with_drafts(key, patience, |drafts| {
+            let new = drafts.get_mut(key).and_then(|draft| draft.new.as_mut());
+            Ok(new.is_some_and(|new| {
+                let is_filled = !new.attributes.is_empty();
+                if is_filled && mtime.is_some() {
+                    new.mtime = mtime;
+                }
+                is_filled
+            }))
+        })?;
+        if is_filled {
+            self.write_draft(key, patience)?;
+        }
+        Ok(())
+    }
+
+    /// The times of the directory of a token that is being built were set.
+    pub(super) fn finish_build(
+        &self,
+        token: &TokenName,
+        mtime: Option<SystemTime>,
+        patience: Patience,
+    ) -> Result<()> {
+        let is_finished = {
+            let mut drafts = lock(&self.drafts);
+            if let Some(build) = drafts.build_mut(token) {
+                build.finished = build.has_own;
+                build.mtime = mtime.or(build.mtime);
+            }
+            drafts.is_finished(token)
+        };
+        if is_finished {
+            self.publish(token, patience)?;
+        }
+        self.wake();
+        Ok(())
+    }
+}

@@ -1,0 +1,430 @@
+//! Dying in the middle of a write: a store that is put back before each death, the writes, and what may be found afterwards.
+//!
+//! The dead are `step` processes (`tests/support/step.rs`), or mounts. What they leave is judged three times: by a real SoftHSM, before
+//! anything is put right; by `tokenfs check`; and by the independent reader after the next writer has put it right.
+#![allow(dead_code)]
+
+pub mod trace;
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use crate::support::independent::{self, Object, Token};
+use crate::support::*;
+use crate::write_common::{fill, leftovers, object_of_class};
+
+/// A store as the independent reader finds it.
+pub type Stored = BTreeMap<String, Token>;
+
+/// A kind of write: operations of `step`, one after the other.
+#[derive(Clone, Debug)]
+pub struct Story {
+    pub name: &'static str,
+    pub operations: Vec<Vec<String>>,
+}
+
+/// How a process ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    Killed,
+    Finished,
+}
+
+/// The store that the deaths happen in, always at the same place, so that one SoftHSM process can look at all of them.
+#[derive(Debug)]
+pub struct Stage {
+    pub softhsm: Softhsm,
+    pub client: P11,
+    /// The store as it is before.
+    pub base: PathBuf,
+    pub token: String,
+    pub second: String,
+    pub data: String,
+    pub private: String,
+}
+
+/// Copies a directory with modes, owners being those of the caller.
+pub fn copy(from: &Path, to: &Path) {
+    fs::create_dir(to).unwrap_or_else(|e| panic!("{}: {e}", to.display()));
+    for entry in fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let target = to.join(entry.file_name());
+        if entry.file_type().unwrap().is_dir() {
+            copy(&entry.path(), &target);
+        } else {
+            fs::copy(entry.path(), &target).unwrap();
+        }
+    }
+    set_mode(to, fs::metadata(from).unwrap().mode() & 0o7777);
+}
+
+impl Stage {
+    /// Two tokens: `test`, with a data object and a pair of keys, and `second`, with a data object.
+    pub fn new(backend: Backend) -> Self {
+        let (softhsm, mut client) = Softhsm::with_token(backend);
+        fill(&mut client);
+        let first = softhsm.token_directory();
+        let token = first.file_name().unwrap().to_str().unwrap().to_owned();
+        client.init_token("second", Some(PIN)).unwrap();
+        client.open("second", Some(PIN)).unwrap();
+        let data = [
+            template::ulong(0, 0),
+            template::boolean(1, true),
+            template::boolean(2, false),
+            template::bytes(3, "lonely"),
+        ];
+        client.create(&data).unwrap();
+        client.close().unwrap();
+        let names = softhsm.token_directories();
+        let names = names
+            .iter()
+            .map(|path| path.file_name().unwrap().to_str().unwrap());
+        let second = names.into_iter().find(|name| *name != token).unwrap();
+        let second = second.to_owned();
+        // Every writer removes its traces in the end: nothing here is anybody's but SoftHSM's.
+        assert!(leftovers(&softhsm.tokendir).is_empty());
+        let base = softhsm.directory.path().join("base");
+        copy(&softhsm.tokendir, &base);
+        Self {
+            data: object_of_class(&softhsm, &token, 0),
+            private: object_of_class(&softhsm, &token, 3),
+            softhsm,
+            client,
+            base,
+            token,
+            second,
+        }
+    }
+
+    pub fn backend(&self) -> Backend {
+        self.softhsm.backend
+    }
+
+    /// All kinds of write that the store layer has.
+    pub fn stories(&self) -> Vec<Story> {
+        let lonely = object_of_class(&self.softhsm, &self.second, 0);
+        let (t, d, k) = (&self.token, &self.data, &self.private);
+        let hex = |text: &str| template::hex(text.as_bytes());
+        let long = hex(&"long ".repeat(3000));
+        let new = "00000000-0000-4000-8000-00000000000a";
+        let copy = "c0000000-0000-4000-8000-00000000000c";
+        let label = hex(&format!("{:32}", "test!"));
+        let story = |name, lines: &[String]| Story {
+            name,
+            operations: lines
+                .iter()
+                .map(|line| line.split(' ').map(str::to_owned).collect())
+                .collect(),
+        };
+        let changed = hex("changed");
+        vec![
+            story(
+                "change an attribute",
+                &[format!("update {t} {d} 3 {changed}")],
+            ),
+            story(
+                "make an object longer than a page",
+                &[format!("update {t} {d} 17 {long}")],
+            ),
+            story(
+                "make it shorter again",
+                &[
+                    format!("update {t} {d} 17 {long}"),
+                    format!("update {t} {d} 17 61"),
+                ],
+            ),
+            story("remove an attribute", &[format!("unset {t} {d} 16")]),
+            story("create an object", &[format!("create {t} {new} {k}")]),
+            story("remove an object", &[format!("remove {t} {k}")]),
+            story("chmod", &[format!("chmod {t} {d} 640")]),
+            story("set the time", &[format!("mtime {t} {d} 1500000000")]),
+            story(
+                "change the token's own",
+                &[format!("update {t} - 2147504969 {label}")],
+            ),
+            story(
+                "make the token's own longer",
+                &[
+                    format!("update {t} - 2147488564 {long}"),
+                    format!("update {t} - 2147488564 61"),
+                ],
+            ),
+            story("create a token", &[format!("copy-token {t} {copy} copied")]),
+            story(
+                "remove a token",
+                &[
+                    format!("remove {} {lonely}", self.second),
+                    format!("remove-token {}", self.second),
+                ],
+            ),
+            story(
+                "change and sync",
+                &[format!("update {t} {d} 3 {changed}"), format!("sync {t}")],
+            ),
+            story(
+                "create, change and remove",
+                &[
+                    format!("create {t} {new} {d}"),
+                    format!("update {t} {new} 3 {changed}"),
+                    format!("remove {t} {new}"),
+                ],
+            ),
+        ]
+    }
+
+    /// Puts the store back.
+    pub fn reset(&self) {
+        fs::remove_dir_all(&self.softhsm.tokendir).unwrap();
+        copy(&self.base, &self.softhsm.tokendir);
+    }
+
+    /// `step` with these operations, or below a `wrapper`.
+    pub fn step(&self, wrapper: &[OsString], operations: &[Vec<String>]) -> Command {
+        let program = example("step");
+        let mut command = match wrapper.split_first() {
+            Some((wrapper, arguments)) => {
+                let mut command = Command::new(wrapper);
+                command.args(arguments).arg(program);
+                command
+            }
+            None => Command::new(program),
+        };
+        command
+            .arg(self.backend().to_string())
+            .arg(&self.softhsm.tokendir);
+        for (index, words) in operations.iter().enumerate() {
+            command.args((index > 0).then_some(",")).args(words);
+        }
+        command
+    }
+
+    /// The stores that a story leads through: before, and after each of its operations.
+    pub fn states(&self, story: &Story) -> Vec<Stored> {
+        let mut states = Vec::new();
+        for count in 0..=story.operations.len() {
+            self.reset();
+            if count > 0 {
+                run(&mut self.step(&[], &story.operations[..count]));
+            }
+            let state = self.softhsm.read();
+            let damaged = state.values().all(|token| token.damaged.is_empty());
+            assert!(damaged, "{}: damaged without any crash", story.name);
+            let left = leftovers(&self.softhsm.tokendir);
+            assert!(
+                left.is_empty(),
+                "{}: left without any crash: {left:?}",
+                story.name
+            );
+            states.push(state);
+        }
+        states
+    }
+
+    /// Judges what a death has left. An error says what is wrong with it.
+    pub fn judge(&mut self, states: &[Stored]) -> Result<(), String> {
+        let aside = self.softhsm.directory.path().join("aside");
+        let mended = self.softhsm.directory.path().join("mended");
+        for path in [&aside, &mended] {
+            if path.exists() {
+                fs::remove_dir_all(path).unwrap();
+            }
+            copy(&self.softhsm.tokendir, path);
+        }
+        // 1. A SoftHSM that comes first.
+        self.judge_by_softhsm(states)
+            .map_err(|why| format!("SoftHSM, before any repair: {why}"))?;
+        // The next writer after that.
+        self.recover(&self.softhsm.tokendir)?;
+        let objects = |stored: &Stored| -> Vec<_> {
+            let tokens = stored.values().map(|token| token.objects.clone());
+            tokens.collect()
+        };
+        let now = self.softhsm.read();
+        if !states.iter().any(|state| objects(state) == objects(&now)) {
+            return Err(format!(
+                "put right after SoftHSM's visit, it is {}",
+                difference(states, &now)
+            ));
+        }
+        let left = leftovers(&self.softhsm.tokendir);
+        // SoftHSM makes a `generation` in every directory that it looks into.
+        if !left.is_empty() {
+            return Err(format!(
+                "put right after SoftHSM's visit, there is left {left:?}"
+            ));
+        }
+        // 2. The next writer directly.
+        self.recover(&aside)?;
+        let now = independent::read_store(&aside);
+        if !states.contains(&now) {
+            return Err(format!("put right, it is {}", difference(states, &now)));
+        }
+        if !leftovers(&aside).is_empty() {
+            return Err(format!("put right, there is left {:?}", leftovers(&aside)));
+        }
+        // 3. The check.
+        self.check(&aside, &[], &[0])?;
+        self.check(&mended, &[], &[0, 1])?;
+        self.check(&mended, &["--repair"], &[0, 1])?;
+        self.check(&mended, &[], &[0])?;
+        let now = independent::read_store(&mended);
+        if !states.contains(&now) {
+            return Err(format!(
+                "mended by check --repair, it is {}",
+                difference(states, &now)
+            ));
+        }
+        if !leftovers(&mended).is_empty() {
+            return Err(format!("check --repair has left {:?}", leftovers(&mended)));
+        }
+        Ok(())
+    }
+
+    /// `tokenfs check`, which must end with one of these codes.
+    pub fn check(&self, tokendir: &Path, more: &[&str], codes: &[i32]) -> Result<String, String> {
+        let mut check = tokenfs();
+        check.arg("check").arg("--tokendir").arg(tokendir);
+        check.args(["--backend", &self.backend().to_string()]);
+        let output = check.args(more).output().unwrap();
+        let said = said(&output);
+        if output
+            .status
+            .code()
+            .is_some_and(|code| codes.contains(&code))
+        {
+            return Ok(said);
+        }
+        Err(format!("tokenfs check {more:?}: {}\n{said}", output.status))
+    }
+
+    /// The next writer: it puts right what is left over.
+    pub fn recover(&self, tokendir: &Path) -> Result<(), String> {
+        let mut step = Command::new(example("step"));
+        step.arg(self.backend().to_string())
+            .arg(tokendir)
+            .arg("recover");
+        let output = step.output().unwrap();
+        if output.status.success() {
+            return Ok(());
+        }
+        Err(format!(
+            "the next writer: {}\n{}",
+            output.status,
+            said(&output)
+        ))
+    }
+
+    /// What a SoftHSM sees is one of the states.
+    pub fn judge_by_softhsm(&mut self, states: &[Stored]) -> Result<(), String> {
+        let refused = |what: &'static str| move |why: Refusal| format!("{what}: {}", why.0);
+        self.client
+            .reinitialize()
+            .map_err(refused("C_Initialize"))?;
+        let mut seen = BTreeMap::new();
+        for (label, serial) in self.client.tokens().map_err(refused("C_GetSlotList"))? {
+            self.client
+                .open(&serial, Some(PIN))
+                .map_err(refused("C_Login"))?;
+            let found = self.client.find(&[]).map_err(refused("C_FindObjects"))?;
+            let objects = found.iter().map(|object| self.client.get(object.handle));
+            let objects: Vec<_> = objects
+                .collect::<Result<_, _>>()
+                .map_err(refused("C_GetAttributeValue"))?;
+            self.client.close().map_err(refused("C_CloseSession"))?;
+            seen.insert(label.trim_end().to_owned(), objects);
+        }
+        let mut reasons = String::new();
+        for (index, state) in states.iter().enumerate() {
+            match self.is_state(state, &seen) {
+                Ok(()) => return Ok(()),
+                Err(why) => reasons += &format!("\n  not state {index}: {why}"),
+            }
+        }
+        Err(reasons)
+    }
+
+    fn is_state(
+        &self,
+        state: &Stored,
+        seen: &BTreeMap<String, Vec<client::Seen>>,
+    ) -> Result<(), String> {
+        let mut wanted = BTreeMap::new();
+        for token in state.values() {
+            let label = independent::get_bytes(&token.token, independent::CKA_OS_TOKENLABEL);
+            let label = String::from_utf8_lossy(label.unwrap_or_default())
+                .trim_end()
+                .to_owned();
+            let key =
+                independent::token_key(token, independent::CKA_OS_USERPIN, PIN).ok_or("no key")?;
+            let objects = token
+                .objects
+                .values()
+                .map(|o| independent::in_the_clear(o, &key));
+            wanted.insert(label, objects.collect::<Result<Vec<Object>, _>>()?);
+        }
+        if !wanted.keys().eq(seen.keys()) {
+            return Err(format!(
+                "tokens {:?}, and not {:?}",
+                seen.keys(),
+                wanted.keys()
+            ));
+        }
+        for (label, objects) in &mut wanted {
+            for object in &seen[label] {
+                let mut why = Vec::new();
+                let at = objects.iter().position(|stored| {
+                    let matches = independent::matches_session(self.backend(), stored, object);
+                    matches.map_err(|reason| why.push(reason)).is_ok()
+                });
+                let Some(at) = at else {
+                    return Err(format!("{label}: an object that is none of it: {why:?}"));
+                };
+                objects.remove(at);
+            }
+            if !objects.is_empty() {
+                return Err(format!("{label}: {} objects are missing", objects.len()));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// How a store differs from each of the states.
+fn difference(states: &[Stored], now: &Stored) -> String {
+    let mut out = String::new();
+    let now = independent::lines(now);
+    for (index, state) in states.iter().enumerate() {
+        let state = independent::lines(state);
+        let short = |line: &str| line.chars().take(160).collect::<String>();
+        let missing = state
+            .lines()
+            .filter(|line| !now.lines().any(|l| l == *line));
+        let added = now
+            .lines()
+            .filter(|line| !state.lines().any(|l| l == *line));
+        let missing: Vec<_> = missing.take(6).map(short).collect();
+        let added: Vec<_> = added.take(6).map(short).collect();
+        out += &format!("\n  not state {index}: it lacks {missing:#?}, it has {added:#?}");
+    }
+    out
+}
+
+pub fn said(output: &Output) -> String {
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    text(&output.stdout) + &text(&output.stderr)
+}
+
+/// Whether a process was killed, or finished its work; anything else is a failure of the write.
+pub fn ended(output: &Output) -> Result<End, String> {
+    // strace ends as its child did: by the same signal.
+    match (output.status.code(), output.status.signal()) {
+        (Some(0), _) => Ok(End::Finished),
+        (_, Some(libc::SIGKILL)) | (Some(137), _) => Ok(End::Killed),
+        _ => Err(format!("{}\n{}", output.status, said(output))),
+    }
+}

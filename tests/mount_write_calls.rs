@@ -1,0 +1,834 @@
+//! What each system call that writes does in a mount, sentence by sentence of the contract (docs/tree.md, "Writing"): when a
+//! value takes effect, which errno a refusal has, what is visible where meanwhile.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
+
+mod mount_common;
+mod support;
+mod write_common;
+
+use std::collections::BTreeSet;
+use std::fs::{self, File, OpenOptions};
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use mount_common::*;
+use nix::libc;
+use nix::sys::stat::Mode;
+use support::*;
+use write_common::calls::*;
+use write_common::*;
+
+/// `open` of the data object's label for writing, from the start.
+fn truncated(path: &Path) -> File {
+    options().truncate(true).open(path).unwrap()
+}
+
+fn opened(path: &Path) -> File {
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(path)
+        .unwrap()
+}
+
+fn appending(path: &Path) -> File {
+    OpenOptions::new().append(true).open(path).unwrap()
+}
+
+/// The log has a line that has all of these words.
+#[track_caller]
+fn assert_logged(bench: &Bench, words: &[&str]) {
+    let log = bench.log();
+    let has = |line: &str| words.iter().all(|word| line.contains(word));
+    assert!(
+        log.lines().any(has),
+        "no line with {words:?} in .tokenfs/log:\n{log}"
+    );
+}
+
+impl Bench {
+    #[track_caller]
+    fn assert_label(&self, wanted: &str, when: &str) {
+        let stored = self
+            .stored_data("CKA_LABEL")
+            .map(|l| l.escape_ascii().to_string());
+        let wanted = wanted.as_bytes().escape_ascii().to_string();
+        assert_eq!(
+            stored,
+            Some(wanted),
+            "{} backend: the label in the store {when}",
+            self.backend()
+        );
+    }
+
+    fn label(&self) -> PathBuf {
+        self.of_data("CKA_LABEL")
+    }
+}
+
+both_backends! {
+    fn a_value_takes_effect_with_the_first_flush_after_a_write(backend) {
+        let bench = Bench::new(backend);
+        // echo x >f: open with O_TRUNC, dup, close, write, close.
+        let original = truncated(&bench.label());
+        let mut duplicate = original.try_clone().unwrap();
+        close(original).unwrap();
+        bench.assert_label("data", "after a flush with nothing written");
+        duplicate.write_all(b"echo\n").unwrap();
+        bench.assert_label("data", "after a write that was not flushed");
+        let second = duplicate.try_clone().unwrap();
+        close(second).unwrap();
+        bench.assert_label("echo\n", "after the first flush after a write");
+        duplicate.write_all(b"more").unwrap();
+        bench.assert_label("echo\n", "after another write");
+        duplicate.sync_all().unwrap();
+        bench.assert_label("echo\nmore", "after fsync");
+        duplicate.write_all(b" and").unwrap();
+        duplicate.sync_data().unwrap();
+        bench.assert_label("echo\nmore and", "after fdatasync");
+        duplicate.write_all(b" end").unwrap();
+        close(duplicate).unwrap();
+        bench.assert_label("echo\nmore and end", "after the last close");
+    }
+
+    fn truncation_alone_takes_effect_with_the_last_close(backend) {
+        let bench = Bench::new(backend);
+        let file = truncated(&bench.label());
+        let duplicate = file.try_clone().unwrap();
+        close(file).unwrap();
+        bench.assert_label("data", "while a truncated file is open");
+        close(duplicate).unwrap();
+        eventually(SOON, "the truncation", || bench.stored_data("CKA_LABEL") == Some(Vec::new()));
+        fs::write(bench.label(), "some text").unwrap();
+        let file = opened(&bench.label());
+        file.set_len(4).unwrap();
+        assert_eq!(file.metadata().unwrap().len(), 4);
+        bench.assert_label("some text", "while the file is open");
+        close(file).unwrap();
+        eventually(SOON, "ftruncate", || bench.stored_data("CKA_LABEL") == Some(b"some".to_vec()));
+        nix::unistd::truncate(&bench.label(), 2).unwrap();
+        bench.assert_label("so", "after truncate(2)");
+        nix::unistd::truncate(&bench.label(), 4).unwrap();
+        bench.assert_label("so\0\0", "after truncate(2) to a longer value");
+        nix::unistd::truncate(&bench.label(), 0).unwrap();
+        bench.assert_label("", "after truncate(2) to nothing");
+        let flag = bench.of_data("CKA_COPYABLE");
+        let old = bench.stored_data("CKA_COPYABLE");
+        assert_eq!(nix::unistd::truncate(&flag, 0), Err(nix::errno::Errno::EINVAL), "a boolean cannot be empty");
+        drop(truncated(&flag));
+        std::thread::sleep(HELD);
+        assert_eq!(bench.stored_data("CKA_COPYABLE"), old, "a boolean that was only truncated");
+        assert_eq!(fs::read(&flag).ok(), old, "the same in the mount");
+        assert_logged(&bench, &["CKA_COPYABLE"]);
+    }
+
+    fn the_writers_descriptor_is_a_file_like_any_other(backend) {
+        let bench = Bench::new(backend);
+        let mut file = opened(&bench.label());
+        assert_eq!(file.metadata().unwrap().len(), 4);
+        file.write_all_at(b"XY", 2).unwrap();
+        assert_eq!(file.metadata().unwrap().len(), 4);
+        file.write_all_at(b"end", 8).unwrap();
+        assert_eq!(file.metadata().unwrap().len(), 11, "fstat after a write behind the end");
+        let mut piece = [0; 20];
+        assert_eq!(file.read_at(&mut piece, 0).unwrap(), 11);
+        assert_eq!(&piece[..11], b"daXY\0\0\0\0end");
+        file.set_len(3).unwrap();
+        assert_eq!(file.metadata().unwrap().len(), 3);
+        assert_eq!(file.seek(SeekFrom::End(0)).unwrap(), 3, "SEEK_END");
+        file.write_all(b"!").unwrap();
+        file.rewind().unwrap();
+        let mut text = String::new();
+        file.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "daX!");
+        close(file).unwrap();
+        bench.assert_label("daX!", "after all that");
+        assert_eq!(fs::metadata(bench.label()).unwrap().len(), 4);
+        // A large value in small pieces and out of order.
+        let value: Vec<u8> = (0..200_000_u32).map(|i| (i * 7 >> 3) as u8).collect();
+        let file = truncated(&bench.of_data("CKA_VALUE"));
+        for at in (0..value.len()).step_by(10_000).rev() {
+            file.write_all_at(&value[at..at + 10_000], at as u64).unwrap();
+        }
+        assert_eq!(file.metadata().unwrap().len(), 200_000);
+        close(file).unwrap();
+        assert!(bench.stored_data("CKA_VALUE").unwrap() == value, "the large value in the store");
+        assert!(fs::read(bench.of_data("CKA_VALUE")).unwrap() == value, "the large value in the mount");
+        // Holes, by seeking behind the end.
+        let mut file = truncated(&bench.label());
+        file.seek(SeekFrom::Start(3)).unwrap();
+        file.write_all(b"x").unwrap();
+        close(file).unwrap();
+        bench.assert_label("\0\0\0x", "after a hole");
+    }
+
+    fn descriptors_that_cannot_write_or_read_say_so(backend) {
+        let bench = Bench::new(backend);
+        let mut reader = File::open(bench.label()).unwrap();
+        assert_eq!(errno(reader.write(b"x")), libc::EBADF);
+        assert_eq!(errno(reader.set_len(0)), libc::EINVAL);
+        let mut writer = options().open(bench.label()).unwrap();
+        assert_eq!(errno(writer.read(&mut [0])), libc::EBADF);
+        drop((reader, writer));
+        bench.assert_label("data", "afterwards");
+    }
+
+    fn exclusive_creation_is_exclusive(backend) {
+        let bench = Bench::new(backend);
+        let create = |name: &str| options().create_new(true).open(bench.of_data(name));
+        assert_eq!(errno(create("CKA_LABEL")), libc::EEXIST);
+        let mut file = create("CKA_URL").unwrap();
+        assert_eq!(errno(create("CKA_URL")), libc::EEXIST, "what is only begun is there too");
+        file.write_all(b"https://example.org").unwrap();
+        close(file).unwrap();
+        assert_eq!(bench.stored_data("CKA_URL").as_deref(), Some(&b"https://example.org"[..]));
+        let mut file = create(".scratch").unwrap();
+        file.write_all(b"x").unwrap();
+        assert_eq!(errno(create(".scratch")), libc::EEXIST, "scratch too");
+        drop(file);
+        assert_eq!(errno(create(".scratch")), libc::EEXIST, "scratch that is closed too");
+        // Of many that try at once, one succeeds.
+        let won = std::thread::scope(|scope| {
+            let tries: Vec<_> = (0..8).map(|_| scope.spawn(|| create("CKA_OBJECT_ID").is_ok())).collect();
+            tries.into_iter().filter(|_| true).map(|t| t.join().unwrap()).filter(|won| *won).count()
+        });
+        assert_eq!(won, 1, "of eight that create the same attribute");
+    }
+
+    fn of_two_writers_each_is_whole_and_the_last_close_wins(backend) {
+        let bench = Bench::new(backend);
+        for order in [[0, 1], [1, 0]] {
+            let texts = ["the first of two", "second"];
+            let mut writers = [0, 1].map(|_| Some(truncated(&bench.label())));
+            for (writer, text) in writers.iter_mut().zip(texts) {
+                writer.as_mut().unwrap().write_all(&text.as_bytes()[..3]).unwrap();
+            }
+            for (writer, text) in writers.iter_mut().zip(texts) {
+                writer.as_mut().unwrap().write_all(&text.as_bytes()[3..]).unwrap();
+            }
+            for index in order {
+                close(writers[index].take().unwrap()).unwrap();
+                bench.assert_label(texts[index], "after a close");
+            }
+            assert_eq!(fs::read(bench.label()).unwrap(), texts[order[1]].as_bytes());
+        }
+        // Many at once, and a reader beside them.
+        let texts: Vec<String> = (0..4).map(|n| format!("{n}").repeat(50 + n * 7)).collect();
+        let known: BTreeSet<Vec<u8>> = texts.iter().map(|t| t.clone().into_bytes()).collect();
+        fs::write(bench.label(), &texts[0]).unwrap();
+        let over = Instant::now() + Duration::from_secs(1);
+        let (mut writes, mut reads) = (0, 0);
+        std::thread::scope(|scope| {
+            let bench = &bench;
+            let writers: Vec<_> = texts.iter().map(|text| scope.spawn(move || {
+                let mut count = 0;
+                while Instant::now() < over {
+                    fs::write(bench.label(), text).unwrap();
+                    count += 1;
+                }
+                count
+            })).collect();
+            while Instant::now() < over {
+                let read = fs::read(bench.label()).unwrap();
+                assert!(known.contains(&read), "half a value: {}", read.escape_ascii());
+                reads += 1;
+            }
+            writes = writers.into_iter().map(|w| w.join().unwrap()).sum();
+        });
+        println!("{backend}: {writes} writes by four at once, {reads} reads, each whole");
+        assert!(known.contains(&bench.stored_data("CKA_LABEL").unwrap()));
+    }
+
+    fn appending_loses_nothing(backend) {
+        let bench = Bench::new(backend);
+        let (mut one, mut two) = (appending(&bench.label()), appending(&bench.label()));
+        one.write_all(b"+1").unwrap();
+        two.write_all(b"+2").unwrap();
+        one.write_all(b"+3").unwrap();
+        close(one).unwrap();
+        let mut late = appending(&bench.label());
+        close(two).unwrap();
+        late.write_all(b"+4").unwrap();
+        close(late).unwrap();
+        let label = String::from_utf8(bench.stored_data("CKA_LABEL").unwrap()).unwrap();
+        let parts: BTreeSet<&str> = label.split('+').collect();
+        assert_eq!(parts, BTreeSet::from(["data", "1", "2", "3", "4"]), "what two appended: {label}");
+        assert_eq!(label.len(), "data+1+2+3+4".len(), "{label}");
+        fs::write(bench.label(), "").unwrap();
+        std::thread::scope(|scope| {
+            for who in ["a", "b", "c"] {
+                let path = bench.label();
+                scope.spawn(move || {
+                    for number in 0..30 {
+                        let mut file = appending(&path);
+                        file.write_all(format!("{who}{number}\n").as_bytes()).unwrap();
+                        close(file).unwrap();
+                    }
+                });
+            }
+        });
+        let label = String::from_utf8(bench.stored_data("CKA_LABEL").unwrap()).unwrap();
+        let lines: BTreeSet<&str> = label.lines().collect();
+        assert_eq!((lines.len(), label.lines().count()), (90, 90), "lines that three appended at once: {label}");
+    }
+
+    fn who_has_the_old_value_open_keeps_it(backend) {
+        let mut bench = Bench::new(backend);
+        let data = bench.handles.0;
+        let mut reader = File::open(bench.label()).unwrap();
+        let mut start = [0; 2];
+        reader.read_exact(&mut start).unwrap();
+        fs::write(bench.label(), "quite another value").unwrap();
+        let mut rest = String::new();
+        reader.read_to_string(&mut rest).unwrap();
+        assert_eq!((start, rest.as_str()), (*b"da", "ta"), "after a change through the mount");
+        let mut reader = File::open(bench.label()).unwrap();
+        bench.client.set_label(data, "softhsm's").unwrap();
+        let mut text = String::new();
+        reader.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "quite another value", "after a change by SoftHSM");
+        // Unlinked, and removed with all of the object.
+        let mut reader = File::open(bench.of_data("CKA_VALUE")).unwrap();
+        bench.quiet("rm -r $o");
+        bench.settle();
+        text.clear();
+        reader.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "value", "of an object that was removed");
+    }
+
+    fn a_value_that_cannot_be_is_refused_by_write_or_by_close(backend) {
+        let mut bench = Bench::new(backend);
+        bench.quiet("echo CKM_RSA_PKCS >$o/CKA_ALLOWED_MECHANISMS");
+        let before = expected(&bench.softhsm);
+        for (name, bad) in [
+            ("CKA_COPYABLE", "maybe"), ("CKA_COPYABLE", "true\nfalse"), ("CKA_COPYABLE", "2"), ("CKA_CLASS", "CKO_NOTHING"),
+            ("CKA_CLASS", "-1"), ("CKA_CLASS", "99999999999999999999"), ("CKA_CLASS", "0x1ffffffffffffffff"),
+            ("CKA_ALLOWED_MECHANISMS", "CKM_NONE"), ("CKA_ALLOWED_MECHANISMS", "CKM_RSA_PKCS CKM_SHA_1"),
+        ] {
+            let path = bench.of_data(name);
+            let mut file = truncated(&path);
+            let whole = format!("{bad}\n");
+            assert_eq!(errno(file.write_all(whole.as_bytes())), libc::EINVAL, "write of {bad:?} and a newline to {name}");
+            let _ = close(file);
+            assert_same(&before, &expected(&bench.softhsm));
+            assert_logged(&bench, &[name]);
+            let mut file = truncated(&path);
+            assert_eq!(errno(file.write_all(bad.as_bytes())), 0, "write of {bad:?} to {name}: a newline may follow, or more");
+            assert_eq!(close(file), Err(nix::errno::Errno::EINVAL), "close after {bad:?} in {name}");
+            let mut file = truncated(&path);
+            file.write_all(bad.as_bytes()).unwrap();
+            assert_eq!(errno(file.sync_all()), libc::EINVAL, "fsync after {bad:?} in {name}");
+            drop(file);
+            assert_same(&before, &expected(&bench.softhsm));
+        }
+        // Piece by piece is well, byte by byte too.
+        let mut file = truncated(&bench.of_data("CKA_COPYABLE"));
+        for byte in b"false\n" {
+            file.write_all(&[*byte]).unwrap();
+        }
+        close(file).unwrap();
+        assert_eq!(bench.stored_data("CKA_COPYABLE").as_deref(), Some(&b"false\n"[..]));
+        // The mount shows the old value after a refusal, and takes the next one.
+        bench.fails("echo maybe >$o/CKA_COPYABLE");
+        assert_eq!(bench.quiet("cat $o/CKA_COPYABLE"), "false\n");
+        bench.quiet("echo true >$o/CKA_COPYABLE");
+        assert_eq!(bench.quiet("cat $o/CKA_COPYABLE"), "true\n");
+        let said = bench.fails("echo maybe >$o/CKA_COPYABLE");
+        assert!(said.contains("Invalid argument"), "a shell tells its user: {said}");
+        bench.assert_sessions_agree();
+    }
+
+    fn a_private_objects_byte_string_has_to_be_a_ciphertext(backend) {
+        let mut bench = Bench::new(backend);
+        let path = bench.at(&bench.private).join("CKA_LABEL");
+        let before = expected(&bench.softhsm);
+        for length in [1, 15, 16, 31, 33, 47] {
+            let mut file = truncated(&path);
+            let written = errno(file.write_all(&vec![b'x'; length]));
+            let closed = close(file);
+            assert!(
+                written == libc::EINVAL || closed == Err(nix::errno::Errno::EINVAL),
+                "{length} bytes for a private label: write {}, close {closed:?}", name(written)
+            );
+            assert_same(&before, &expected(&bench.softhsm));
+        }
+        assert_logged(&bench, &["CKA_LABEL"]);
+        bench.fails("mv $o/CKA_LABEL $k/CKA_LABEL || { cp $o/CKA_LABEL $k/.l && mv $k/.l $k/CKA_LABEL; }");
+        assert_eq!(bench.stored(format!("{}/CKA_LABEL", bench.private)).unwrap().len(), 32);
+        // The dates are in the clear, and nothing at all is well.
+        bench.quiet("printf 20270101 >$k/CKA_END_DATE; : >$k/CKA_SUBJECT");
+        // What is not a ciphertext keeps an object from becoming private.
+        let said = bench.fails("echo true >$o/CKA_PRIVATE");
+        assert!(said.contains("Invalid argument"), "{said}");
+        assert_logged(&bench, &["CKA_PRIVATE"]);
+        // And a new object from being made. It stays pending, or is refused when its directory is synced.
+        bench.quiet("mkdir 00000000-0000-4000-8000-000000000001; cd 00000000-0000-4000-8000-000000000001; echo CKO_DATA >CKA_CLASS; printf clear >CKA_LABEL; echo true >CKA_PRIVATE || true");
+        std::thread::sleep(HELD);
+        bench.assert_sessions_agree();
+    }
+
+    fn what_cannot_work_fails_at_once(backend) {
+        let bench = Bench::new(backend);
+        let other = bench.softhsm.p11().init_token("other", Some(PIN)).unwrap();
+        let find_other = || fs::read_dir(bench.mount.path()).unwrap().map(|e| e.unwrap().file_name()).find(|n| *n != *bench.token);
+        eventually(SOON, "the other token", || find_other().is_some());
+        let elsewhere = bench.mount.join(find_other().unwrap());
+        assert!(elsewhere.join("token").is_dir(), "{other}");
+        let before = expected(&bench.softhsm);
+        let (object, token) = (bench.at(&bench.data), bench.directory());
+        let label = object.join("CKA_LABEL");
+        let new = token.join("00000000-0000-4000-8000-000000000009");
+        let nix = |result: nix::Result<()>| result.err().map_or(0, |e| e as i32);
+        let mkfifo = |path: &Path| nix(nix::unistd::mkfifo(path, Mode::S_IRUSR));
+        let create = |path: PathBuf| errno(options().create(true).truncate(false).open(path));
+        let long = "CKA_".to_owned() + &"X".repeat(300);
+        let inner = "x".repeat(200);
+        let refusals: Vec<(&str, i32, &[i32])> = vec![
+            ("link", errno(fs::hard_link(&label, object.join("CKA_URL"))), &[libc::EPERM]),
+            ("link to scratch", errno(fs::hard_link(&label, object.join(".x"))), &[libc::EPERM]),
+            ("symlink", errno(std::os::unix::fs::symlink("CKA_LABEL", object.join("CKA_URL"))), &[libc::EPERM]),
+            ("symlink as scratch (emacs's lock)", errno(std::os::unix::fs::symlink("x", object.join(".#CKA_LABEL"))), &[libc::EPERM]),
+            ("symlink at the root", errno(std::os::unix::fs::symlink("x", bench.mount.join("x"))), &[libc::EPERM]),
+            ("mkfifo", mkfifo(&object.join("CKA_URL")), &[libc::EPERM]),
+            ("mkfifo in a token", mkfifo(&token.join("fifo")), &[libc::EPERM]),
+            ("rename of an object to another token", errno(fs::rename(&object, elsewhere.join(&bench.data))), &[libc::EXDEV]),
+            ("rename of an attribute to another token", errno(fs::rename(&label, elsewhere.join("token/CKA_OS_TOKENLABEL"))), &[libc::EXDEV]),
+            ("rmdir of an object with attributes", errno(fs::remove_dir(&object)), &[libc::ENOTEMPTY]),
+            ("rmdir of a token with objects", errno(fs::remove_dir(&token)), &[libc::ENOTEMPTY]),
+            ("rmdir of a file", errno(fs::remove_dir(&label)), &[libc::ENOTDIR]),
+            ("unlink of a directory", errno(fs::remove_file(&object)), &[libc::EISDIR]),
+            ("unlink of nothing", errno(fs::remove_file(object.join("CKA_URL"))), &[libc::ENOENT]),
+            ("unlink of scratch that is not there", errno(fs::remove_file(object.join(".x"))), &[libc::ENOENT]),
+            ("mkdir of an object that is there", errno(fs::create_dir(&object)), &[libc::EEXIST]),
+            ("mkdir of a token that is there", errno(fs::create_dir(&token)), &[libc::EEXIST]),
+            ("mkdir where an attribute is", errno(fs::create_dir(&label)), &[libc::EEXIST]),
+            ("create of an unknown attribute", create(object.join("CKA_NEWNAME")), &[libc::EINVAL]),
+            ("create of a bad number", create(object.join("0xZZ")), &[libc::EINVAL]),
+            ("create of another spelling", create(object.join("cka_label")), &[libc::EINVAL]),
+            ("create of a number without a kind", create(object.join("0x80001234")), &[libc::EINVAL]),
+            ("rename to an unknown attribute", errno(fs::rename(&label, object.join("CKA_NEWNAME"))), &[libc::EINVAL]),
+            ("mkdir of an unknown attribute", errno(fs::create_dir(object.join("CKA_NEWNAME"))), &[libc::EINVAL]),
+            ("a file where a map belongs", create(object.join("CKA_WRAP_TEMPLATE")), &[libc::EINVAL, libc::EISDIR]),
+            ("a directory where a file belongs", errno(fs::create_dir(object.join("CKA_URL"))), &[libc::EINVAL, libc::ENOTDIR]),
+            ("create below nothing", create(new.join("CKA_LABEL")), &[libc::ENOENT]),
+            ("create below a file", create(label.join("CKA_LABEL")), &[libc::ENOTDIR]),
+            ("a name that is too long", create(object.join(&long)), &[libc::ENAMETOOLONG]),
+            ("mkdir of a long object", errno(fs::create_dir(token.join(inner.repeat(2)))), &[libc::ENAMETOOLONG]),
+            ("open of a directory for writing", errno(options().open(&object)), &[libc::EISDIR]),
+            ("rename of nothing", errno(fs::rename(object.join("CKA_URL"), object.join("CKA_ID"))), &[libc::ENOENT]),
+            ("rename of a file over a directory", errno(fs::rename(&label, &object)), &[libc::EISDIR, libc::EINVAL, libc::ENOTEMPTY]),
+            ("rename of an object over a full one", errno(fs::rename(&object, bench.at(&bench.public))), &[libc::ENOTEMPTY, libc::EEXIST]),
+            ("rename of an object into itself", errno(fs::rename(&object, object.join("x"))), &[libc::EINVAL]),
+            ("a file far too large", errno(opened(&object.join("CKA_VALUE")).set_len(1 << 40)), &[libc::EFBIG]),
+            ("create in .tokenfs", create(bench.mount.join(".tokenfs/x")), &[libc::EROFS, libc::EACCES, libc::EPERM]),
+            ("mkdir in .tokenfs", errno(fs::create_dir(bench.mount.join(".tokenfs/x"))), &[libc::EROFS, libc::EACCES, libc::EPERM]),
+            ("writing the log", errno(options().open(bench.mount.join(".tokenfs/log"))), &[libc::EROFS, libc::EACCES, libc::EPERM]),
+            ("rmdir of token/", errno(fs::remove_dir(token.join("token"))), &[libc::ENOTEMPTY, libc::EPERM, libc::EBUSY]),
+            ("rename of token/", errno(fs::rename(token.join("token"), token.join(".x"))), &[libc::EPERM, libc::EBUSY, libc::EINVAL]),
+            ("rename of an object over token/", errno(fs::rename(&object, token.join("token"))), &[libc::ENOTEMPTY, libc::EEXIST, libc::EPERM, libc::EBUSY, libc::EINVAL]),
+        ];
+        let wrong: Vec<String> = refusals.iter().filter(|(_, is, wanted)| !wanted.contains(is)).map(|(what, is, wanted)| {
+            let wanted: Vec<_> = wanted.iter().map(|e| name(*e)).collect();
+            format!("{what}: {}, and not {}", name(*is), wanted.join(" or "))
+        }).collect();
+        assert!(wrong.is_empty(), "{backend} backend:\n{}\n--- log\n{}", wrong.join("\n"), bench.log());
+        let said = bench.fails("setfattr -n user.x -v y $o/CKA_LABEL");
+        assert!(said.contains("Operation not supported"), "{said}");
+        std::thread::sleep(HELD);
+        assert_same(&before, &expected(&bench.softhsm));
+        bench.assert_in_agreement();
+        assert_logged(&bench, &["CKA_NEWNAME"]);
+        assert_logged(&bench, &["0xZZ"]);
+    }
+
+    fn fsync_works_and_works_again(backend) {
+        let bench = Bench::new(backend);
+        // On what nothing was written to, first: an answer of ENOSYS would turn fsync off.
+        for _ in 0..3 {
+            for path in [bench.mount.path(), &bench.directory(), &bench.at(&bench.data), &bench.label(), &bench.mount.join(".tokenfs"), &bench.mount.join(".tokenfs/log")] {
+                assert_eq!(errno(File::open(path).unwrap().sync_all()), 0, "fsync of {}", path.display());
+                assert_eq!(errno(File::open(path).unwrap().sync_data()), 0, "fdatasync of {}", path.display());
+            }
+        }
+        let mut file = truncated(&bench.label());
+        for round in 0..3 {
+            file.write_all(format!("{round}").as_bytes()).unwrap();
+            file.sync_all().unwrap();
+            bench.assert_label(&"012"[..=round], "after fsync");
+        }
+        drop(file);
+        // What is pending is written when its directory is synced, and when its parent is.
+        for (round, synced) in ["object", "token"].iter().enumerate() {
+            let name = format!("00000000-0000-4000-8000-00000000000{round}");
+            let path = bench.at(&name);
+            fs::create_dir(&path).unwrap();
+            fs::write(path.join("CKA_CLASS"), "CKO_DATA\n").unwrap();
+            fs::write(path.join("CKA_TOKEN"), "true\n").unwrap();
+            let directory = if *synced == "object" { path } else { bench.directory() };
+            File::open(directory).unwrap().sync_all().unwrap();
+            assert!(bench.has(&name), "after fsync of the directory of the {synced}");
+            // And so are unlinks.
+            let label = bench.of_data(["CKA_APPLICATION", "CKA_VALUE"][round]);
+            fs::remove_file(&label).unwrap();
+            let directory = if *synced == "object" { bench.at(&bench.data) } else { bench.directory() };
+            File::open(directory).unwrap().sync_all().unwrap();
+            assert_eq!(bench.stored_data(label.file_name().unwrap().to_str().unwrap()), None, "an unlink after fsync of the {synced}");
+        }
+    }
+
+    fn space_that_is_allocated_first_is_no_value(backend) {
+        let bench = Bench::new(backend);
+        use nix::fcntl::{FallocateFlags, fallocate, posix_fallocate};
+        // As restic does: a file of NULs first, then what belongs there.
+        for (file, text) in [("CKA_LABEL", "restored"), ("CKA_COPYABLE", "false\n"), ("CKA_CLASS", "CKO_DATA\n"), ("CKA_URL", "new")] {
+            for how in 0..4 {
+                let path = bench.of_data(file);
+                let mut opened = options().create(true).truncate(true).open(&path).unwrap();
+                let length = text.len() as i64;
+                let result = match how {
+                    0 => fallocate(&opened, FallocateFlags::empty(), 0, length),
+                    1 => fallocate(&opened, FallocateFlags::FALLOC_FL_KEEP_SIZE, 0, length),
+                    2 => posix_fallocate(&opened, 0, length),
+                    _ => opened.set_len(length as u64).map_err(|e| nix::errno::Errno::from_raw(e.raw_os_error().unwrap())),
+                };
+                let unsupported = how < 2 && result == Err(nix::errno::Errno::EOPNOTSUPP);
+                assert!(result.is_ok() || unsupported, "{file}, way {how}: {result:?}");
+                // A flush in between.
+                close(opened.try_clone().unwrap()).unwrap();
+                opened.write_all(text.as_bytes()).unwrap();
+                close(opened).unwrap_or_else(|e| panic!("{file}, way {how}: {e}: {}", bench.log()));
+                assert_eq!(bench.stored_data(file).as_deref(), Some(text.as_bytes()), "{file}, way {how}");
+            }
+        }
+        // Longer than what comes in the end, and cut to it.
+        let mut file = truncated(&bench.label());
+        file.set_len(4096).unwrap();
+        file.write_all(b"short").unwrap();
+        file.set_len(5).unwrap();
+        close(file).unwrap();
+        bench.assert_label("short", "after a preallocation that was cut");
+        bench.quiet("fallocate -l 3 $o/CKA_LABEL || true");
+    }
+
+    fn a_pending_object_is_in_the_mount_alone_and_appears_whole(backend) {
+        let bench = Bench::new(backend);
+        let name = "00000000-0000-4000-8000-000000000001";
+        let path = bench.at(name);
+        let before = expected(&bench.softhsm);
+        fs::create_dir(&path).unwrap();
+        fs::write(path.join("CKA_LABEL"), "pending").unwrap();
+        assert!(bench.quiet("ls -A").contains(name), "a pending object is listed");
+        assert_eq!(fs::read(path.join("CKA_LABEL")).unwrap(), b"pending");
+        // Without a class it is none, however long that takes.
+        std::thread::sleep(HELD * 2);
+        assert_same(&before, &expected(&bench.softhsm));
+        assert_eq!(fs::read(path.join("CKA_LABEL")).unwrap(), b"pending");
+        let watcher = Watcher::start(&bench.softhsm, &bench.token);
+        fs::write(path.join("CKA_CLASS"), "CKO_DATA\n").unwrap();
+        // Whoever goes on writing is not interrupted.
+        let started = Instant::now();
+        let mut pieces = 0;
+        for attribute in ["CKA_VALUE", "CKA_APPLICATION", "CKA_OBJECT_ID", "CKA_TOKEN", "CKA_PRIVATE", "CKA_MODIFIABLE"] {
+            std::thread::sleep(Duration::from_millis(60));
+            let text = if pieces < 3 { "bytes" } else { "true\n" };
+            let text = if attribute == "CKA_PRIVATE" { "false\n" } else { text };
+            fs::write(path.join(attribute), text).unwrap();
+            pieces += 1;
+        }
+        let slow = started.elapsed() > Duration::from_secs(1);
+        eventually(SOON, "a pending object that is left alone", || bench.has(name));
+        let sizes = watcher.stop();
+        // Two attributes, and six more.
+        assert!(slow || sizes == BTreeSet::from([8]), "numbers of attributes that the store had of it: {sizes:?}");
+        bench.settle();
+        assert_eq!(bench.stored(format!("{name}/CKA_VALUE")).unwrap(), b"bytes");
+        // Setting its times ends the waiting at once.
+        let name = "00000000-0000-4000-8000-000000000002";
+        let path = bench.at(name);
+        fs::create_dir(&path).unwrap();
+        fs::write(path.join("CKA_CLASS"), "CKO_DATA\n").unwrap();
+        let began = Instant::now();
+        let absent = !bench.has(name);
+        assert!(absent || began.elapsed() > Duration::from_millis(100), "pending, and in the store already");
+        File::open(&path).unwrap().set_modified(std::time::UNIX_EPOCH + Duration::from_secs(1_500_000_000)).unwrap();
+        assert!(bench.has(name), "after its times were set");
+        assert_eq!(mtime(&path).0, 1_500_000_000);
+        // The end of the mount does too.
+        let name = "00000000-0000-4000-8000-000000000003";
+        fs::create_dir(bench.at(name)).unwrap();
+        fs::write(bench.at(name).join("CKA_CLASS"), "CKO_DATA\n").unwrap();
+        fs::remove_file(bench.of_data("CKA_APPLICATION")).unwrap();
+        let Bench { mount, softhsm, token, data, .. } = bench;
+        mount.unmount();
+        let tree = expected(&softhsm);
+        assert!(tree.contains_key(&Path::new(&token).join(name)), "pending when it was unmounted");
+        assert!(!tree.contains_key(&Path::new(&token).join(data).join("CKA_APPLICATION")), "an unlink held when it was unmounted");
+        assert!(leftovers(&softhsm.tokendir).is_empty());
+    }
+
+    fn an_object_that_never_was_one_leaves_nothing(backend) {
+        let bench = Bench::new(backend);
+        let before = bench.softhsm.snapshot();
+        bench.quiet("mkdir 00000000-0000-4000-8000-000000000001 && rmdir 00000000-0000-4000-8000-000000000001");
+        bench.quiet("mkdir 00000000-0000-4000-8000-000000000001 && echo CKO_DATA >0*1/CKA_CLASS && rm -r 00000000-0000-4000-8000-000000000001");
+        bench.quiet("mkdir .scratch && echo CKO_DATA >.scratch/CKA_CLASS && mkdir -p .scratch/CKA_WRAP_TEMPLATE && rm -r .scratch");
+        bench.quiet("mkdir .left && echo CKO_DATA >.left/CKA_CLASS");
+        std::thread::sleep(HELD);
+        before.assert_same(&bench.softhsm.snapshot());
+        bench.assert_in_agreement();
+    }
+
+    fn unlinks_are_held(backend) {
+        let bench = Bench::new(backend);
+        let before = expected(&bench.softhsm);
+        let watcher = Watcher::start(&bench.softhsm, &bench.token);
+        // tar, borg, install: unlinked, then written.
+        for round in 0..20 {
+            for attribute in ["CKA_LABEL", "CKA_VALUE", "CKA_APPLICATION"] {
+                let path = bench.of_data(attribute);
+                let old = fs::read(&path).unwrap();
+                fs::remove_file(&path).unwrap();
+                assert!(!path.exists(), "round {round}: an unlinked attribute is gone from the mount");
+                fs::write(&path, old).unwrap();
+            }
+        }
+        std::thread::sleep(HELD);
+        let sizes = watcher.stop();
+        assert_eq!(sizes.len(), 0, "objects that came or lost attributes: {sizes:?}");
+        assert_same(&before, &expected(&bench.softhsm));
+        // An rm -r that does not finish leaves what it has not got to, whole for at least as long as it works.
+        let started = Instant::now();
+        fs::remove_file(bench.of_data("CKA_LABEL")).unwrap();
+        let stored = expected(&bench.softhsm);
+        if started.elapsed() < Duration::from_millis(150) {
+            assert_same(&before, &stored);
+        }
+        std::thread::sleep(HELD);
+        assert_eq!(bench.stored_data("CKA_LABEL"), None, "an unlink that was left alone");
+        assert_eq!(bench.stored_data("CKA_VALUE").as_deref(), Some(&b"value"[..]));
+        bench.settle();
+    }
+
+    fn scratch_is_not_listed_and_never_stored(backend) {
+        let mut bench = Bench::new(backend);
+        let before = bench.softhsm.snapshot();
+        let names = [".CKA_LABEL.x8Kd2p", "CKA_LABEL~", "sedA1B2C3", "4913", "CKA_LABEL.tmp", ".CKA_LABEL.swp", "#CKA_LABEL#", "Makefile"];
+        for name in names {
+            let path = bench.of_data(name);
+            fs::write(&path, name).unwrap();
+            assert_eq!(fs::read(&path).unwrap(), name.as_bytes());
+            assert_eq!(fs::metadata(&path).unwrap().len(), name.len() as u64);
+            let mut more = appending(&path);
+            more.write_all(b"+").unwrap();
+            drop(more);
+            nix::unistd::truncate(&path, 1).unwrap();
+            assert_eq!(fs::read(&path).unwrap(), &name.as_bytes()[..1]);
+            set_mode(&path, 0o600);
+        }
+        bench.quiet("mkdir .dir && echo x >.dir/file && mkdir .dir/CKA_WRAP_TEMPLATE && touch -d @1 .dir/file && mv .dir/file .dir/other && mv .dir .dir2");
+        let listed = bench.quiet("ls -A . $o; find . | grep -c scratch || true");
+        for name in names.iter().chain(&[".dir", ".dir2"]) {
+            assert!(!listed.lines().any(|line| line == *name), "{name} is listed: {listed}");
+        }
+        std::thread::sleep(HELD);
+        before.assert_same(&bench.softhsm.snapshot());
+        bench.assert_in_agreement();
+        // It is bounded.
+        let huge = File::create(bench.of_data(".huge")).unwrap();
+        let refused = errno(huge.set_len(1 << 40));
+        assert!([libc::ENOSPC, libc::EFBIG].contains(&refused), "a terabyte of scratch: {}", name(refused));
+        let block = vec![1; 1 << 20];
+        let refused = (0..4096).find_map(|at| huge.write_all_at(&block, at << 20).err().map(|e| (at, e)));
+        let (megabytes, refused) = refused.expect("4 GiB of scratch were taken");
+        assert!([libc::ENOSPC, libc::EFBIG].contains(&refused.raw_os_error().unwrap()), "{refused}");
+        println!("{backend}: scratch ends at {megabytes} MiB");
+        drop(huge);
+        // What is full does not keep anybody from changing the store.
+        fs::write(bench.label(), "still").unwrap();
+        bench.assert_label("still", "while scratch is full");
+        // It is gone with the mount.
+        let Bench { mount, softhsm, .. } = &mut bench;
+        std::mem::replace(mount, Mount::new(softhsm)).unmount();
+        for name in names {
+            assert!(!bench.of_data(name).exists(), "{name} has outlived the mount");
+        }
+        bench.assert_no_leftovers();
+    }
+
+    fn renaming_scratch_commits_it(backend) {
+        let mut bench = Bench::new(backend);
+        let label = bench.handles.0;
+        let scratch = bench.of_data(".CKA_LABEL.new");
+        fs::write(&scratch, "renamed").unwrap();
+        bench.assert_label("data", "before the rename");
+        fs::rename(&scratch, bench.label()).unwrap();
+        bench.assert_label("renamed", "right after the rename");
+        assert_eq!(bench.client.label(label).unwrap().unwrap(), b"renamed");
+        assert!(!scratch.exists());
+        // A value that cannot be is refused, and the scratch stays.
+        let bad = bench.of_data(".CKA_COPYABLE.new");
+        fs::write(&bad, "maybe\n").unwrap();
+        let old = bench.stored_data("CKA_COPYABLE");
+        assert_eq!(errno(fs::rename(&bad, bench.of_data("CKA_COPYABLE"))), libc::EINVAL);
+        assert_eq!(fs::read(&bad).unwrap(), b"maybe\n");
+        assert_eq!(bench.stored_data("CKA_COPYABLE"), old);
+        assert_logged(&bench, &["CKA_COPYABLE"]);
+        // To a name that is not there yet, and not over one that is (RENAME_NOREPLACE), and exchanged.
+        fs::write(&scratch, "https://").unwrap();
+        fs::rename(&scratch, bench.of_data("CKA_URL")).unwrap();
+        assert_eq!(bench.stored_data("CKA_URL").as_deref(), Some(&b"https://"[..]));
+        fs::write(&scratch, "no").unwrap();
+        use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
+        let refused = renameat2(AT_FDCWD, &scratch, AT_FDCWD, &bench.label(), RenameFlags::RENAME_NOREPLACE);
+        assert_eq!(refused, Err(nix::errno::Errno::EEXIST));
+        bench.assert_label("renamed", "after RENAME_NOREPLACE");
+        // An attribute to scratch leaves the object without it, once it is left alone.
+        fs::rename(bench.of_data("CKA_URL"), bench.of_data("CKA_URL~")).unwrap();
+        assert_eq!(fs::read(bench.of_data("CKA_URL~")).unwrap(), b"https://");
+        bench.settle();
+        assert_eq!(bench.stored_data("CKA_URL"), None);
+        // An open descriptor goes with the name.
+        let mut file = File::create(bench.of_data(".late")).unwrap();
+        file.write_all(b"early").unwrap();
+        fs::rename(bench.of_data(".late"), bench.label()).unwrap();
+        bench.assert_label("early", "after a rename of what is still open");
+        file.write_all(b", late").unwrap();
+        drop(file);
+        bench.settle();
+        let stored = bench.stored_data("CKA_LABEL").unwrap();
+        assert!([&b"early"[..], b"early, late"].contains(&&*stored), "{}", stored.escape_ascii());
+        // An object to another name, and a scratch directory to an object.
+        let names = ["00000000-0000-4000-8000-000000000001", "00000000-0000-4000-8000-000000000002"];
+        bench.quiet(&format!("mkdir .tmp && cp $o/* .tmp/ && mv .tmp {}", names[0]));
+        assert!(bench.has(names[0]), "right after the rename");
+        bench.quiet(&format!("mv {} {}", names[0], names[1]));
+        bench.settle();
+        assert!(bench.has(names[1]) && !bench.has(names[0]));
+        bench.assert_sessions_agree();
+        bench.assert_no_leftovers();
+    }
+
+    fn a_mount_that_is_read_only_refuses_everything(backend) {
+        let (softhsm, client, handles) = configured(backend, "");
+        let bench = Bench::beside(softhsm, client, handles, &MountOptions::new().option("ro"));
+        let before = bench.softhsm.snapshot();
+        for line in ["echo x >$o/CKA_LABEL", "rm $o/CKA_LABEL", "mkdir x", "mv $o .gone", "touch $o", "chmod 600 $o/CKA_LABEL", "echo >$o/.scratch", "rm -r $o"] {
+            let said = bench.fails(line);
+            assert!(said.contains("Read-only file system"), "`{line}`: {said}");
+        }
+        before.assert_same(&bench.softhsm.snapshot());
+    }
+
+    fn the_log_says_why_and_never_what(backend) {
+        let bench = Bench::new(backend);
+        for line in ["echo s3cr3t-text >$o/CKA_COPYABLE", "printf s3cr3t-text >$k/CKA_LABEL", "echo s3cr3t-text >$o/CKA_CLASS"] {
+            bench.fails(&format!("python3 -c 'import os,sys; fd=os.open(sys.argv[1],os.O_WRONLY|os.O_TRUNC); os.write(fd,sys.argv[2].encode()); os.close(fd)' {} \"$(printf {})\"",
+                line.split('>').nth(1).unwrap(), if line.starts_with("echo") { "'s3cr3t-text\\n.'" } else { "s3cr3t-text" }));
+        }
+        let log = bench.log();
+        assert!(log.lines().count() >= 3, "{log}");
+        assert!(!log.contains("s3cr3t"), "{log}");
+        assert_logged(&bench, &["CKA_COPYABLE", &bench.data]);
+        assert_logged(&bench, &["CKA_LABEL", &bench.private]);
+    }
+
+    fn a_notification_does_not_deadlock_with_its_own_operation(backend) {
+        // Writers, readers and lookups of the same names at once: each change sends notifications about what others ask for.
+        let bench = Bench::new(backend);
+        let over = Instant::now() + Duration::from_secs(2);
+        let count = std::sync::atomic::AtomicU64::new(0);
+        std::thread::scope(|scope| {
+            for worker in 0..4 {
+                let (bench, count) = (&bench, &count);
+                scope.spawn(move || {
+                    let label = bench.label();
+                    let mut round = 0;
+                    while Instant::now() < over {
+                        round += 1;
+                        match worker {
+                            0 => fs::write(&label, format!("{round}")).unwrap(),
+                            1 => drop(fs::read(&label).unwrap()),
+                            2 => {
+                                let scratch = bench.of_data(".n");
+                                fs::write(&scratch, "x").unwrap();
+                                fs::rename(&scratch, bench.of_data("CKA_URL")).unwrap();
+                            }
+                            _ => drop(bench.at(&bench.data).read_dir().unwrap().flatten().filter(|e| e.metadata().is_ok()).count()),
+                        }
+                        count.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                    }
+                });
+            }
+        });
+        println!("{backend}: {count:?} operations in 2 s");
+        bench.settle();
+    }
+}
+
+/// Looks at the store all the while, and collects of how many attributes the objects are that come, change or lose some.
+#[derive(Debug)]
+struct Watcher {
+    over: std::sync::Arc<std::sync::atomic::AtomicBool>,
+    thread: std::thread::JoinHandle<BTreeSet<usize>>,
+}
+
+impl Watcher {
+    fn start(softhsm: &Softhsm, token: &str) -> Self {
+        let over = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+        let done = over.clone();
+        let (backend, path) = (softhsm.backend, softhsm.tokendir.join(token));
+        let sizes = move || match backend {
+            Backend::File => {
+                let token = support::independent::read_file_token(&path);
+                token
+                    .objects
+                    .into_iter()
+                    .map(|(name, object)| (name, object.len()))
+                    .collect()
+            }
+            Backend::Db => counts(&path.join("sqlite3.db")),
+        };
+        let first: BTreeSet<(String, usize)> = sizes();
+        let thread = std::thread::spawn(move || {
+            let mut seen = BTreeSet::new();
+            while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                seen.extend(
+                    sizes()
+                        .into_iter()
+                        .filter(|entry| !first.contains(entry))
+                        .map(|(_, size)| size),
+                );
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            seen
+        });
+        Self { over, thread }
+    }
+
+    fn stop(self) -> BTreeSet<usize> {
+        self.over.store(true, std::sync::atomic::Ordering::Relaxed);
+        self.thread.join().unwrap()
+    }
+}
+
+fn counts(database: &Path) -> BTreeSet<(String, usize)> {
+    let flags = rusqlite::OpenFlags::SQLITE_OPEN_READ_ONLY;
+    let connection = rusqlite::Connection::open_with_flags(database, flags).unwrap();
+    connection.busy_timeout(Duration::from_secs(10)).unwrap();
+    let tables = ["boolean", "integer", "binary", "array"]
+        .map(|t| format!("select object_id, type from attribute_{t}"));
+    let sql = format!(
+        "select object_id, count(*) from ({}) where object_id > 1 group by object_id",
+        tables.join(" union all ")
+    );
+    let mut statement = connection.prepare(&sql).unwrap();
+    let rows = statement.query_map([], |row| {
+        Ok((
+            row.get::<_, i64>(0)?.to_string(),
+            row.get::<_, i64>(1)? as usize,
+        ))
+    });
+    rows.unwrap().map(Result::unwrap).collect()
+}

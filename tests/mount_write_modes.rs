@@ -1,0 +1,242 @@
+//! Modes and owners of what is made through a mount, for several users, and what becomes of `chmod` and `chown`.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
+
+mod mount_common;
+mod support;
+mod write_common;
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use support::*;
+use write_common::*;
+
+const NEW: &str = "00000000-0000-4000-8000-000000000001";
+const GROUP: u32 = 1234;
+
+/// A store that everybody can write to, mounted for everybody, without any mask or with one.
+fn shared(backend: Backend, mask: &str) -> Bench {
+    assert!(is_root(), "run scripts/test as root");
+    let (softhsm, client, handles) = configured(backend, &format!("objectstore.umask = {mask}\n"));
+    set_mode(softhsm.directory.path(), 0o755);
+    set_mode(&softhsm.tokendir, 0o1777);
+    let token = softhsm.token_directory();
+    for path in walk(&token) {
+        set_mode(&path, if path.is_dir() { 0o777 } else { 0o666 });
+    }
+    Bench::beside(
+        softhsm,
+        client,
+        handles,
+        &MountOptions::new().option("allow_other").umask(0),
+    )
+}
+
+/// A line of shell as somebody else, with a umask; what it said if it failed.
+fn by(bench: &Bench, user: User, umask: u32, line: &str) -> Result<(), String> {
+    let mut shell = as_user(user, "bash");
+    let line = format!("umask {umask:04o}; {line}");
+    shell
+        .args(["-euo", "pipefail", "-c", &line])
+        .current_dir(bench.directory())
+        .env("LC_ALL", "C");
+    shell
+        .env("o", &bench.data)
+        .env("k", &bench.private)
+        .env("p", &bench.public)
+        .env("n", NEW);
+    let output = shell.output().unwrap();
+    if output.status.success() {
+        return Ok(());
+    }
+    Err(String::from_utf8_lossy(&output.stderr).into_owned())
+}
+
+fn is(path: &Path) -> String {
+    let stat = fs::symlink_metadata(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    format!("{:04o} {}:{}", stat.mode() & 0o7777, stat.uid(), stat.gid())
+}
+
+fn file_of(bench: &Bench, object: &str) -> PathBuf {
+    bench.backing(object)
+}
+
+const MAKE: &str = "mkdir $n; echo CKO_DATA >$n/CKA_CLASS; echo true >$n/CKA_TOKEN; printf x >$n/CKA_LABEL; sync $n";
+
+both_backends! {
+    fn what_is_made_belongs_to_its_maker(backend) {
+        for (mask, umask, wanted) in [("0", 0o022, 0o644), ("0", 0, 0o666), ("0027", 0, 0o640), ("0", 0o077, 0o600), ("0077", 0o002, 0o600)] {
+            let bench = shared(backend, mask);
+            // Under a mask of 077 others cannot get in at all, so root is the maker.
+            let reach = mask == "0";
+            let who = if reach { ALICE } else { User { uid: 0, gid: 0 } };
+            by(&bench, who, umask, MAKE).unwrap_or_else(|why| panic!("{backend}, mask {mask}, umask {umask:o}: {why}\n{}", bench.log()));
+            assert!(bench.has(NEW));
+            let shown = bench.at(NEW);
+            match backend {
+                Backend::File => {
+                    let file = file_of(&bench, NEW);
+                    let text = format!("{wanted:04o} {}:{}", who.uid, who.gid);
+                    assert_eq!(is(&file), text, "mask {mask}, umask {umask:o}: the backing file");
+                    assert_eq!(is(&file.with_extension("lock")), text, "mask {mask}, umask {umask:o}: its lock file");
+                    assert_eq!(is(&shown.join("CKA_LABEL")), text);
+                    let directory = wanted | wanted >> 2 & 0o111;
+                    assert_eq!(is(&shown), format!("{directory:04o} {}:{}", who.uid, who.gid));
+                }
+                // Mode and owner are the token's.
+                Backend::Db => {
+                    assert_eq!(is(&shown.join("CKA_LABEL")), is(&bench.at(&bench.data).join("CKA_LABEL")));
+                    assert_eq!(is(&bench.backing(NEW)), "0666 0:0");
+                }
+            }
+        }
+    }
+
+    fn a_setgid_directory_gives_its_group(backend) {
+        let bench = shared(backend, "0");
+        let token = bench.softhsm.token_directory();
+        nix::unistd::chown(&token, None, Some(GROUP.into())).unwrap();
+        set_mode(&token, 0o2777);
+        eventually(SOON, "the mode in the mount", || mode(&bench.directory()) == 0o2777);
+        by(&bench, ALICE, 0o022, MAKE).unwrap();
+        if backend == Backend::File {
+            assert_eq!(is(&file_of(&bench, NEW)), format!("0644 {}:{GROUP}", ALICE.uid));
+            assert_eq!(is(&bench.at(NEW).join("CKA_LABEL")), format!("0644 {}:{GROUP}", ALICE.uid));
+        }
+        // And to a new token below a setgid tokendir, with the bit.
+        let tokendir = &bench.softhsm.tokendir;
+        nix::unistd::chown(tokendir, None, Some(GROUP.into())).unwrap();
+        set_mode(tokendir, 0o2777);
+        eventually(SOON, "the mode in the mount", || mode(bench.mount.path()) == 0o2777);
+        by(&bench, ALICE, 0o022, "cp -r . ../copy; sync ..").unwrap_or_else(|why| panic!("{why}\n{}", bench.log()));
+        let copy = tokendir.join("copy");
+        eventually(SOON, "the new token", || bench.softhsm.read().contains_key("copy"));
+        std::thread::sleep(HELD);
+        assert_eq!(is(&copy), format!("2755 {}:{GROUP}", ALICE.uid), "the new token's directory");
+        for path in walk(&copy).into_iter().filter(|path| path.is_file()) {
+            let stat = fs::metadata(&path).unwrap();
+            assert_eq!((stat.uid(), stat.gid()), (ALICE.uid, GROUP), "{}", path.display());
+        }
+    }
+
+    fn a_new_token_belongs_to_its_maker(backend) {
+        for (mask, umask, directory, file) in [("0", 0o022, 0o755, 0o644), ("0", 0o077, 0o700, 0o600)] {
+            let bench = shared(backend, mask);
+            by(&bench, ALICE, umask, "cp -r . ../copy; sync ..").unwrap_or_else(|why| panic!("{why}\n{}", bench.log()));
+            eventually(SOON, "the new token", || bench.softhsm.read().contains_key("copy"));
+            std::thread::sleep(HELD);
+            let copy = bench.softhsm.tokendir.join("copy");
+            assert_eq!(is(&copy), format!("{directory:04o} {}:{}", ALICE.uid, ALICE.gid));
+            for path in walk(&copy).into_iter().filter(|path| path.is_file()) {
+                let stat = fs::metadata(&path).unwrap();
+                assert_eq!((stat.uid(), stat.gid()), (ALICE.uid, ALICE.gid), "{}", path.display());
+                assert_eq!(stat.mode() & 0o7777, file, "{}", path.display());
+            }
+            by(&bench, BOB, 0o022, "rm -rf ../copy").unwrap_err();
+            assert!(copy.exists(), "another user has removed a token");
+            by(&bench, ALICE, 0o022, "rm -r ../copy").unwrap_or_else(|why| panic!("{why}\n{}", bench.log()));
+            eventually(SOON, "the token goes", || !copy.exists());
+        }
+    }
+
+    fn the_kernel_keeps_others_out(backend) {
+        let bench = shared(backend, "0");
+        let before = mount_common::expected(&bench.softhsm);
+        // Of the token as a whole on db.
+        let file = file_of(&bench, &bench.data);
+        nix::unistd::chown(&file, Some(ALICE.uid.into()), Some(ALICE.gid.into())).unwrap();
+        set_mode(&file, 0o640);
+        eventually(SOON, "the mode in the mount", || mode(&bench.of_data("CKA_LABEL")) == 0o640);
+        for line in ["echo x >$o/CKA_LABEL", "echo x >>$o/CKA_LABEL", "rm $o/CKA_LABEL", "truncate -s 0 $o/CKA_LABEL", "chmod 666 $o/CKA_LABEL", "touch -d @1 $o/CKA_LABEL", "cat $o/CKA_LABEL", "chown 65534 $o/CKA_LABEL", "echo x >$o/.scratch", "touch $o/CKA_URL"] {
+            let why = by(&bench, BOB, 0o022, line).unwrap_err();
+            assert!(why.contains("Permission denied") || why.contains("not permitted"), "`{line}`: {why}");
+        }
+        mount_common::assert_same(&before, &mount_common::expected(&bench.softhsm));
+        by(&bench, ALICE, 0o022, "printf hers >$o/CKA_LABEL; chmod 600 $o/CKA_LABEL").unwrap();
+        assert_eq!(bench.stored_data("CKA_LABEL").unwrap(), b"hers");
+        assert_eq!(is(&file), format!("0600 {}:{}", ALICE.uid, ALICE.gid), "a change of a value keeps the owner");
+        by(&bench, ALICE, 0o022, "chown 65534 $o/CKA_LABEL").unwrap_err();
+        // When root says so, the other one can.
+        bench.quiet("chown 65534:65534 $o/CKA_LABEL");
+        assert_eq!(is(&file), "0600 65534:65534");
+        by(&bench, BOB, 0o022, "printf his >$o/CKA_LABEL").unwrap();
+        by(&bench, ALICE, 0o022, "cat $o/CKA_LABEL").unwrap_err();
+        assert_eq!(bench.stored_data("CKA_LABEL").unwrap(), b"his");
+        assert_eq!(is(&file), "0600 65534:65534");
+    }
+
+    fn chmod_drops_what_the_mask_forbids_and_says_so(backend) {
+        let (softhsm, client, handles) = configured(backend, "objectstore.umask = 0027\n");
+        let bench = Bench::beside(softhsm, client, handles, &MountOptions::new().umask(0o022));
+        let file = file_of(&bench, &bench.data);
+        bench.quiet("chmod 777 $o/CKA_LABEL");
+        assert_eq!(mode(&file), 0o640, "777 under a mask of 027");
+        assert_eq!(mode(&bench.of_data("CKA_LABEL")), 0o640);
+        assert_eq!(mode(&bench.of_data("CKA_VALUE")), 0o640, "all attributes of the object share it");
+        assert_eq!(mode(&bench.at(&bench.data)), 0o750);
+        let log = bench.log();
+        assert!(log.contains(&bench.data) || backend == Backend::Db && log.contains(&bench.token), "{log}");
+        assert!(log.lines().any(|line| line.contains("mask")), "{log}");
+        bench.quiet("chmod 400 $o/CKA_LABEL");
+        assert_eq!(mode(&file), 0o400);
+        bench.quiet("chmod u=rwx,g=rx $o");
+        assert_eq!(mode(&file), 0o640, "chmod of the directory");
+        bench.quiet("chmod 711 $o");
+        assert_eq!(mode(&file), 0o600, "x follows r");
+        // A token's directory has a mode of its own.
+        bench.quiet("chmod 777 .");
+        assert_eq!(mode(&bench.softhsm.token_directory()), 0o750);
+        bench.quiet("chmod 700 .");
+        assert_eq!(mode(&bench.softhsm.token_directory()), 0o700);
+        bench.quiet("install -m 755 $o/CKA_LABEL $out/x && cp -a $out/x $o/CKA_LABEL && install -m 755 $out/x $o/CKA_LABEL");
+        bench.settle();
+        assert_eq!(mode(&file), 0o640);
+        // A change keeps the mode; so does SoftHSM's.
+        bench.quiet("chmod 400 $o/CKA_LABEL && printf new >$o/CKA_LABEL");
+        assert_eq!(mode(&file), 0o400, "after a change");
+    }
+
+    fn an_ordinary_user_has_a_mount_of_their_own(backend) {
+        let (softhsm, mut client, handles) = configured(backend, "");
+        client.close().unwrap();
+        drop(client);
+        give(softhsm.directory.path(), ALICE);
+        let mut client = P11::start_as(&softhsm, ALICE);
+        client.open("test", Some(PIN)).unwrap();
+        let data = client.find_label("data").unwrap()[0];
+        let bench = Bench::beside(softhsm, client, handles, &MountOptions::new().user(ALICE));
+        let mut bench = bench;
+        let token = bench.softhsm.token_directory();
+        // Root is kept out of it by the kernel; all is seen from the store.
+        let run_by = |bench: &Bench, line: &str| {
+            let mut shell = as_user(ALICE, "bash");
+            let line = format!("cd {}; {line}", bench.directory().display());
+            shell.args(["-euo", "pipefail", "-c", &line]).env("LC_ALL", "C").env("o", &bench.data).env("k", &bench.private).env("n", NEW);
+            let output = shell.current_dir("/").output().unwrap();
+            (output.status.success(), String::from_utf8_lossy(&output.stderr).into_owned() + &String::from_utf8_lossy(&output.stdout))
+        };
+        for line in ["printf hers >$o/CKA_LABEL", "cp -a $k $n", "mkdir ../copy && cp -a . ../copy/ && sync .. && rm -r ../copy", "chmod 600 $o/CKA_LABEL", "touch $o/CKA_LABEL"] {
+            let (well, why) = run_by(&bench, line);
+            assert!(well && why.is_empty(), "`{line}`: {why}");
+        }
+        std::thread::sleep(HELD);
+        assert_eq!(bench.client.label(data).unwrap().unwrap(), b"hers");
+        assert!(bench.has(NEW));
+        for path in walk(&token) {
+            let stat = fs::metadata(&path).unwrap();
+            assert_eq!((stat.uid(), stat.gid()), (ALICE.uid, ALICE.gid), "{}", path.display());
+        }
+        // What is root's she can neither change nor give away.
+        let file = file_of(&bench, &bench.data);
+        nix::unistd::chown(&file, Some(0.into()), Some(0.into())).unwrap();
+        set_mode(&file, 0o644);
+        std::thread::sleep(HELD);
+        let before = fs::read(&file).unwrap();
+        let (well, why) = run_by(&bench, "printf x >$o/CKA_LABEL");
+        assert!(!well && (why.contains("Permission denied") || why.contains("not permitted")), "{why}");
+        let (well, why) = run_by(&bench, "chown 0 $k/CKA_LABEL");
+        assert!(!well && why.contains("not permitted"), "{why}");
+        assert_eq!(fs::read(&file).unwrap(), before);
+    }
+}
