@@ -126,7 +126,7 @@ fn a_generation_is_made_that_no_session_has_seen() {
 }
 
 #[test]
-fn what_a_write_left_is_told_from_a_write_that_goes_on() {
+fn what_a_write_left_is_put_right_and_a_write_that_goes_on_is_left_alone() {
     let (softhsm, _client, object) = with_object();
     let token = softhsm.token_directory();
     let building = softhsm.tokendir.join("building");
@@ -162,7 +162,21 @@ fn what_a_write_left_is_told_from_a_write_that_goes_on() {
             "{line}"
         );
     }
-    // Whoever writes holds the lock. (That of the object is shared out, so that the object itself can be read.)
+    let repaired = check(&softhsm, &["--repair"]);
+    assert_eq!(repaired.code, 0, "{repaired:#?}");
+    assert_eq!(
+        repaired.summary(),
+        "1 token, 1 object: 4 findings, 4 mended"
+    );
+    assert!(!building.exists() && left.iter().all(|(path, _)| !path.exists()));
+    assert!(object.exists() && object.with_extension("lock").exists());
+
+    // Whoever writes holds the lock.
+    fs::create_dir(&building).unwrap();
+    for (path, _) in &left[2..] {
+        fs::write(path, b"").unwrap();
+        set_mode(path, 0o600);
+    }
     let held: Vec<_> = [
         token.join("token.object"),
         building.join(".tokenfs-building"),
@@ -170,9 +184,6 @@ fn what_a_write_left_is_told_from_a_write_that_goes_on() {
     .iter()
     .map(|path| hold(path))
     .collect();
-    for path in [&left[0].0, &left[1].0] {
-        fs::remove_file(path).unwrap();
-    }
     let checked = look(&softhsm);
     assert!(checked.findings().is_empty(), "{checked:#?}");
     // It could not look into `token.object`.
