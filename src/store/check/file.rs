@@ -1,6 +1,6 @@
 //! A token of the `file` backend.
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsStr;
 use std::io::Read;
 use std::os::fd::AsFd;
 use std::path::Path;
@@ -192,7 +192,7 @@ fn lock_alone(look: &mut Look<'_>, file: &OsStr, stem: &OsStr) {
     let owned = look
         .entries
         .iter()
-        .any(|entry| owners.iter().any(|owner: &OsString| entry.name == *owner));
+        .any(|entry| owners.contains(&entry.name));
     if owned {
         return;
     }
