@@ -3,7 +3,7 @@
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 
-use super::entries::{Place, check_uuid, exists};
+use super::entries::{Place, ScratchFile, check_uuid, exists};
 use super::name::{self, Name};
 use super::node::{Ino, Node};
 use super::scratch::{Content, ScratchId};
@@ -79,12 +79,13 @@ impl Tree {
                 return Ok(());
             }
             match (kind, replaced_kind) {
-                (FileKind::Directory, FileKind::Directory) => {
-                    if !self.children(&replaced, patience)?.is_empty() {
-                        let detail = "there is something in the directory of that name still";
-                        return Err(Error::new(ErrorKind::NotEmpty, detail));
-                    }
+                (FileKind::Directory, FileKind::Directory)
+                    if !self.children(&replaced, patience)?.is_empty() =>
+                {
+                    let detail = "there is something in the directory of that name still";
+                    return Err(Error::new(ErrorKind::NotEmpty, detail));
                 }
+                (FileKind::Directory, FileKind::Directory) => {}
                 (FileKind::Directory, _) => {
                     return Err(Error::new(ErrorKind::NotADirectory, "a file has that name"));
                 }
@@ -281,7 +282,12 @@ impl Tree {
         let files = self.scratch_files(node)?;
         // What others depend on comes first: CKA_PARAMETER_SET is spelled by the CKA_KEY_TYPE beside it.
         for with_context in [false, true] {
-            for (file, content, child) in &files {
+            for ScratchFile {
+                name: file,
+                content,
+                node: child,
+            } in &files
+            {
                 let key = match name::parse(file.as_bytes()) {
                     Name::Attribute(key) => key,
                     Name::Scratch => continue,
