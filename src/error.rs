@@ -173,6 +173,12 @@ impl Error {
         self.kind
     }
 
+    /// The sentence alone, without path and offset.
+    #[must_use]
+    pub fn detail(&self) -> &str {
+        &self.detail
+    }
+
     /// The backing file, where one is known.
     #[must_use]
     pub fn path(&self) -> Option<&Path> {

@@ -17,6 +17,7 @@ Examples:
   tokenfs umount ~/tokens
   tokenfs mount --tokendir ./tokens --backend db /mnt/tokens
   tokenfs tree                           print the store without mounting it
+  tokenfs check                          say what is damaged or left over in it
 
 Which store:
   SoftHSM's configuration says it: the file that --config names, or else $SOFTHSM2_CONF, or else
@@ -26,7 +27,8 @@ Which store:
 Exit codes:
   0  it is done
   1  it failed; a line on stderr says why, and what to do
-  2  the command line is wrong";
+  2  the command line is wrong
+  \"tokenfs check\" has its own, see \"tokenfs check --help\".";
 
 const MOUNT_AFTER_HELP: &str = "\
 Options for -o, separated by commas (a backslash takes a comma into a value):
@@ -62,6 +64,33 @@ Exit codes:
   1  it failed; a line on stderr says why, and what to do
   2  the command line is wrong";
 
+const CHECK_AFTER_HELP: &str = "\
+Examples:
+  tokenfs check                          the store that SoftHSM uses
+  tokenfs check --tokendir ./tokens --backend file
+  tokenfs check a3f2c1d0-1234-5678-abcd-000000000001
+  tokenfs check | grep ': torn: '        what SoftHSM cannot read any more
+  tokenfs check --repair                 mend what can be mended without a guess
+
+One line for each finding, PATH: WORD: SENTENCE, and a last line that sums up. The words:
+  torn        it does not hold what the format allows; the sentence ends with the byte
+  suspicious  SoftHSM takes it, and would not have written it: a file that was cut off between two
+              attributes, bytes behind the last one, a value that stops SoftHSM from searching
+  missing     a lock file, or the token's generation              (--repair makes it)
+  lax         its mode lets in more than the mask allows          (--repair takes that away)
+  unreadable  a token of the backend that SoftHSM is not configured for
+  leftover    what a crash left of a write or of a deletion       (--repair completes or undoes it)
+  foreign     nothing that belongs into a store
+
+It can run beside a SoftHSM that uses the store: what may be a step on somebody's way is looked at
+again a second later. Without --repair nothing is written, and --repair never changes what an
+object holds: what is torn has to come from a backup.
+
+Exit codes:
+  0  clean (with --repair: it is now)
+  1  something was found (with --repair: something is left)
+  2  the store, or some part of it, could not be looked at; what was found elsewhere is printed";
+
 /// Mount a SoftHSM v2 token store as a tree of files
 ///
 /// A token is a directory, an object of it is a directory, and an attribute of that is a file.
@@ -84,6 +113,8 @@ pub enum Command {
     Umount(UmountArgs),
     /// Print the token store without mounting it
     Tree(TreeArgs),
+    /// Say what is damaged, missing or left over in the token store, and mend it
+    Check(CheckArgs),
 }
 
 /// Which store.
@@ -141,6 +172,27 @@ pub struct TreeArgs {
     /// Only this token, by its directory name, serial number or label
     #[arg(value_name = "TOKEN")]
     pub token: Option<OsString>,
+}
+
+/// `tokenfs check`
+#[derive(Debug, Args)]
+#[command(after_help = CHECK_AFTER_HELP)]
+pub struct CheckArgs {
+    /// Which store.
+    #[command(flatten)]
+    pub store: StoreArgs,
+    /// Bits that no mode in the store may have, instead of the configured ones; the umask of the shell is added
+    #[arg(long, value_name = "OCTAL", value_parser = |text: &str| parse_umask(text.as_ref()))]
+    pub umask: Option<u32>,
+    /// Mend what can be mended without a guess: lock files, modes, what a crash left
+    #[arg(long)]
+    pub repair: bool,
+    /// Say what was looked at, too, and what is odd without being wrong
+    #[arg(short = 'v', long)]
+    pub verbose: bool,
+    /// Only these tokens, by the names of their directories
+    #[arg(value_name = "TOKEN")]
+    pub tokens: Vec<OsString>,
 }
 
 /// Mount a SoftHSM v2 token store; called by mount(8)

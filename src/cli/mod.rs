@@ -1,7 +1,7 @@
 //! The command line: `tokenfs`, and `mount.tokenfs` under that name.
 //!
 //! - [`args`]: its definition.
-//! - [`mount`], [`umount`], [`tree`]: the commands.
+//! - [`mount`], [`umount`], [`tree`], [`check`]: the commands.
 //! - [`helper`]: `mount.tokenfs`, which mount(8) calls.
 //! - [`daemon`]: the server in the background.
 //! - [`watch`]: the process behind `auto_unmount`.
@@ -9,6 +9,7 @@
 //! Every failure is one line on stderr, and the exit codes are part of the contract.
 
 pub mod args;
+pub mod check;
 pub mod daemon;
 pub mod helper;
 pub mod mount;
@@ -36,7 +37,7 @@ pub enum Failure {
     Usage(String),
     /// It was tried and failed.
     Failed(Error),
-    /// The daemon failed, has said why, and had this exit code.
+    /// It has been said why, and this is the exit code: of the daemon, or of `tokenfs check`.
     Reported(u8),
 }
 
@@ -87,6 +88,7 @@ pub fn run(argv: &[OsString]) -> ExitCode {
             Command::Mount(args) => mount::run(&args, argv, stage),
             Command::Umount(args) => umount::run(&args),
             Command::Tree(args) => tree::run(&args),
+            Command::Check(args) => check::run(&args),
         },
         Err(error) => return command_line(&error, CODES),
     };

@@ -20,11 +20,24 @@ use crate::error::{Error, Result};
 /// [`crate::error::ErrorKind::WouldBlock`] or [`crate::error::ErrorKind::Busy`] if somebody holds a write lock for
 /// longer than `patience` lasts; what `fcntl` fails with.
 pub fn lock_shared(file: &File, patience: Patience) -> Result<()> {
+    take(file, libc::F_RDLCK, patience)
+}
+
+/// Takes a write lock on all of `file`, which must be open for writing. It is held until `file` is closed.
+///
+/// # Errors
+/// [`crate::error::ErrorKind::WouldBlock`] or [`crate::error::ErrorKind::Busy`] if somebody holds any lock for longer than
+/// `patience` lasts; what `fcntl` fails with.
+pub fn lock_exclusive(file: &File, patience: Patience) -> Result<()> {
+    take(file, libc::F_WRLCK, patience)
+}
+
+fn take(file: &File, kind: i32, patience: Patience) -> Result<()> {
     // The kernel has no lock call with a deadline, and one that is interrupted by a signal would need a handler: ask again,
     // soon at first (SoftHSM holds a lock for well under a millisecond), then less often.
     let mut pause = Duration::from_micros(500);
     loop {
-        match set_lock(file, libc::F_RDLCK) {
+        match set_lock(file, kind) {
             Ok(()) => return Ok(()),
             Err(Errno::EAGAIN | Errno::EACCES) => {
                 patience.wait(pause, "another process holds a lock on the file")?;

@@ -11,6 +11,7 @@
 
 mod acl;
 pub mod attribute;
+pub mod check;
 pub mod crash;
 pub mod db;
 pub mod file;

@@ -175,7 +175,8 @@ impl Store {
         let token: Arc<dyn Token> = match backend {
             Some(Backend::File) => {
                 let tokendir = self.directory.as_fd();
-                match FileToken::open(tokendir, name.clone(), &path, diagnostics) {
+                let options = self.options.clone();
+                match FileToken::open(tokendir, name.clone(), &path, options, diagnostics) {
                     Ok(token) => Arc::new(token),
                     Err(error) if error.kind() == ErrorKind::PermissionDenied => {
                         return closed(path);

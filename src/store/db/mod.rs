@@ -19,6 +19,7 @@
 
 mod access;
 mod build;
+pub(crate) mod check;
 mod connection;
 pub mod decode;
 pub mod encode;

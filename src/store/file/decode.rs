@@ -16,7 +16,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::{KIND_BOOLEAN, KIND_BYTES, KIND_MAP, KIND_MECHANISMS, KIND_ULONG};
+use super::{CKA_TOKENFS_FILLER, KIND_BOOLEAN, KIND_BYTES, KIND_MAP, KIND_MECHANISMS, KIND_ULONG};
 use crate::error::{Error, Result};
 use crate::store::attribute::{Attributes, Value};
 
@@ -25,7 +25,7 @@ use crate::store::attribute::{Attributes, Value};
 pub struct Decoded {
     /// The first 8 bytes; absent if there are fewer.
     pub generation: Option<u64>,
-    /// What follows. Of a type that is repeated, the last.
+    /// What follows. Of a type that is repeated, the last. What only fills the file is not among them.
     pub attributes: Attributes,
     /// Where fewer than 8 bytes follow the last attribute: their offset. SoftHSM takes that for the end of the
     /// file; it is the trace of a write that was cut short.
@@ -58,6 +58,12 @@ pub fn decode(bytes: &[u8]) -> Result<Decoded> {
         let attribute_type = reader.ulong("an attribute's type")?;
         let value = reader.value()?;
         attributes.insert(attribute_type, value);
+    }
+    // What a crash in the middle of a rewriting in place left behind the attributes.
+    if let Some(Value::Bytes(bytes)) = attributes.get(&CKA_TOKENFS_FILLER)
+        && bytes.iter().all(|byte| *byte == 0)
+    {
+        attributes.remove(&CKA_TOKENFS_FILLER);
     }
     Ok(Decoded {
         generation: Some(generation),

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use super::{KIND_BOOLEAN, KIND_BYTES, KIND_MAP, KIND_MECHANISMS, KIND_ULONG};
+use super::{CKA_TOKENFS_FILLER, KIND_BOOLEAN, KIND_BYTES, KIND_MAP, KIND_MECHANISMS, KIND_ULONG};
 use crate::store::attribute::{Attributes, Value};
 
 /// The bytes of an object, as SoftHSM writes them: in ascending order of type, a true boolean as `0xFF`.
@@ -10,6 +10,20 @@ use crate::store::attribute::{Attributes, Value};
 pub fn encode(generation: u64, attributes: &Attributes) -> Vec<u8> {
     let mut out = generation.to_be_bytes().to_vec();
     entries(&mut out, attributes);
+    out
+}
+
+/// `bytes` with an attribute behind them that SoftHSM ignores and [`super::decode()`] hides, so that they are at least as long
+/// as `length`; without one if they are.
+pub(super) fn filled(bytes: &[u8], length: usize) -> Vec<u8> {
+    let mut out = bytes.to_vec();
+    if out.len() < length {
+        ulong(&mut out, CKA_TOKENFS_FILLER);
+        ulong(&mut out, KIND_BYTES);
+        let zeros = length.saturating_sub(out.len() + 8);
+        ulong(&mut out, zeros as u64);
+        out.resize(out.len() + zeros, 0);
+    }
     out
 }
 

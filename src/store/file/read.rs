@@ -45,8 +45,25 @@ pub struct Version {
     pub content: Result<Decoded>,
 }
 
+/// A file that was read and is still locked.
+#[derive(Debug)]
+pub(super) struct Reading {
+    /// What was found.
+    pub version: Version,
+    /// The file's content.
+    pub bytes: Vec<u8>,
+    /// What `fstat` said of the file.
+    pub stat: FileStat,
+    /// The file, with its lock.
+    pub file: File,
+    /// Its lock file, with its lock; only held, never used.
+    pub _transaction: Option<File>,
+    /// Whether it may be in the middle of a write.
+    looks_unfinished: bool,
+}
+
 /// Reads the file `object` in the directory `directory` under the locks; `lock` is its lock file, where SoftHSM
-/// takes one.
+/// takes one. `alone` says that nobody else can be writing it, so that it is finished whatever it looks like.
 ///
 /// # Errors
 /// [`ErrorKind::NotFound`] if there is no such regular file, [`ErrorKind::PermissionDenied`]; [`ErrorKind::WouldBlock`] or
@@ -56,26 +73,43 @@ pub fn read_object(
     directory: BorrowedFd<'_>,
     object: &Path,
     lock: Option<&Path>,
+    alone: bool,
     patience: Patience,
 ) -> Result<Version> {
+    settled(alone, patience, || {
+        attempt(directory, object, lock, patience)
+    })
+    .map(|reading| reading.version)
+}
+
+/// Makes attempts until one of them finds a file that is finished, or that has looked unfinished for [`SETTLED`]. Between
+/// two of them no lock is held. An attempt that gives nothing is made again at once.
+///
+/// # Errors
+/// What an attempt fails with; [`ErrorKind::WouldBlock`] or [`ErrorKind::Busy`] if a writer does not finish.
+pub(super) fn settled(
+    alone: bool,
+    patience: Patience,
+    mut attempt: impl FnMut() -> Result<Option<Reading>>,
+) -> Result<Reading> {
     let mut first_seen: Option<(Stamp, Instant)> = None;
     loop {
-        let (version, looks_unfinished) = match attempt(directory, object, lock, patience)? {
-            Attempt::Read(version, looks_unfinished) => (version, looks_unfinished),
-            Attempt::Replaced => continue,
-        };
-        if !looks_unfinished {
-            return Ok(version);
+        let Some(reading) = attempt()? else { continue };
+        if alone || !reading.looks_unfinished {
+            return Ok(reading);
         }
+        let stamp = reading.version.stamp;
         let since = match first_seen {
-            Some((stamp, since)) if stamp == version.stamp => since,
+            Some((seen, since)) if seen == stamp => since,
             _ => Instant::now(),
         };
-        first_seen = Some((version.stamp, since));
-        let age = version.stamp.age().unwrap_or_default().max(since.elapsed());
+        first_seen = Some((stamp, since));
+        let age = stamp.age().unwrap_or_default().max(since.elapsed());
         if age >= SETTLED {
-            return Ok(version);
+            return Ok(reading);
         }
+        // Lets go of the locks, so that the writer can finish.
+        drop(reading);
         patience.wait(
             Duration::from_millis(2),
             "the file looks unfinished and has not been left alone for a second yet",
@@ -83,54 +117,70 @@ pub fn read_object(
     }
 }
 
-enum Attempt {
-    /// The file, and whether it may be in the middle of a write.
-    Read(Version, bool),
-    /// Between opening and locking the name has come to mean another file.
-    Replaced,
-}
-
 fn attempt(
     directory: BorrowedFd<'_>,
     object: &Path,
     lock: Option<&Path>,
     patience: Patience,
-) -> Result<Attempt> {
-    // Held until the end of this function. An object without a lock file, or with one that we may not read, is read all
-    // the same: that is what SoftHSM does.
-    let _transaction = match lock.map(|lock| open_regular(directory, lock)) {
-        Some(Ok((file, _))) => {
+) -> Result<Option<Reading>> {
+    // An object without a lock file, or with one that we may not read, is read all the same: that is what SoftHSM does.
+    let transaction = match lock.map(|lock| open_regular(directory, lock, OFlag::O_RDONLY)) {
+        Some(Ok(file)) => {
             lock::lock_shared(&file, patience)?;
             Some(file)
         }
         Some(Err(error)) if error.kind() == ErrorKind::System(libc::EMFILE) => return Err(error),
         Some(Err(_)) | None => None,
     };
-    let (mut file, _) = open_regular(directory, object)?;
+    let file = open_regular(directory, object, OFlag::O_RDONLY)?;
     lock::lock_shared(&file, patience)?;
+    read_locked(directory, object, file, transaction)
+}
+
+/// Reads a file that is locked; nothing if between opening and locking its name has come to mean another one.
+///
+/// # Errors
+/// [`ErrorKind::NotFound`] if its name means nothing any more; what reading fails with.
+pub(super) fn read_locked(
+    directory: BorrowedFd<'_>,
+    object: &Path,
+    mut file: File,
+    transaction: Option<File>,
+) -> Result<Option<Reading>> {
     let before = fstat(&file).map_err(|errno| Error::system("stat", errno))?;
-    let named = match fstatat(directory, object, AtFlags::AT_SYMLINK_NOFOLLOW) {
-        Ok(named) => named,
-        Err(errno) => return Err(Error::system("stat", errno)),
-    };
-    if !Stamp::from(&named).same_file(&Stamp::from(&before)) {
-        return Ok(Attempt::Replaced);
+    if !is_named(directory, object, &before)? {
+        return Ok(None);
     }
     let bytes = read_all(&mut file, &before)?;
-    let after = fstat(&file).map_err(|errno| Error::system("stat", errno))?;
-    let stamp = Stamp::from(&after);
-    let written_meanwhile = stamp != Stamp::from(&before) || bytes.len() as i64 != after.st_size;
+    let stat = fstat(&file).map_err(|errno| Error::system("stat", errno))?;
+    let stamp = Stamp::from(&stat);
+    let written_meanwhile = stamp != Stamp::from(&before) || bytes.len() as i64 != stat.st_size;
     let content = decode(&bytes);
     let looks_unfinished =
         written_meanwhile || content.is_err() || bytes.len().is_multiple_of(STREAM_BUFFER);
-    Ok(Attempt::Read(
-        Version {
+    Ok(Some(Reading {
+        version: Version {
             stamp,
-            metadata: Metadata::of_open(&file, &after),
+            metadata: Metadata::of_open(&file, &stat),
             content,
         },
+        bytes,
+        stat,
+        file,
+        _transaction: transaction,
         looks_unfinished,
-    ))
+    }))
+}
+
+/// Whether `name` means the file that `stat` is of.
+///
+/// # Errors
+/// [`ErrorKind::NotFound`] if it means nothing.
+pub(super) fn is_named(directory: BorrowedFd<'_>, name: &Path, stat: &FileStat) -> Result<bool> {
+    match fstatat(directory, name, AtFlags::AT_SYMLINK_NOFOLLOW) {
+        Ok(named) => Ok((named.st_dev, named.st_ino) == (stat.st_dev, stat.st_ino)),
+        Err(errno) => Err(Error::system("stat", errno)),
+    }
 }
 
 fn read_all(file: &mut File, stat: &FileStat) -> Result<Vec<u8>> {
@@ -147,16 +197,18 @@ fn read_all(file: &mut File, stat: &FileStat) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Opens a regular file for reading. A symbolic link is not followed, and a pipe not waited for: SoftHSM looks at neither.
-fn open_regular(directory: BorrowedFd<'_>, name: &Path) -> Result<(File, FileStat)> {
-    let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
+/// Opens a regular file. A symbolic link is not followed, and a pipe not waited for: SoftHSM looks at neither.
+pub(super) fn open_regular(directory: BorrowedFd<'_>, name: &Path, access: OFlag) -> Result<File> {
+    let flags = access | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
     let fd = openat(directory, name, flags, Mode::empty()).map_err(|errno| match errno {
         Errno::ELOOP => Error::not_found("a symbolic link, which SoftHSM does not follow"),
+        // A directory, or a pipe that nobody reads, opened for writing.
+        Errno::EISDIR | Errno::ENXIO => Error::not_found("not a regular file"),
         other => Error::system("open", other),
     })?;
     let stat = fstat(&fd).map_err(|errno| Error::system("stat", errno))?;
     if !is_file(&stat) {
         return Err(Error::not_found("not a regular file"));
     }
-    Ok((File::from(fd), stat))
+    Ok(File::from(fd))
 }

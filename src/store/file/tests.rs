@@ -15,18 +15,18 @@ use super::*;
 use crate::diagnostics::Diagnostics;
 use crate::error::ErrorKind;
 use crate::store::attribute::{Attributes, Value};
-use crate::store::{ObjectId, ObjectName, Patience, Token, TokenName};
+use crate::store::{ObjectId, ObjectName, Options, Patience, Token, TokenName};
 
-const LABEL: u64 = 3;
-const CLASS: u64 = 0;
-const TEMPLATE: u64 = 0x4000_0211;
+pub(super) const LABEL: u64 = 3;
+pub(super) const CLASS: u64 = 0;
+pub(super) const TEMPLATE: u64 = 0x4000_0211;
 const MECHANISMS: u64 = 0x4000_0600;
 
-fn words(words: &[u64]) -> Vec<u8> {
+pub(super) fn words(words: &[u64]) -> Vec<u8> {
     words.iter().flat_map(|word| word.to_be_bytes()).collect()
 }
 
-fn sample() -> Attributes {
+pub(super) fn sample() -> Attributes {
     let mut template = Attributes::new();
     template.insert(CLASS, Value::Ulong(4));
     template.insert(LABEL, Value::Bytes(b"in a map".to_vec()));
@@ -272,14 +272,14 @@ proptest! {
     }
 }
 
-struct Fixture {
-    directory: tempfile::TempDir,
-    token: Arc<FileToken>,
-    diagnostics: Arc<Diagnostics>,
+pub(super) struct Fixture {
+    pub directory: tempfile::TempDir,
+    pub token: Arc<FileToken>,
+    pub diagnostics: Arc<Diagnostics>,
 }
 
 impl Fixture {
-    fn new() -> Self {
+    pub fn new() -> Self {
         let directory = tempfile::tempdir().unwrap();
         fs::write(
             directory.path().join("token.object"),
@@ -290,7 +290,14 @@ impl Fixture {
         let path = directory.path();
         let name = TokenName::new(path.file_name().unwrap()).unwrap();
         let parent = fs::File::open(path.parent().unwrap()).unwrap();
-        let token = FileToken::open(parent.as_fd(), name, path, Arc::clone(&diagnostics)).unwrap();
+        let token = FileToken::open(
+            parent.as_fd(),
+            name,
+            path,
+            Options::default(),
+            Arc::clone(&diagnostics),
+        )
+        .unwrap();
         Self {
             directory,
             token: Arc::new(token),
@@ -298,25 +305,25 @@ impl Fixture {
         }
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub fn path(&self, name: &str) -> PathBuf {
         self.directory.path().join(name)
     }
 
-    fn write(&self, name: &str, bytes: &[u8]) {
+    pub fn write(&self, name: &str, bytes: &[u8]) {
         fs::write(self.path(name), bytes).unwrap();
     }
 }
 
-fn id(name: &str) -> ObjectId {
+pub(super) fn id(name: &str) -> ObjectId {
     ObjectId::Object(ObjectName::new(OsStr::new(name)).unwrap())
 }
 
-fn soon() -> Patience {
+pub(super) fn soon() -> Patience {
     Patience::at_most(Duration::from_secs(3))
 }
 
 /// Puts the change of a file two seconds into the past as far as a file system lets one: waits them out.
-fn settle() {
+pub(super) fn settle() {
     thread::sleep(read::SETTLED + Duration::from_millis(50));
 }
 
@@ -516,7 +523,7 @@ fn a_sparse_giant_is_refused_without_reading_it() {
 }
 
 /// A write lock as SoftHSM takes it: another process, a POSIX lock over the whole file.
-fn hold(path: &Path, for_seconds: f64) -> std::process::Child {
+pub(super) fn hold(path: &Path, for_seconds: f64) -> std::process::Child {
     let script = "import fcntl,sys,time\nf=open(sys.argv[1],'r+b')\nfcntl.lockf(f,fcntl.LOCK_EX)\nprint('held',flush=True)\ntime.sleep(float(sys.argv[2]))";
     let mut child = std::process::Command::new("python3")
         .args(["-c", script])

@@ -3,11 +3,12 @@
 //! Keeps every object that was asked for, and serves it for as long as its file's [`Stamp`] is what it was. The lock around
 //! the cache is never held over a system call.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::ffi::{OsStr, OsString};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
@@ -16,32 +17,43 @@ use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, openat};
 use nix::sys::stat::{FileStat, Mode, fstat, fstatat};
 
+use super::born::Ours;
+use super::names::Names;
+use super::noticed::{Changes, name_of};
 use super::read::{Version, read_object};
-use super::{LOCK_SUFFIX, OBJECT_SUFFIX, TOKEN_OBJECT};
+use super::{OBJECT_SUFFIX, TOKEN_OBJECT};
 use crate::diagnostics::Diagnostics;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::attribute::Attributes;
 use crate::store::metadata::{Metadata, Stamp, is_file};
 use crate::store::{
-    Access, Backend, MetadataChange, NewObject, Object, ObjectId, ObjectName, Patience, Target,
+    Backend, MetadataChange, NewObject, Object, ObjectId, ObjectName, Options, Patience, Target,
     Token, TokenName,
 };
 
 /// The longest file, in bytes, that is read and decoded while everybody else waits.
 const QUICK: i64 = 512 * 1024;
 
-/// A token directory with a `token.object` in it.
+/// A token directory with a `token.object` in it, or one that is going to be one.
 #[derive(Debug)]
 pub struct FileToken {
-    name: TokenName,
-    path: PathBuf,
+    pub(super) name: TokenName,
+    pub(super) path: PathBuf,
     directory: OwnedFd,
-    diagnostics: Arc<Diagnostics>,
+    pub(super) options: Options,
+    pub(super) diagnostics: Arc<Diagnostics>,
     cache: Mutex<HashMap<ObjectId, Cached>>,
+    /// Whether it is no token yet.
+    pub(super) building: AtomicBool,
+    /// The files that were made here, which are not SoftHSM's newborn objects.
+    pub(super) born: Ours,
+    changes: Mutex<Changes>,
+    /// What was written and not synced.
+    pending: Mutex<BTreeSet<OsString>>,
 }
 
 #[derive(Clone, Debug)]
-struct Cached {
+pub(super) struct Cached {
     stamp: Stamp,
     read_at: SystemTime,
     object: Result<Arc<Object>>,
@@ -56,6 +68,7 @@ impl FileToken {
         tokendir: BorrowedFd<'_>,
         name: TokenName,
         path: &Path,
+        options: Options,
         diagnostics: Arc<Diagnostics>,
     ) -> Result<Self> {
         let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
@@ -65,80 +78,92 @@ impl FileToken {
             name,
             path: path.to_path_buf(),
             directory,
+            options,
             diagnostics,
             cache: Mutex::default(),
+            building: AtomicBool::new(false),
+            born: Ours::default(),
+            changes: Mutex::default(),
+            pending: Mutex::default(),
         })
     }
 
-    /// Begins a token in the empty directory `name` of `tokendir`: its own object, which holds nothing yet, is
-    /// `token.tokenfs-new`, with the mode and owner `files`. Nothing is synced.
-    ///
-    /// # Errors
-    /// What making it fails with.
-    pub fn build(
-        _tokendir: BorrowedFd<'_>,
-        _name: TokenName,
-        path: &Path,
-        _files: Access,
-        _diagnostics: Arc<Diagnostics>,
-    ) -> Result<Self> {
-        Err(Error::new(ErrorKind::ReadOnly, "not yet").at(path))
-    }
-
-    /// Syncs a token that was begun with [`FileToken::build`], and gives its own object its name. This value is of no use
-    /// afterwards.
-    ///
-    /// # Errors
-    /// What syncing and renaming fail with.
-    pub fn publish(&self) -> Result<()> {
-        Err(Error::new(ErrorKind::ReadOnly, "not yet").at(&self.path))
-    }
-
-    fn cache(&self) -> MutexGuard<'_, HashMap<ObjectId, Cached>> {
+    pub(super) fn cache(&self) -> MutexGuard<'_, HashMap<ObjectId, Cached>> {
         // Every change of the map is one call, so a panic elsewhere leaves it whole.
         self.cache.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn stat(&self, id: &ObjectId) -> Result<FileStat> {
-        let file = file_name(id);
-        match fstatat(
-            &self.directory,
-            file.as_os_str(),
-            AtFlags::AT_SYMLINK_NOFOLLOW,
-        ) {
-            Ok(stat) if is_file(&stat) => Ok(stat),
-            Ok(_) => Err(Error::not_found("not a regular file").at(self.path.join(file))),
-            // No object can have a name that leaves no room for the suffix.
-            Err(Errno::ENAMETOOLONG) => Err(Error::not_found("no such object").at(&self.path)),
-            Err(errno) => Err(Error::system("stat", errno).at(self.path.join(file))),
+    pub(super) fn changes(&self) -> MutexGuard<'_, Changes> {
+        self.changes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn pending(&self) -> MutexGuard<'_, BTreeSet<OsString>> {
+        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn directory(&self) -> BorrowedFd<'_> {
+        self.directory.as_fd()
+    }
+
+    /// Whether it is no token yet, so that nobody else writes it and nothing of it is synced.
+    pub(super) fn is_building(&self) -> bool {
+        self.building.load(Ordering::Acquire)
+    }
+
+    pub(super) fn names(&self, id: &ObjectId) -> Names {
+        Names::of(id, self.is_building())
+    }
+
+    /// The path of an object's file.
+    pub(super) fn path_of(&self, id: &ObjectId) -> PathBuf {
+        self.path.join(self.names(id).object())
+    }
+
+    /// How many changes that were made through this value a SoftHSM overwrote with an older copy, as far as that was
+    /// noticed. Each of them is a warning in the diagnostics.
+    #[must_use]
+    pub fn overwritten(&self) -> u64 {
+        self.changes().count()
+    }
+
+    /// Says so if a version that somebody wrote on top of one of ours lacks a change of ours.
+    pub(super) fn notice(&self, id: &ObjectId, generation: Option<u64>, attributes: &Attributes) {
+        let lost = self
+            .changes()
+            .overwritten(id, generation.unwrap_or(0), attributes);
+        if !lost.is_empty() {
+            let names: Vec<String> = lost.into_iter().map(name_of).collect();
+            self.diagnostics.warning(format!(
+                "{}: SoftHSM overwrote a change of {} made through tokenfs with its older copy; make it again",
+                self.path_of(id).display(),
+                names.join(", ")
+            ));
         }
     }
 
+    fn stat(&self, id: &ObjectId) -> Result<FileStat> {
+        super::guard::stat_regular(self.directory(), self.names(id).object())
+            .map_err(|error| error.at(self.path_of(id)))
+    }
+
     fn read(&self, id: &ObjectId, patience: Patience) -> Result<Version> {
-        let file = file_name(id);
-        let lock = match id {
-            // SoftHSM opens `token.lock` and does not lock it.
-            ObjectId::Token => None,
-            ObjectId::Object(name) => {
-                let mut lock = name.as_os_str().to_os_string();
-                lock.push(LOCK_SUFFIX);
-                Some(lock)
-            }
-        };
+        let names = self.names(id);
         read_object(
-            self.directory.as_fd(),
-            Path::new(&file),
-            lock.as_deref().map(Path::new),
+            self.directory(),
+            names.object(),
+            names.lock(),
+            self.is_building(),
             patience,
         )
-        .map_err(|error| error.at(self.path.join(&file)))
+        .map_err(|error| error.at(self.path_of(id)))
     }
 
     /// Turns what was read into an object, and says what is odd about it.
     fn settle(&self, id: &ObjectId, version: Version) -> Result<Arc<Object>> {
-        let path = || self.path.join(file_name(id));
+        let path = || self.path_of(id);
         match version.content {
             Ok(decoded) => {
+                self.notice(id, decoded.generation, &decoded.attributes);
                 if let Some(offset) = decoded.trailing {
                     self.diagnostics.warning(format!(
                         "{}: bytes that are no attribute follow at byte {offset}; SoftHSM ignores them, \
@@ -209,7 +234,7 @@ impl Token for FileToken {
     }
 
     fn object_metadata(&self, id: &ObjectId, _patience: Patience) -> Result<Metadata> {
-        let path = self.path.join(file_name(id));
+        let path = self.path_of(id);
         self.stat(id).map(|stat| Metadata::of_path(&path, &stat))
     }
 
@@ -260,45 +285,41 @@ impl Token for FileToken {
 
     fn update(
         &self,
-        _id: &ObjectId,
-        _edit: &mut dyn FnMut(&mut Attributes) -> Result<()>,
-        _mtime: Option<SystemTime>,
-        _patience: Patience,
+        id: &ObjectId,
+        edit: &mut dyn FnMut(&mut Attributes) -> Result<()>,
+        mtime: Option<SystemTime>,
+        patience: Patience,
     ) -> Result<()> {
-        Err(Error::new(ErrorKind::ReadOnly, "not yet").at(&self.path))
+        self.change(id, edit, mtime, patience)
+            .map_err(|error| error.at(self.path_of(id)))
     }
 
-    fn create(&self, _name: &ObjectName, _new: &NewObject, _patience: Patience) -> Result<()> {
-        Err(Error::new(ErrorKind::ReadOnly, "not yet").at(&self.path))
+    fn create(&self, name: &ObjectName, new: &NewObject, patience: Patience) -> Result<()> {
+        self.make(name, new, patience)
+            .map_err(|error| error.at(self.path_of(&ObjectId::Object(name.clone()))))
     }
 
-    fn remove(&self, _name: &ObjectName, _patience: Patience) -> Result<()> {
-        Err(Error::new(ErrorKind::ReadOnly, "not yet").at(&self.path))
+    fn remove(&self, name: &ObjectName, patience: Patience) -> Result<()> {
+        self.unmake(name, patience)
+            .map_err(|error| error.at(self.path_of(&ObjectId::Object(name.clone()))))
     }
 
     fn set_metadata(
         &self,
-        _target: &Target,
-        _change: &MetadataChange,
-        _patience: Patience,
+        target: &Target,
+        change: &MetadataChange,
+        patience: Patience,
     ) -> Result<()> {
-        Err(Error::new(ErrorKind::ReadOnly, "not yet").at(&self.path))
+        self.change_metadata(target, change, patience)
+            .map_err(|error| match target {
+                Target::Directory => error.at(&self.path),
+                Target::Object(id) => error.at(self.path_of(id)),
+            })
     }
 
-    fn sync(&self, _patience: Patience) -> Result<()> {
-        Err(Error::new(ErrorKind::ReadOnly, "not yet").at(&self.path))
-    }
-}
-
-/// The name of an object's file.
-fn file_name(id: &ObjectId) -> OsString {
-    match id {
-        ObjectId::Token => OsString::from(TOKEN_OBJECT),
-        ObjectId::Object(name) => {
-            let mut file = name.as_os_str().to_os_string();
-            file.push(OBJECT_SUFFIX);
-            file
-        }
+    fn sync(&self, patience: Patience) -> Result<()> {
+        self.sync_all(patience)
+            .map_err(|error| error.at(&self.path))
     }
 }
 

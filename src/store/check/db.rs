@@ -1,0 +1,97 @@
+//! A token of the `db` backend.
+
+use std::sync::Arc;
+
+use super::object::{judge, judge_token};
+use super::{Category, Finding, Look, Remedy};
+use crate::diagnostics::Diagnostics;
+use crate::error::{Error, ErrorKind, Result};
+use crate::store::db::check::Problem;
+use crate::store::db::{DATABASE, DbToken};
+use crate::store::{ObjectId, Options, Token};
+
+/// Looks at the database.
+pub(super) fn look(look: &mut Look<'_>) {
+    let path = look.path.join(DATABASE);
+    match open(look).and_then(|token| database(look, &token)) {
+        Ok(()) => {}
+        Err(error) if error.kind() == ErrorKind::NotFound => {}
+        Err(error) if error.kind() == ErrorKind::Damaged => look
+            .report
+            .found(Finding::of_error(Category::Torn, &error), &path),
+        Err(error) => look.report.failed(error, &path),
+    }
+}
+
+fn open(look: &Look<'_>) -> Result<DbToken> {
+    // SQLite opens by path, which must lead to where we look.
+    look.store.check_in_place()?;
+    let options = Options {
+        read_only: true,
+        ..look.store.options().clone()
+    };
+    let log = Arc::new(Diagnostics::new());
+    DbToken::open(look.name.clone(), &look.path, options, log)
+}
+
+fn database(look: &mut Look<'_>, token: &DbToken) -> Result<()> {
+    let path = look.path.join(DATABASE);
+    for problem in token.examine(look.patience())? {
+        let finding = match problem {
+            Problem::HotJournal => Finding::new(
+                Category::Leftover,
+                "a writer crashed and left a journal, which the next one who opens the database for writing rolls back",
+            )
+            .mended_by(Remedy::RollBack),
+            Problem::Damaged(detail) => Finding::new(Category::Torn, detail),
+            Problem::Odd(detail) => Finding::new(Category::Suspicious, detail),
+        };
+        let hot = finding.remedy.is_some();
+        look.report.found(finding, &path);
+        if hot {
+            // What is in the database is not true before that.
+            return Ok(());
+        }
+    }
+    let names = token.list(look.patience())?;
+    look.report.objects = names.len();
+    match token.object(&ObjectId::Token, look.patience()) {
+        Ok(own) => {
+            for finding in judge_token(&own.attributes) {
+                look.report.found(finding, &path);
+            }
+        }
+        Err(error) => wrong(look, "", &error),
+    }
+    for name in names.iter() {
+        let id = ObjectId::Object(name.clone());
+        let row = token.row(&id, look.patience());
+        let of = match row {
+            Ok(row) => format!("object {name} (row {row}): "),
+            Err(_) => format!("object {name}: "),
+        };
+        match token.object(&id, look.patience()) {
+            Ok(object) => {
+                for mut finding in judge(&object.attributes, &[], None) {
+                    finding.detail.insert_str(0, &of);
+                    look.report.found(finding, &path);
+                }
+            }
+            // It was destroyed meanwhile.
+            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            Err(error) => wrong(look, &of, &error),
+        }
+    }
+    Ok(())
+}
+
+fn wrong(look: &mut Look<'_>, of: &str, error: &Error) {
+    let path = look.path.join(DATABASE);
+    if error.kind() == ErrorKind::Damaged {
+        let mut finding = Finding::of_error(Category::Torn, error);
+        finding.detail.insert_str(0, of);
+        look.report.found(finding, &path);
+    } else {
+        look.report.failed(error.clone(), &path);
+    }
+}

@@ -1,0 +1,258 @@
+//! A token of the `file` backend.
+
+use std::ffi::{OsStr, OsString};
+use std::os::fd::AsFd;
+use std::io::Read;
+use std::path::Path;
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::sys::stat::fstat;
+
+use super::object::{Places, judge, judge_order, judge_token, places};
+use super::place::{GENERATION, Sort, with};
+use super::{Category, Finding, Look, Remedy, open_file};
+use crate::error::{Error, ErrorKind, Result};
+use crate::pkcs11::CKA_OS_TOKENSERIAL;
+use crate::store::attribute::Attributes;
+use crate::store::file::read::{LARGEST, Version, read_object};
+use crate::store::file::{LOCK_SUFFIX, OBJECT_SUFFIX, TOKEN_OBJECT};
+use crate::store::leftover::{JOURNAL_SUFFIX, NEW_SUFFIX};
+use crate::store::metadata::Stamp;
+use crate::store::{Patience, lock};
+
+/// `token.lock`.
+const TOKEN: &str = "token";
+
+/// Looks at everything in the token but what is foreign to it.
+pub(super) fn look(look: &mut Look<'_>) {
+    token(look);
+    generation(look);
+    for entry in look.entries.clone() {
+        if entry.sort != Sort::File {
+            continue;
+        }
+        if let Some(stem) = entry.stem(OBJECT_SUFFIX).filter(|stem| *stem != TOKEN) {
+            look.report.objects += 1;
+            object(look, &entry.name, stem);
+            missing_lock(look, stem);
+        } else if let Some(stem) = entry.stem(LOCK_SUFFIX).filter(|stem| *stem != TOKEN) {
+            lock_alone(look, &entry.name, stem);
+        }
+    }
+    missing_lock(look, OsStr::new(TOKEN));
+}
+
+fn token(look: &mut Look<'_>) {
+    let path = look.path.join(TOKEN_OBJECT);
+    let Some((attributes, places, _)) = content(look, OsStr::new(TOKEN_OBJECT), None) else {
+        return;
+    };
+    for finding in judge_order(&places).into_iter().chain(judge_token(&attributes)) {
+        look.report.found(finding, &path);
+    }
+    if let Some(serial) = attributes.bytes(CKA_OS_TOKENSERIAL) {
+        let name = look.name.to_string().replace('-', "");
+        let digits = name.len().checked_sub(16).and_then(|at| name.get(at..));
+        if digits.is_none_or(|digits| digits.as_bytes() != serial) {
+            let directory = look.path.clone();
+            let sentence = "its serial number is not the end of its directory's name, as SoftHSM makes it; it works all the same";
+            look.report.note(&directory, sentence);
+        }
+    }
+}
+
+fn object(look: &mut Look<'_>, file: &OsStr, stem: &OsStr) {
+    let path = look.path.join(file);
+    let lock = with(stem, LOCK_SUFFIX);
+    let Some((attributes, places, size)) = content(look, file, Some(&lock)) else {
+        return;
+    };
+    let findings = judge_order(&places).into_iter();
+    for finding in findings.chain(judge(&attributes, &places, size)) {
+        look.report.found(finding, &path);
+    }
+}
+
+/// What a file holds and where, and its size, if nothing follows the last attribute. What is wrong with the file itself is
+/// in the report; `None` if there is nothing more to say.
+fn content(
+    look: &mut Look<'_>,
+    file: &OsStr,
+    lock: Option<&OsStr>,
+) -> Option<(Attributes, Places, Option<u64>)> {
+    let path = look.path.join(file);
+    match versioned(look, file, lock) {
+        Ok((version, bytes)) => match version.content {
+            Ok(decoded) => {
+                let mut size = Some(bytes.len() as u64);
+                if let Some(offset) = decoded.trailing {
+                    size = None;
+                    let left = bytes.len() as u64 - offset;
+                    let noun = if left == 1 { "byte" } else { "bytes" };
+                    let detail = format!(
+                        "{left} {noun} that are no attribute follow; SoftHSM ignores them, and attributes may have been lost; they begin"
+                    );
+                    let finding = Finding::new(Category::Suspicious, detail).at_offset(offset);
+                    look.report.found(finding, &path);
+                }
+                if decoded.generation.is_none() {
+                    return None;
+                }
+                Some((decoded.attributes, places(&bytes), size))
+            }
+            Err(error) => {
+                look.report
+                    .found(Finding::of_error(Category::Torn, &error), &path);
+                None
+            }
+        },
+        // It was destroyed meanwhile, or is no regular file, which is told elsewhere.
+        Err(error) if error.kind() == ErrorKind::NotFound => None,
+        // It has more bytes than any object.
+        Err(error) if error.kind() == ErrorKind::Damaged => {
+            look.report
+                .found(Finding::of_error(Category::Torn, &error), &path);
+            None
+        }
+        Err(error) => {
+            look.report.failed(error, &path);
+            None
+        }
+    }
+}
+
+/// The file as the mount reads it, and the bytes of that version.
+fn versioned(look: &Look<'_>, file: &OsStr, lock: Option<&OsStr>) -> Result<(Version, Vec<u8>)> {
+    let patience = look.patience();
+    loop {
+        let version = read_object(
+            look.directory.as_fd(),
+            Path::new(file),
+            lock.map(Path::new),
+            false,
+            patience,
+        )?;
+        if let Some(bytes) = bytes_of(look, file, &version.stamp, patience)? {
+            return Ok((version, bytes));
+        }
+        patience.wait(
+            Duration::from_millis(2),
+            "the file is written all the while",
+        )?;
+    }
+}
+
+/// What is in the file, if that is still the version of the stamp.
+fn bytes_of(
+    look: &Look<'_>,
+    file: &OsStr,
+    stamp: &Stamp,
+    patience: Patience,
+) -> Result<Option<Vec<u8>>> {
+    let mut open = open_file(look, file).map_err(|errno| Error::system("open", errno))?;
+    lock::lock_shared(&open, patience)?;
+    let same = |open: &std::fs::File| match fstat(open) {
+        Ok(stat) => Ok(Stamp::from(&stat) == *stamp),
+        Err(errno) => Err(Error::system("stat", errno)),
+    };
+    if !same(&open)? {
+        return Ok(None);
+    }
+    let mut bytes = Vec::new();
+    (&mut open)
+        .take(LARGEST)
+        .read_to_end(&mut bytes)
+        .map_err(|error| Error::io("read", &error))?;
+    Ok(same(&open)?.then_some(bytes))
+}
+
+/// The lock file of an object, which SoftHSM has to delete with it.
+fn missing_lock(look: &mut Look<'_>, stem: &OsStr) {
+    let lock = with(stem, LOCK_SUFFIX);
+    if look.entries.iter().any(|entry| entry.name == lock) {
+        return;
+    }
+    let detail = if stem == TOKEN {
+        "every token of SoftHSM's has this lock file"
+    } else {
+        "the lock file is not there, without which SoftHSM fails to delete the object"
+    };
+    let finding = Finding::new(Category::Missing, detail).mended_by(Remedy::MakeLock);
+    let path = look.path.join(lock);
+    look.report.found(finding, &path);
+}
+
+/// A lock file whose object is gone.
+fn lock_alone(look: &mut Look<'_>, file: &OsStr, stem: &OsStr) {
+    let owners = [OBJECT_SUFFIX, NEW_SUFFIX, JOURNAL_SUFFIX].map(|ending| with(stem, ending));
+    let owned = look
+        .entries
+        .iter()
+        .any(|entry| owners.iter().any(|owner: &OsString| entry.name == *owner));
+    if owned {
+        return;
+    }
+    let path = look.path.join(file);
+    // Whoever makes an object may have it.
+    match open_file(look, file) {
+        Ok(open) => match lock::lock_shared(&open, Patience::Now) {
+            Ok(()) => {
+                let detail = "a lock file without an object, which was deleted half-way";
+                let finding =
+                    Finding::new(Category::Leftover, detail).mended_by(Remedy::RemoveLock);
+                look.report.found(finding, &path);
+            }
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+            Err(error) => look.report.failed(error, &path),
+        },
+        Err(Errno::ENOENT) => {}
+        Err(errno) => look.report.failed(Error::system("open", errno), &path),
+    }
+}
+
+/// The token's counter.
+fn generation(look: &mut Look<'_>) {
+    let path = look.path.join(GENERATION);
+    if look.entry(GENERATION).is_none() {
+        let detail = "SoftHSM counts creations and deletions in it; it makes a new one when it starts";
+        let finding = Finding::new(Category::Missing, detail).mended_by(Remedy::MakeGeneration);
+        look.report.found(finding, &path);
+        return;
+    }
+    if !look.has(GENERATION, Sort::File) {
+        return;
+    }
+    match generation_size(look) {
+        Ok(8) => {}
+        Ok(0) => {
+            let detail = "it is empty, and has 8 bytes otherwise; SoftHSM fills it when it starts";
+            let finding = Finding::new(Category::Torn, detail)
+                .at_offset(0)
+                .mended_by(Remedy::MakeGeneration);
+            look.report.found(finding, &path);
+        }
+        Ok(size) if size < 8 => {
+            let detail = format!(
+                "it has {size} of 8 bytes, and SoftHSM does not count on from there; remove it while nothing uses the token, and SoftHSM makes a new one; it ends"
+            );
+            let finding = Finding::new(Category::Torn, detail).at_offset(size);
+            look.report.found(finding, &path);
+        }
+        Ok(_) => {
+            let detail = "it has more than 8 bytes; SoftHSM ignores the rest, which begins";
+            let finding = Finding::new(Category::Suspicious, detail).at_offset(8);
+            look.report.found(finding, &path);
+        }
+        Err(error) if error.kind() == ErrorKind::NotFound => {}
+        Err(error) => look.report.failed(error, &path),
+    }
+}
+
+fn generation_size(look: &Look<'_>) -> Result<u64> {
+    let file = open_file(look, OsStr::new(GENERATION))
+        .map_err(|errno| Error::system("open", errno))?;
+    lock::lock_shared(&file, look.patience())?;
+    let stat = fstat(&file).map_err(|errno| Error::system("stat", errno))?;
+    Ok(u64::try_from(stat.st_size).unwrap_or(0))
+}

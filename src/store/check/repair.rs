@@ -1,0 +1,302 @@
+//! Mending what can be mended without a guess: lock files, modes, what a crash left. The content of an object is never touched.
+//!
+//! Each step looks again, under the lock where there is one, since the finding may be of a while ago. Nothing is opened but
+//! lock files and `generation`: closing any other file could drop locks that this process holds through SQLite.
+
+use std::ffi::OsStr;
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::FileExt;
+use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
+
+use nix::errno::Errno;
+use nix::fcntl::{AtFlags, FcntlArg, OFlag, fcntl, openat};
+use nix::sys::stat::{FchmodatFlags, FileStat, Mode, fchmod, fchmodat, fstat, fstatat};
+use nix::unistd::{Gid, Uid, UnlinkatFlags, fchown, fsync, unlinkat};
+
+use super::place::{GENERATION, with};
+use super::{Finding, Remedy, Report, Settings};
+use crate::diagnostics::Diagnostics;
+use crate::error::{Error, ErrorKind, Result};
+use crate::store::db::DbToken;
+use crate::store::file::{LOCK_SUFFIX, OBJECT_SUFFIX, TOKEN_OBJECT};
+use crate::store::leftover::{JOURNAL_SUFFIX, NEW_SUFFIX};
+use crate::store::metadata::{Stamp, is_file};
+use crate::store::{Options, Patience, Store, Token, TokenName};
+
+/// What [`repair()`] came to.
+#[derive(Clone, Debug, Default)]
+pub struct Repaired {
+    /// What did not work.
+    pub failures: Vec<Error>,
+    /// What [`Store::recover`] said.
+    pub log: String,
+}
+
+/// Mends what `report`, which is from [`super::check`], says can be mended. Afterwards one has to look again.
+pub fn repair(store: &Store, settings: &Settings, report: &Report) -> Repaired {
+    let mut repaired = Repaired::default();
+    let remedies = |wanted: fn(&Remedy) -> bool| {
+        report
+            .findings
+            .iter()
+            .filter(move |finding| finding.remedy.as_ref().is_some_and(wanted))
+    };
+    // First, since the rest goes by what is there.
+    if remedies(|remedy| matches!(remedy, Remedy::Recover))
+        .next()
+        .is_some()
+        && let Err(error) = recover(store, &mut repaired)
+    {
+        repaired.failures.push(error);
+    }
+    for finding in remedies(|remedy| !matches!(remedy, Remedy::Recover)) {
+        if let Err(error) = mend(store, settings, finding) {
+            // What is gone needs no mending.
+            if error.kind() != ErrorKind::NotFound {
+                repaired.failures.push(error.at(&finding.path));
+            }
+        }
+    }
+    repaired
+}
+
+fn writing(store: &Store) -> Options {
+    Options {
+        read_only: false,
+        ..store.options().clone()
+    }
+}
+
+fn recover(store: &Store, repaired: &mut Repaired) -> Result<()> {
+    let log = Arc::new(Diagnostics::new());
+    Store::open(store.path(), writing(store), Arc::clone(&log))?.recover();
+    repaired.log = log.render();
+    Ok(())
+}
+
+fn mend(store: &Store, settings: &Settings, finding: &Finding) -> Result<()> {
+    let Some(remedy) = finding.remedy else {
+        return Ok(());
+    };
+    if remedy == Remedy::RollBack {
+        return roll_back(store, &finding.path);
+    }
+    let place = Place::of(store, &finding.path)?;
+    match remedy {
+        Remedy::MakeLock => make_lock(&place),
+        Remedy::RemoveLock => remove_lock(&place),
+        Remedy::MakeGeneration => {
+            make_generation(&place, settings, Patience::at_most(store.options().lock_wait))
+        }
+        Remedy::TakeBits(bits) => take_bits(&place, bits),
+        Remedy::Recover | Remedy::RollBack => Ok(()),
+    }
+}
+
+/// A name in a directory that is open, below the tokendir.
+struct Place {
+    directory: OwnedFd,
+    name: PathBuf,
+}
+
+impl Place {
+    fn of(store: &Store, path: &Path) -> Result<Self> {
+        let relative = path
+            .strip_prefix(store.path())
+            .map_err(|_| Error::not_found("not in this store"))?;
+        let parts: Vec<Component<'_>> = relative.components().collect();
+        let (within, name) = match parts.as_slice() {
+            [Component::Normal(name)] => (OsStr::new("."), *name),
+            [Component::Normal(token), Component::Normal(name)] => (*token, *name),
+            _ => return Err(Error::not_found("not in this store")),
+        };
+        let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        let directory = openat(store.directory(), within, flags, Mode::empty())
+            .map_err(|errno| Error::system("open the directory", errno))?;
+        Ok(Self {
+            directory,
+            name: name.into(),
+        })
+    }
+
+    fn open(&self, flags: OFlag, mode: u32) -> Result<File> {
+        let flags = flags | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
+        let mode = Mode::from_bits_truncate(mode);
+        openat(&self.directory, &self.name, flags, mode)
+            .map(File::from)
+            .map_err(|errno| Error::system("open", errno))
+    }
+
+    fn stat(&self, name: &OsStr) -> Result<FileStat> {
+        fstatat(&self.directory, name, AtFlags::AT_SYMLINK_NOFOLLOW)
+            .map_err(|errno| Error::system("stat", errno))
+    }
+
+    fn has(&self, name: &OsStr) -> Result<bool> {
+        match self.stat(name) {
+            Ok(_) => Ok(true),
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn unlink(&self) -> Result<()> {
+        unlinkat(&self.directory, &self.name, UnlinkatFlags::NoRemoveDir)
+            .map_err(|errno| Error::system("remove", errno))
+    }
+
+    fn sync(&self) -> Result<()> {
+        fsync(self.directory.as_fd()).map_err(|errno| Error::system("fsync", errno))
+    }
+
+    /// The name without `.lock`.
+    fn stem(&self) -> Result<&OsStr> {
+        let stem = self.name.as_os_str().as_bytes();
+        let stem = stem.strip_suffix(LOCK_SUFFIX.as_bytes());
+        stem.map(OsStr::from_bytes)
+            .ok_or_else(|| Error::not_found("not a lock file"))
+    }
+
+    /// Makes the file with mode and owner of another one, or not at all. Nobody has it open before it has them.
+    fn make_like(&self, like: &FileStat) -> Result<File> {
+        let file = self.open(OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_EXCL, 0o600)?;
+        let done = give(&file, like);
+        if done.is_err() {
+            let _ = self.unlink();
+        }
+        done.map(|()| file)
+    }
+}
+
+/// Gives a new file the owner and the mode of another one.
+fn give(file: &File, like: &FileStat) -> Result<()> {
+    let stat = fstat(file).map_err(|errno| Error::system("stat", errno))?;
+    if (stat.st_uid, stat.st_gid) != (like.st_uid, like.st_gid) {
+        let (uid, gid) = (Uid::from_raw(like.st_uid), Gid::from_raw(like.st_gid));
+        fchown(file, Some(uid), Some(gid)).map_err(|errno| Error::system("chown", errno))?;
+    }
+    let mode = Mode::from_bits_truncate(like.st_mode & 0o666);
+    fchmod(file, mode).map_err(|errno| Error::system("chmod", errno))
+}
+
+/// Makes the lock file of an object, with its mode and owner.
+fn make_lock(place: &Place) -> Result<()> {
+    let object = with(place.stem()?, OBJECT_SUFFIX);
+    let like = place.stat(&object)?;
+    if !is_file(&like) {
+        return Err(Error::not_found("not a regular file"));
+    }
+    match place.make_like(&like) {
+        Ok(_) => {}
+        Err(error) if error.kind() == ErrorKind::Exists => return Ok(()),
+        Err(error) => return Err(error),
+    }
+    if !place.has(&object)? {
+        // Destroyed at that moment, and SoftHSM did not find a lock file to delete.
+        place.unlink()?;
+    }
+    place.sync()
+}
+
+/// Removes a lock file that is nobody's.
+fn remove_lock(place: &Place) -> Result<()> {
+    let stem = place.stem()?;
+    let file = place.open(OFlag::O_RDWR, 0)?;
+    if !try_exclusive(&file)? {
+        // Somebody makes an object.
+        return Ok(());
+    }
+    for ending in [OBJECT_SUFFIX, NEW_SUFFIX, JOURNAL_SUFFIX] {
+        if place.has(&with(stem, ending))? {
+            return Ok(());
+        }
+    }
+    let opened = fstat(&file).map_err(|errno| Error::system("stat", errno))?;
+    let named = place.stat(place.name.as_os_str())?;
+    if opened.st_size != 0 || !Stamp::from(&opened).same_file(&Stamp::from(&named)) {
+        return Ok(());
+    }
+    place.unlink()?;
+    place.sync()
+}
+
+/// Makes the token's counter, as SoftHSM does when it finds none, or an empty one (`Generation::commit`).
+fn make_generation(place: &Place, settings: &Settings, patience: Patience) -> Result<()> {
+    if place.name.as_os_str() != GENERATION {
+        return Ok(());
+    }
+    let mut like = place.stat(OsStr::new(TOKEN_OBJECT))?;
+    like.st_mode &= !settings.mask;
+    let (file, made) = match place.make_like(&like) {
+        Ok(file) => (file, true),
+        Err(error) if error.kind() == ErrorKind::Exists => (place.open(OFlag::O_RDWR, 0)?, false),
+        Err(error) => return Err(error),
+    };
+    let pause = std::time::Duration::from_millis(2);
+    while !try_exclusive(&file)? {
+        patience.wait(pause, "another process holds a lock on the file")?;
+    }
+    let stat = fstat(&file).map_err(|errno| Error::system("stat", errno))?;
+    // A SoftHSM may have been faster.
+    if is_file(&stat) && stat.st_size == 0 {
+        file.write_all_at(&1u64.to_be_bytes(), 0)
+            .and_then(|()| file.sync_all())
+            .map_err(|error| Error::io("write", &error))?;
+    }
+    if made { place.sync() } else { Ok(()) }
+}
+
+/// Takes bits from a mode, and gives none.
+fn take_bits(place: &Place, bits: u32) -> Result<()> {
+    // Such a descriptor can be closed without dropping a lock, and belongs to what the name meant, whatever it means by then.
+    let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    let file = openat(&place.directory, &place.name, flags, Mode::empty())
+        .map_err(|errno| Error::system("open", errno))?;
+    let stat = fstat(&file).map_err(|errno| Error::system("stat", errno))?;
+    if !is_file(&stat) && !crate::store::metadata::is_directory(&stat) {
+        return Ok(());
+    }
+    let mode = Mode::from_bits_truncate(stat.st_mode & 0o7777 & !bits);
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    fchmodat(
+        nix::fcntl::AT_FDCWD,
+        path.as_str(),
+        mode,
+        FchmodatFlags::FollowSymlink,
+    )
+    .map_err(|errno| Error::system("chmod", errno))
+}
+
+/// Opens a database for writing and reads it, for which SQLite rolls a left journal back.
+fn roll_back(store: &Store, path: &Path) -> Result<()> {
+    let directory = path.parent().ok_or_else(|| Error::not_found("no token"))?;
+    let name = directory
+        .file_name()
+        .and_then(TokenName::new)
+        .ok_or_else(|| Error::not_found("no token"))?;
+    store.check_in_place()?;
+    let log = Arc::new(Diagnostics::new());
+    let token = DbToken::open(name, directory, writing(store), log)?;
+    token
+        .list(Patience::at_most(store.options().lock_wait))
+        .map(drop)
+}
+
+/// Takes a write lock on all of a file until it is closed, if it is to be had.
+fn try_exclusive(file: &File) -> Result<bool> {
+    let whole_file = libc::flock {
+        l_type: libc::F_WRLCK as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: 0,
+        l_len: 0,
+        l_pid: 0,
+    };
+    match fcntl(file, FcntlArg::F_OFD_SETLK(&whole_file)) {
+        Ok(_) => Ok(true),
+        Err(Errno::EAGAIN | Errno::EACCES) => Ok(false),
+        Err(errno) => Err(Error::system("lock", errno)),
+    }
+}

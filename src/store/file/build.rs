@@ -1,0 +1,140 @@
+//! A token that is being built: its directory has everything but `token.object`, which has another name until it is
+//! published. Nobody but this process looks at it, so that nothing is synced and no SoftHSM told.
+
+use std::fs::File;
+use std::os::fd::BorrowedFd;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use nix::dir::Dir;
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, openat};
+use nix::sys::stat::Mode;
+use rustix::fs::{RenameFlags, renameat_with};
+
+use super::attire::{access_of, create_flags, set_access};
+use super::encode::encode;
+use super::generation::Generation;
+use super::guard::{Temporary, stat_regular, sync, sync_directory};
+use super::read::open_regular;
+use super::{FileToken, TOKEN_LOCK, TOKEN_OBJECT};
+use crate::diagnostics::Diagnostics;
+use crate::error::{Error, ErrorKind, Result};
+use crate::store::attribute::Attributes;
+use crate::store::crash::point;
+use crate::store::{Access, ObjectId, Options, TokenName};
+
+/// Up to how many files are synced one by one. Beyond that, the whole file system is, which costs less.
+const FEW: usize = 64;
+
+impl FileToken {
+    /// Begins a token in the empty directory `name` of `tokendir`: its own object, which holds nothing yet, is
+    /// `token.tokenfs-new`, with the mode and owner `files`. Nothing is synced.
+    ///
+    /// # Errors
+    /// What making it fails with.
+    pub fn build(
+        tokendir: BorrowedFd<'_>,
+        name: TokenName,
+        path: &Path,
+        files: Access,
+        options: Options,
+        diagnostics: Arc<Diagnostics>,
+    ) -> Result<Self> {
+        let token = Self::open(tokendir, name, path, options, diagnostics)?;
+        token.building.store(true, Ordering::Release);
+        let names = token.names(&ObjectId::Token);
+        let begun = || -> Result<()> {
+            let mut own = Temporary::new(token.directory(), names.object())?;
+            point("file.build.made");
+            set_access(&own.file, files)?;
+            point("file.build.dressed");
+            own.write(&encode(1, &Attributes::new()))?;
+            point("file.build.written");
+            own.keep();
+            Ok(())
+        };
+        begun().map_err(|error| error.at(path))?;
+        Ok(token)
+    }
+
+    /// Syncs a token that was begun with [`FileToken::build`], and gives its own object its name. From then on this value is one of
+    /// an ordinary token.
+    ///
+    /// # Errors
+    /// What syncing and renaming fail with; it is still being built then.
+    pub fn publish(&self) -> Result<()> {
+        self.publish_all().map_err(|error| error.at(&self.path))
+    }
+
+    fn publish_all(&self) -> Result<()> {
+        if !self.is_building() {
+            return Err(Error::not_found("not being built"));
+        }
+        let directory = self.directory();
+        let names = self.names(&ObjectId::Token);
+        let access = access_of(&stat_regular(directory, names.object())?);
+        Generation::begin(directory, access)?;
+        point("file.publish.generation");
+        let lock = openat(
+            directory,
+            TOKEN_LOCK,
+            create_flags(),
+            Mode::from_bits_truncate(0o600),
+        );
+        match lock {
+            Ok(fd) => {
+                point("file.publish.lock-made");
+                set_access(&File::from(fd), access)?;
+            }
+            // From an attempt that failed later on.
+            Err(Errno::EEXIST) => {}
+            Err(errno) => return Err(Error::system("make token.lock", errno)),
+        }
+        point("file.publish.lock");
+        self.sync_files()?;
+        sync_directory(directory)?;
+        point("file.publish.synced");
+        renameat_with(
+            directory,
+            names.object(),
+            directory,
+            TOKEN_OBJECT,
+            RenameFlags::NOREPLACE,
+        )
+        .map_err(|errno| Error::system("rename", Errno::from_raw(errno.raw_os_error())))?;
+        self.building.store(false, Ordering::Release);
+        self.cache().clear();
+        point("file.publish.renamed");
+        sync_directory(directory)?;
+        point("file.publish.renamed-synced");
+        Ok(())
+    }
+
+    /// Waits until all files of the token are on disk.
+    fn sync_files(&self) -> Result<()> {
+        let failed = |errno| Error::system("read the directory", errno);
+        let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        let mut entries =
+            Dir::openat(self.directory(), ".", flags, Mode::empty()).map_err(failed)?;
+        let mut names = Vec::new();
+        for entry in entries.iter() {
+            names.push(entry.map_err(failed)?.file_name().to_owned());
+        }
+        if names.len() > FEW {
+            return rustix::fs::syncfs(self.directory())
+                .map_err(|errno| Error::system("sync", Errno::from_raw(errno.raw_os_error())));
+        }
+        for name in names {
+            use std::os::unix::ffi::OsStrExt;
+            let name = std::ffi::OsStr::from_bytes(name.to_bytes());
+            match open_regular(self.directory(), Path::new(name), OFlag::O_RDONLY) {
+                Ok(file) => sync(&file)?,
+                Err(error) if error.kind() == ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,361 @@
+//! Changing an object: the steps of [`crate::store::Token::update`], in their order.
+
+use std::path::Path;
+use std::time::SystemTime;
+
+use nix::errno::Errno;
+use nix::fcntl::OFlag;
+use nix::sys::stat::fstatat;
+use rustix::fs::{RenameFlags, renameat_with};
+use rustix::io::Errno as Refusal;
+
+use super::attire::{access_of, copy, set_mtime};
+use super::encode::encode;
+use super::guard::{Temporary, Transaction, exists, stat_regular, sync, unlink_if_there};
+use super::names::{Names, too_long};
+use super::read::{LARGEST, Reading, open_regular, read_locked, settled};
+use super::rewrite::{self, Recovered};
+use super::{CKA_TOKENFS_FILLER, FileToken};
+use crate::error::{Error, ErrorKind, Result};
+use crate::store::attribute::{Attributes, Value};
+use crate::store::crash::point;
+use crate::store::{ObjectId, Patience, lock, validate};
+
+/// How an attempt to put a new version in place ended.
+enum Attempt {
+    /// It is in place.
+    Done,
+    /// The name has come to mean another file: nothing was done.
+    Replaced,
+    /// Another file cannot be what this one is, or cannot take its name: it has to be rewritten in place.
+    InPlace,
+}
+
+impl FileToken {
+    /// That something may be written, by a caller that can wait.
+    pub(super) fn check_writable(&self, patience: Patience) -> Result<()> {
+        if self.options.read_only {
+            return Err(Error::new(
+                ErrorKind::ReadOnly,
+                "the store is mounted read-only",
+            ));
+        }
+        if matches!(patience, Patience::Now) && !self.is_building() {
+            return Err(Error::new(
+                ErrorKind::WouldBlock,
+                "a write waits for locks and for the disk",
+            ));
+        }
+        Ok(())
+    }
+
+    pub(super) fn change(
+        &self,
+        id: &ObjectId,
+        edit: &mut dyn FnMut(&mut Attributes) -> Result<()>,
+        mtime: Option<SystemTime>,
+        patience: Patience,
+    ) -> Result<()> {
+        self.check_writable(patience)?;
+        let names = self.names(id);
+        loop {
+            let reading = self.read_for_writing(&names, patience)?;
+            let decoded = reading.version.content.clone()?;
+            let old = decoded.attributes;
+            self.notice(id, decoded.generation, &old);
+            let mut new = old.clone();
+            edit(&mut new)?;
+            if new == old {
+                set_mtime(&reading.file, mtime)?;
+                point("file.update.touched");
+                self.unsynced(names.object());
+                return Ok(());
+            }
+            check_storable(&new)?;
+            validate::check(Some(&old), &new)?;
+            let generation = following(decoded.generation);
+            let bytes = encode_checked(generation, &new)?;
+            if self.put(id, &names, &reading, &bytes, mtime)? {
+                // Before the locks are let go, so that nobody can have written on top of it.
+                if !self.is_building() {
+                    self.changes().remember(id, generation, &old, &new);
+                }
+                self.cache().remove(id);
+                return Ok(());
+            }
+        }
+    }
+
+    /// An object, locked for a transaction and at rest. What a crash left of an earlier write is put right first.
+    pub(super) fn read_for_writing(&self, names: &Names, patience: Patience) -> Result<Reading> {
+        loop {
+            let building = self.is_building();
+            let reading = settled(building, patience, || self.attempt(names, patience))?;
+            if building {
+                return Ok(reading);
+            }
+            match rewrite::recover(self.directory(), names, &reading)? {
+                Recovered::Nothing => return Ok(reading),
+                recovered => self.say_recovered(names, recovered),
+            }
+        }
+    }
+
+    fn attempt(&self, names: &Names, patience: Patience) -> Result<Option<Reading>> {
+        let directory = self.directory();
+        let transaction = match names.lock() {
+            None => None,
+            Some(name) => {
+                let stat = stat_regular(directory, names.object())?;
+                let transaction = Transaction::take(directory, name, access_of(&stat), patience)?;
+                if !exists(directory, names.object()) {
+                    transaction.give_up(directory, name);
+                    return Err(Error::not_found("no such object"));
+                }
+                self.clear_temporary(names, patience)?;
+                Some(transaction.file)
+            }
+        };
+        let file = open_regular(directory, names.object(), OFlag::O_RDWR)?;
+        lock::lock_exclusive(&file, patience)?;
+        if names.lock().is_some()
+            && !self.is_building()
+            && let Some(left) = self.born.until_grown(&file)
+        {
+            // SoftHSM may be making it, with no other lock than that on the file.
+            drop(file);
+            drop(transaction);
+            patience.wait(left, "SoftHSM may still be making this object")?;
+            return Ok(None);
+        }
+        read_locked(directory, names.object(), file, transaction)
+    }
+
+    /// Puts the next version in place; nothing was done if the name means another file by now.
+    fn put(
+        &self,
+        id: &ObjectId,
+        names: &Names,
+        reading: &Reading,
+        bytes: &[u8],
+        mtime: Option<SystemTime>,
+    ) -> Result<bool> {
+        if *id == ObjectId::Token {
+            if self.is_building() {
+                self.rewrite_unseen(reading, bytes, mtime)?;
+                return Ok(true);
+            }
+        } else {
+            if !names.fit() {
+                return Err(too_long());
+            }
+            match self.exchange(names, reading, bytes, mtime)? {
+                Attempt::Done => return Ok(true),
+                Attempt::Replaced => return Ok(false),
+                Attempt::InPlace => {}
+            }
+        }
+        rewrite::rewrite(self.directory(), names, reading, bytes, mtime)?;
+        Ok(true)
+    }
+
+    fn exchange(
+        &self,
+        names: &Names,
+        reading: &Reading,
+        bytes: &[u8],
+        mtime: Option<SystemTime>,
+    ) -> Result<Attempt> {
+        let directory = self.directory();
+        let mut new = Temporary::new(directory, names.new())?;
+        point("file.update.made");
+        if !copy(&reading.file, &reading.stat, &new.file) {
+            return Ok(Attempt::InPlace);
+        }
+        point("file.update.dressed");
+        new.write(bytes)?;
+        point("file.update.written");
+        if mtime.is_some() {
+            set_mtime(&new.file, mtime)?;
+            point("file.update.dated");
+        }
+        if !self.is_building() {
+            sync(&new.file)?;
+            point("file.update.synced");
+            self.born.remember(&new.file);
+        }
+        let exchange = || {
+            renameat_with(
+                directory,
+                names.new(),
+                directory,
+                names.object(),
+                RenameFlags::EXCHANGE,
+            )
+        };
+        match exchange() {
+            Ok(()) => {}
+            // A plain rename would bring back what SoftHSM has destroyed meanwhile.
+            Err(Refusal::NOENT) => {
+                return Err(Error::not_found("SoftHSM has destroyed it meanwhile"));
+            }
+            Err(Refusal::INVAL | Refusal::NOSYS | Refusal::OPNOTSUPP) => {
+                return Ok(Attempt::InPlace);
+            }
+            Err(errno) => {
+                let errno = Errno::from_raw(errno.raw_os_error());
+                return Err(Error::system("exchange", errno));
+            }
+        }
+        point("file.update.exchanged");
+        // What has the temporary name now is the version before, if it is the file that is locked.
+        let previous = fstatat(
+            directory,
+            names.new(),
+            nix::fcntl::AtFlags::AT_SYMLINK_NOFOLLOW,
+        );
+        if let Ok(previous) = previous
+            && (previous.st_dev, previous.st_ino) != (reading.stat.st_dev, reading.stat.st_ino)
+        {
+            let back = exchange();
+            point("file.update.exchanged-back");
+            if let Err(errno) = back {
+                // Whatever it is, it is not ours to delete.
+                new.keep();
+                let errno = Errno::from_raw(errno.raw_os_error());
+                return Err(Error::system("exchange", errno));
+            }
+            return Ok(Attempt::Replaced);
+        }
+        drop(new);
+        point("file.update.done");
+        Ok(Attempt::Done)
+    }
+
+    /// Removes what a crash left of a write of an object whose `.lock` is held, and tells SoftHSM that an object may have
+    /// come or gone with it.
+    pub(super) fn clear_temporary(&self, names: &Names, patience: Patience) -> Result<()> {
+        if self.is_building() || !names.fit() || !exists(self.directory(), names.new()) {
+            return Ok(());
+        }
+        // First SoftHSM is told: after that nobody could know any more that it has to be.
+        self.raise_generation(patience)?;
+        if unlink_if_there(self.directory(), names.new())? {
+            point("file.recover.cleared");
+            self.diagnostics.warning(format!(
+                "{}: removed what a crash had left of a write; the object is as it was before that or as it was to become",
+                self.path.join(names.new()).display()
+            ));
+        }
+        Ok(())
+    }
+
+    pub(super) fn say_recovered(&self, names: &Names, recovered: Recovered) {
+        let path = self.path.join(names.journal());
+        self.diagnostics.warning(match recovered {
+            Recovered::Finished => format!(
+                "{}: finished a write that a crash had cut short",
+                path.display()
+            ),
+            _ => format!(
+                "{}: removed the journal of a write that a crash had ended before or after the object was written",
+                path.display()
+            ),
+        });
+    }
+
+    /// Writes the own object of a token that nobody else sees.
+    fn rewrite_unseen(
+        &self,
+        reading: &Reading,
+        bytes: &[u8],
+        mtime: Option<SystemTime>,
+    ) -> Result<()> {
+        use std::os::unix::fs::FileExt;
+        reading
+            .file
+            .write_all_at(bytes, 0)
+            .and_then(|()| reading.file.set_len(bytes.len() as u64))
+            .map_err(|error| Error::io("write", &error))?;
+        point("file.build.token-written");
+        if mtime.is_some() {
+            set_mtime(&reading.file, mtime)?;
+        }
+        Ok(())
+    }
+
+    /// Remembers that a file was changed and not synced.
+    pub(super) fn unsynced(&self, name: &Path) {
+        self.pending().insert(name.as_os_str().to_os_string());
+    }
+}
+
+/// The generation after `generation`: 0 is skipped, and a file without one has 0.
+pub(super) fn following(generation: Option<u64>) -> u64 {
+    generation.unwrap_or(0).checked_add(1).unwrap_or(1)
+}
+
+/// The bytes of an object, if they are not more than are read again.
+///
+/// # Errors
+/// [`ErrorKind::TooLarge`].
+pub(super) fn encode_checked(generation: u64, attributes: &Attributes) -> Result<Vec<u8>> {
+    let bytes = encode(generation, attributes);
+    if bytes.len() as u64 > LARGEST {
+        return Err(Error::new(
+            ErrorKind::TooLarge,
+            format!(
+                "the object would have {} bytes, more than any ({LARGEST})",
+                bytes.len()
+            ),
+        ));
+    }
+    Ok(bytes)
+}
+
+/// That the format can hold these attributes.
+///
+/// # Errors
+/// [`ErrorKind::Invalid`].
+pub(super) fn check_storable(attributes: &Attributes) -> Result<()> {
+    check_types(attributes)?;
+    for (key, value) in attributes.iter() {
+        if key.attribute_type == CKA_TOKENFS_FILLER {
+            return Err(Error::new(
+                ErrorKind::Invalid,
+                format!("{CKA_TOKENFS_FILLER:#010x} is what tokenfs fills files up with"),
+            ));
+        }
+        if let Value::Map(entries) = value {
+            check_types(entries)?;
+            if entries
+                .iter()
+                .any(|(_, entry)| matches!(entry, Value::Map(_)))
+            {
+                return Err(Error::new(
+                    ErrorKind::Invalid,
+                    "SoftHSM stores no attribute map in an attribute map",
+                ));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// That no type is there with two kinds.
+fn check_types(attributes: &Attributes) -> Result<()> {
+    let mut before = None;
+    for (key, _) in attributes.iter() {
+        if before == Some(key.attribute_type) {
+            return Err(Error::new(
+                ErrorKind::Invalid,
+                format!(
+                    "an object of the file backend cannot have {} with two kinds",
+                    super::noticed::name_of(key.attribute_type)
+                ),
+            ));
+        }
+        before = Some(key.attribute_type);
+    }
+    Ok(())
+}

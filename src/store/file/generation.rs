@@ -1,0 +1,147 @@
+//! The token's `generation`: the number by which a running SoftHSM notices that objects were made or removed.
+//!
+//! It is raised under its own write lock, after the files are in place or gone, and never goes back. 2.6.1 unlocks it before its
+//! buffer has reached the file, in `C_Initialize` too: what it writes then can undo a raise of ours. So a raise is looked
+//! at once more a moment later, and made again if anybody has written since.
+
+use std::fs::File;
+use std::os::fd::BorrowedFd;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use nix::sys::stat::{FileStat, Mode, fstat};
+
+use super::attire::{create_flags, set_access_if_possible};
+use super::read::open_regular;
+use super::{GENERATION, TOKEN_OBJECT};
+use crate::error::{Error, ErrorKind, Result};
+use crate::store::crash::point;
+use crate::store::{Access, Patience, lock};
+
+/// How long after an unlock a SoftHSM's buffer is waited for. It writes right after it has unlocked.
+const FLUSHED: Duration = Duration::from_millis(1);
+
+/// How often a raise is made again.
+const AGAIN: usize = 5;
+
+/// The file `generation` of a token, open and not locked.
+#[derive(Debug)]
+pub(super) struct Generation(File);
+
+impl Generation {
+    /// Opens it, and makes it where there is none.
+    ///
+    /// # Errors
+    /// What opening or making it fails with.
+    pub fn open(directory: BorrowedFd<'_>) -> Result<Self> {
+        let name = Path::new(GENERATION);
+        loop {
+            match open_regular(directory, name, nix::fcntl::OFlag::O_RDWR) {
+                Ok(file) => return Ok(Self(file)),
+                Err(error) if error.kind() == ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
+            }
+            let made = nix::fcntl::openat(
+                directory,
+                name,
+                create_flags(),
+                Mode::from_bits_truncate(0o600),
+            );
+            match made {
+                Ok(fd) => {
+                    let file = File::from(fd);
+                    point("file.generation.made");
+                    // As everything that belongs to the token as a whole.
+                    if let Ok(stat) = nix::sys::stat::fstatat(
+                        directory,
+                        TOKEN_OBJECT,
+                        nix::fcntl::AtFlags::AT_SYMLINK_NOFOLLOW,
+                    ) {
+                        set_access_if_possible(&file, super::attire::access_of(&stat));
+                    }
+                    return Ok(Self(file));
+                }
+                Err(nix::errno::Errno::EEXIST) => {
+                    // Made by somebody else meanwhile, unless it is a link or a directory: then opening says so.
+                    if let Err(error) = open_regular(directory, name, nix::fcntl::OFlag::O_RDWR) {
+                        return Err(error);
+                    }
+                }
+                Err(errno) => return Err(Error::system("make generation", errno)),
+            }
+        }
+    }
+
+    /// Makes the one of a token that is about to be published, where SoftHSM has not made it yet.
+    ///
+    /// # Errors
+    /// What making it fails with.
+    pub fn begin(directory: BorrowedFd<'_>, access: Access) -> Result<()> {
+        let generation = Self::open(directory)?;
+        super::attire::set_access(&generation.0, access)?;
+        point("file.generation.begun");
+        lock::lock_exclusive(&generation.0, Patience::at_most(Duration::from_secs(1)))?;
+        if generation.read()?.is_none() {
+            generation.write(1)?;
+        }
+        Ok(())
+    }
+
+    /// Raises the number by one, under its write lock.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Busy`] if somebody holds its lock; what writing fails with.
+    pub fn raise(directory: BorrowedFd<'_>, patience: Patience) -> Result<()> {
+        let mut at_least = 0;
+        for _ in 0..AGAIN {
+            let generation = Self::open(directory)?;
+            lock::lock_exclusive(&generation.0, patience)?;
+            // Where there is no number, one that nobody can have had: time goes on, too.
+            let present = generation.read()?.unwrap_or_else(microseconds);
+            let next = present.max(at_least).checked_add(1).unwrap_or(1);
+            generation.write(next)?;
+            point("file.generation.raised");
+            at_least = next;
+            let written = generation.stat()?;
+            // Lets go of the lock.
+            drop(generation);
+            thread::sleep(FLUSHED);
+            let later = Self::open(directory)?;
+            let stat = later.stat()?;
+            let untouched = (written.st_ino, written.st_mtime, written.st_mtime_nsec)
+                == (stat.st_ino, stat.st_mtime, stat.st_mtime_nsec);
+            if untouched && later.read()? == Some(next) {
+                return Ok(());
+            }
+        }
+        // Others go on raising it: what they write is another number each time.
+        Ok(())
+    }
+
+    fn stat(&self) -> Result<FileStat> {
+        fstat(&self.0).map_err(|errno| Error::system("stat generation", errno))
+    }
+
+    /// The number, if there is one.
+    fn read(&self) -> Result<Option<u64>> {
+        let mut buffer = [0; 8];
+        match self.0.read_exact_at(&mut buffer, 0) {
+            Ok(()) => Ok(Some(u64::from_be_bytes(buffer))),
+            Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => Ok(None),
+            Err(error) => Err(Error::io("read generation", &error)),
+        }
+    }
+
+    fn write(&self, number: u64) -> Result<()> {
+        self.0
+            .write_all_at(&number.to_be_bytes(), 0)
+            .map_err(|error| Error::io("write generation", &error))
+    }
+}
+
+fn microseconds() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    now.map_or(0, |now| u64::try_from(now.as_micros()).unwrap_or(0))
+}

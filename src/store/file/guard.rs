@@ -1,0 +1,198 @@
+//! The locks of a write, and the file that the next version of an object is written into.
+
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::BorrowedFd;
+use std::path::Path;
+
+use nix::errno::Errno;
+use nix::fcntl::{AtFlags, OFlag, openat};
+use nix::sys::stat::{FileStat, Mode, fstat, fstatat};
+use nix::unistd::{UnlinkatFlags, unlinkat};
+
+use super::attire::{create_flags, set_access_if_possible};
+use super::read::{is_named, open_regular};
+use crate::error::{Error, ErrorKind, Result};
+use crate::store::crash::point;
+use crate::store::metadata::is_file;
+use crate::store::{Access, Patience, lock};
+
+/// An object's lock file, locked exclusively as in a SoftHSM transaction.
+#[derive(Debug)]
+pub(super) struct Transaction {
+    /// The file, with its lock.
+    pub file: File,
+    /// Whether there was none before.
+    pub made: bool,
+}
+
+impl Transaction {
+    /// Takes the lock; where there is no lock file, makes one that looks like `access`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Busy`] or [`ErrorKind::WouldBlock`] if somebody holds it; what opening and making it fails with.
+    pub fn take(
+        directory: BorrowedFd<'_>,
+        name: &Path,
+        access: Access,
+        patience: Patience,
+    ) -> Result<Self> {
+        loop {
+            let (file, made) = match open_regular(directory, name, OFlag::O_RDWR) {
+                Ok(file) => (file, false),
+                Err(error) if error.kind() == ErrorKind::NotFound => {
+                    match openat(
+                        directory,
+                        name,
+                        create_flags(),
+                        Mode::from_bits_truncate(0o600),
+                    ) {
+                        Ok(fd) => {
+                            let file = File::from(fd);
+                            point("file.lock.made");
+                            set_access_if_possible(&file, access);
+                            point("file.lock.ready");
+                            (file, true)
+                        }
+                        Err(Errno::EEXIST) => {
+                            // Made by somebody else meanwhile, unless it is a link or a directory: then opening says so.
+                            (open_regular(directory, name, OFlag::O_RDWR)?, false)
+                        }
+                        Err(errno) => return Err(Error::system("make the lock file", errno)),
+                    }
+                }
+                Err(error) => return Err(error),
+            };
+            lock::lock_exclusive(&file, patience)?;
+            let stat = fstat(&file).map_err(|errno| Error::system("stat", errno))?;
+            // Whoever deletes an object deletes its lock file, too: a lock on a file without a name keeps nobody out.
+            match is_named(directory, name, &stat) {
+                Ok(true) => return Ok(Self { file, made }),
+                Ok(false) => {}
+                Err(error) if error.kind() == ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Takes back what was made for a write that came to nothing.
+    pub fn give_up(self, directory: BorrowedFd<'_>, name: &Path) {
+        if self.made {
+            let _ = unlink(directory, name);
+        }
+    }
+}
+
+/// A file that goes again unless it is kept.
+#[derive(Debug)]
+pub(super) struct Temporary<'a> {
+    directory: BorrowedFd<'a>,
+    name: &'a Path,
+    /// The file, open for reading and writing.
+    pub file: File,
+    kept: bool,
+}
+
+impl<'a> Temporary<'a> {
+    /// Makes the file `name`, which nobody but its owner can open.
+    ///
+    /// # Errors
+    /// What making it fails with.
+    pub fn new(directory: BorrowedFd<'a>, name: &'a Path) -> Result<Self> {
+        let fd = openat(
+            directory,
+            name,
+            create_flags(),
+            Mode::from_bits_truncate(0o600),
+        )
+        .map_err(|errno| Error::system("make a new file", errno))?;
+        Ok(Self {
+            directory,
+            name,
+            file: File::from(fd),
+            kept: false,
+        })
+    }
+
+    /// Writes all of its content.
+    ///
+    /// # Errors
+    /// What writing fails with.
+    pub fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        self.file
+            .write_all(bytes)
+            .map_err(|error| Error::io("write", &error))
+    }
+
+    /// What has its name now is not this file any more, or is to stay.
+    pub fn keep(&mut self) {
+        self.kept = true;
+    }
+}
+
+impl Drop for Temporary<'_> {
+    fn drop(&mut self) {
+        if !self.kept {
+            let _ = unlink(self.directory, self.name);
+        }
+    }
+}
+
+/// Removes a file.
+///
+/// # Errors
+/// What `unlink` fails with.
+pub(super) fn unlink(directory: BorrowedFd<'_>, name: &Path) -> Result<()> {
+    unlinkat(directory, name, UnlinkatFlags::NoRemoveDir)
+        .map_err(|errno| Error::system("unlink", errno))
+}
+
+/// Removes a file if it is there; whether it was.
+///
+/// # Errors
+/// What `unlink` fails with.
+pub(super) fn unlink_if_there(directory: BorrowedFd<'_>, name: &Path) -> Result<bool> {
+    match unlink(directory, name) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// What `stat` says of a regular file.
+///
+/// # Errors
+/// [`ErrorKind::NotFound`] if there is none of that name.
+pub(super) fn stat_regular(directory: BorrowedFd<'_>, name: &Path) -> Result<FileStat> {
+    match fstatat(directory, name, AtFlags::AT_SYMLINK_NOFOLLOW) {
+        Ok(stat) if is_file(&stat) => Ok(stat),
+        Ok(_) => Err(Error::not_found("not a regular file")),
+        // No object can have a name that leaves no room for the suffix.
+        Err(Errno::ENAMETOOLONG) => Err(Error::not_found("no such object")),
+        Err(errno) => Err(Error::system("stat", errno)),
+    }
+}
+
+/// Whether there is anything of that name.
+pub(super) fn exists(directory: BorrowedFd<'_>, name: &Path) -> bool {
+    !matches!(
+        fstatat(directory, name, AtFlags::AT_SYMLINK_NOFOLLOW),
+        Err(Errno::ENOENT | Errno::ENAMETOOLONG)
+    )
+}
+
+/// Waits until a file is on disk.
+///
+/// # Errors
+/// What `fsync` fails with.
+pub(super) fn sync(file: &File) -> Result<()> {
+    file.sync_all().map_err(|error| Error::io("fsync", &error))
+}
+
+/// Waits until the names in a directory are on disk.
+///
+/// # Errors
+/// What `fsync` fails with.
+pub(super) fn sync_directory(directory: BorrowedFd<'_>) -> Result<()> {
+    nix::unistd::fsync(directory).map_err(|errno| Error::system("fsync of the directory", errno))
+}

@@ -1,0 +1,290 @@
+//! Making and removing objects, and changing their modes, owners and times.
+
+use std::ffi::OsString;
+use std::path::Path;
+
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, renameat};
+use rustix::fs::{AtFlags as LinkFlags, RenameFlags, linkat, renameat_with};
+use rustix::io::Errno as Refusal;
+
+use super::FileToken;
+use super::attire::{access_of, apply, apply_to_directory, set_access, set_mtime};
+use super::change::{check_storable, encode_checked};
+use super::generation::Generation;
+use super::guard::{
+    Temporary, Transaction, exists, stat_regular, sync, sync_directory, unlink_if_there,
+};
+use super::names::Names;
+use super::read::open_regular;
+use crate::error::{Error, ErrorKind, Result};
+use crate::store::crash::point;
+use crate::store::{
+    MetadataChange, NewObject, ObjectId, ObjectName, Patience, Target, lock, validate,
+};
+
+impl FileToken {
+    pub(super) fn make(
+        &self,
+        name: &ObjectName,
+        new: &NewObject,
+        patience: Patience,
+    ) -> Result<()> {
+        self.check_writable(patience)?;
+        let names = Names::of_new(name)?;
+        check_storable(&new.attributes)?;
+        validate::check(None, &new.attributes)?;
+        let bytes = encode_checked(1, &new.attributes)?;
+        let directory = self.directory();
+        if exists(directory, names.object()) {
+            return Err(already());
+        }
+        let lock_name = names.lock().unwrap_or(Path::new(""));
+        let transaction = Transaction::take(directory, lock_name, new.access, patience)?;
+        match self.make_locked(&names, new, &bytes, patience) {
+            Ok(()) => {
+                self.changes().forget(&ObjectId::Object(name.clone()));
+                Ok(())
+            }
+            Err(error) => {
+                if !exists(directory, names.object()) {
+                    transaction.give_up(directory, lock_name);
+                }
+                Err(error)
+            }
+        }
+    }
+
+    fn make_locked(
+        &self,
+        names: &Names,
+        new: &NewObject,
+        bytes: &[u8],
+        patience: Patience,
+    ) -> Result<()> {
+        let directory = self.directory();
+        let building = self.is_building();
+        self.clear_temporary(names, patience)?;
+        // Of an object that is gone.
+        unlink_if_there(directory, names.journal())?;
+        // What would keep SoftHSM from being told is met before there is anything to tell.
+        if !building {
+            Generation::open(directory)?;
+        }
+        let mut file = Temporary::new(directory, names.new())?;
+        point("file.create.made");
+        set_access(&file.file, new.access)?;
+        point("file.create.dressed");
+        file.write(bytes)?;
+        point("file.create.written");
+        if new.mtime.is_some() {
+            set_mtime(&file.file, new.mtime)?;
+            point("file.create.dated");
+        }
+        if !building {
+            sync(&file.file)?;
+            point("file.create.synced");
+            self.born.remember(&file.file);
+        }
+        let linked = linkat(
+            directory,
+            names.new(),
+            directory,
+            names.object(),
+            LinkFlags::empty(),
+        );
+        match linked {
+            Ok(()) => {}
+            Err(Refusal::EXIST) => return Err(already()),
+            // A file system without hard links. A crash before the next step leaves no trace there of what SoftHSM was not told.
+            Err(Refusal::PERM | Refusal::OPNOTSUPP | Refusal::NOSYS | Refusal::MLINK) => {
+                renameat_with(
+                    directory,
+                    names.new(),
+                    directory,
+                    names.object(),
+                    RenameFlags::NOREPLACE,
+                )
+                .map_err(|errno| match errno {
+                    Refusal::EXIST => already(),
+                    errno => Error::system("rename", Errno::from_raw(errno.raw_os_error())),
+                })?;
+            }
+            Err(errno) => {
+                let errno = Errno::from_raw(errno.raw_os_error());
+                return Err(Error::system("link", errno));
+            }
+        }
+        point("file.create.linked");
+        if !building && let Err(error) = self.raise_generation(patience) {
+            // An object that SoftHSM is not told of is none.
+            let _ = unlink_if_there(directory, names.object());
+            return Err(error);
+        }
+        point("file.create.told");
+        // Takes away the other name.
+        drop(file);
+        point("file.create.done");
+        Ok(())
+    }
+
+    pub(super) fn unmake(&self, name: &ObjectName, patience: Patience) -> Result<()> {
+        self.check_writable(patience)?;
+        let id = ObjectId::Object(name.clone());
+        let names = self.names(&id);
+        let directory = self.directory();
+        let building = self.is_building();
+        let lock_name = names.lock().unwrap_or(Path::new(""));
+        let _transaction = loop {
+            let stat = stat_regular(directory, names.object())?;
+            let transaction = Transaction::take(directory, lock_name, access_of(&stat), patience)?;
+            if !building
+                && let Ok(file) = open_regular(directory, names.object(), OFlag::O_RDONLY)
+                && let Some(left) = self.born.until_grown(&file)
+            {
+                // SoftHSM would go on making it, and it would be there again.
+                drop(transaction);
+                patience.wait(left, "SoftHSM may still be making this object")?;
+                continue;
+            }
+            break transaction;
+        };
+        self.clear_temporary(&names, patience)?;
+        let gone = |errno| match errno {
+            Errno::ENOENT => {
+                let _ = unlink_if_there(directory, lock_name);
+                Error::not_found("SoftHSM has destroyed it meanwhile")
+            }
+            errno => Error::system("remove", errno),
+        };
+        // Whatever would keep SoftHSM from being told is met before there is anything to tell.
+        if !building {
+            Generation::open(directory)?;
+        }
+        if names.fit() {
+            // Under another name, so that a crash leaves a trace of what SoftHSM has to be told.
+            renameat(directory, names.object(), directory, names.new()).map_err(gone)?;
+        } else {
+            nix::unistd::unlinkat(
+                directory,
+                names.object(),
+                nix::unistd::UnlinkatFlags::NoRemoveDir,
+            )
+            .map_err(gone)?;
+        }
+        point("file.remove.renamed");
+        if !building && let Err(error) = self.raise_generation(patience) {
+            // An object that SoftHSM believes in is still there.
+            if names.fit() {
+                let _ = renameat_with(
+                    directory,
+                    names.new(),
+                    directory,
+                    names.object(),
+                    RenameFlags::NOREPLACE,
+                );
+            }
+            return Err(error);
+        }
+        point("file.remove.told");
+        if names.fit() {
+            unlink_if_there(directory, names.new())?;
+            point("file.remove.unlinked");
+            unlink_if_there(directory, names.journal())?;
+            point("file.remove.unjournalled");
+        }
+        unlink_if_there(directory, lock_name)?;
+        point("file.remove.done");
+        self.changes().forget(&id);
+        self.cache().remove(&id);
+        Ok(())
+    }
+
+    pub(super) fn change_metadata(
+        &self,
+        target: &Target,
+        change: &MetadataChange,
+        patience: Patience,
+    ) -> Result<()> {
+        self.check_writable(patience)?;
+        let directory = self.directory();
+        let id = match target {
+            Target::Directory => return apply_to_directory(directory, change),
+            Target::Object(id) => id,
+        };
+        let names = self.names(id);
+        stat_regular(directory, names.object())?;
+        // Keeps away whoever is about to put another file in its place that looks as this one does now. Where there is no lock
+        // file, or none that we may open, the owner may still change what is his.
+        let held = match names.lock() {
+            None => None,
+            Some(name) => match open_regular(directory, name, OFlag::O_RDWR) {
+                Ok(file) => {
+                    lock::lock_exclusive(&file, patience)?;
+                    Some(file)
+                }
+                Err(_) => match open_regular(directory, name, OFlag::O_RDONLY) {
+                    Ok(file) => {
+                        lock::lock_shared(&file, patience)?;
+                        Some(file)
+                    }
+                    Err(_) => None,
+                },
+            },
+        };
+        apply(directory, names.object(), change)?;
+        self.unsynced(names.object());
+        if let Some(name) = names.lock()
+            && held.is_some()
+        {
+            let access = MetadataChange {
+                atime: None,
+                mtime: None,
+                ..*change
+            };
+            apply(directory, name, &access)?;
+        }
+        self.cache().remove(id);
+        Ok(())
+    }
+
+    /// Waits until everything is on disk: the names in the directory, and what was written without waiting.
+    pub(super) fn sync_all(&self, patience: Patience) -> Result<()> {
+        if self.options.read_only {
+            return Ok(());
+        }
+        self.check_writable(patience)?;
+        if self.is_building() {
+            // Nothing of it is there before it is published.
+            return Ok(());
+        }
+        let directory = self.directory();
+        let pending: Vec<OsString> = self.pending().iter().cloned().collect();
+        for name in &pending {
+            match open_regular(directory, Path::new(name), OFlag::O_RDONLY) {
+                Ok(file) => sync(&file).map_err(|error| error.at(self.path.join(name)))?,
+                Err(error) if error.kind() == ErrorKind::NotFound => {}
+                // What we may change and not read: the directory's `fsync` has to do.
+                Err(error) if error.kind() == ErrorKind::PermissionDenied => {}
+                Err(error) => return Err(error.at(self.path.join(name))),
+            }
+        }
+        sync_directory(directory)?;
+        let mut waiting = self.pending();
+        for name in &pending {
+            waiting.remove(name);
+        }
+        Ok(())
+    }
+
+    /// Tells SoftHSM that an object has come or gone.
+    pub(super) fn raise_generation(&self, patience: Patience) -> Result<()> {
+        Generation::raise(self.directory(), patience)?;
+        self.unsynced(Path::new(super::GENERATION));
+        Ok(())
+    }
+}
+
+fn already() -> Error {
+    Error::new(ErrorKind::Exists, "there is an object of that name")
+}
