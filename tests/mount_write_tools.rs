@@ -129,7 +129,7 @@ both_backends! {
         // As somebody at a terminal has it, with its swap file in the same directory.
         let last = variants.len() - 1;
         let line = format!(
-            "script -qec \"vim -i NONE -c '%s/^vim {last}$/at a terminal/' -c w -c q $o/CKA_LABEL\" /dev/null </dev/null >/dev/null"
+            "timeout 30 script -qec \"vim -i NONE -c '%s/^vim {last}$/at a terminal/' -c w -c q $o/CKA_LABEL\" /dev/null </dev/null >/dev/null"
         );
         play(&mut bench, &[(line.as_str(), "CKA_LABEL", "at a terminal\n")]);
         assert_eq!(bench.quiet("ls -A $o"), bench.quiet("find $o -mindepth 1 -printf '%f\n' | sort"));
@@ -141,7 +141,7 @@ both_backends! {
         // Keys have to come after nano has its screen: cut the line, type another, write, leave.
         let keys = r"( sleep 1; printf '\013'; sleep 0.2; printf 'nano was here'; sleep 0.2; printf '\017'; sleep 0.2; printf '\r'; sleep 0.3; printf '\030'; sleep 0.3 )";
         for options in ["-I", "-I -B"] {
-            let line = format!("{keys} | script -qec 'nano {options} {}/CKA_LABEL' /dev/null >/dev/null", bench.data);
+            let line = format!("{keys} | timeout 30 script -qec 'nano {options} {}/CKA_LABEL' /dev/null >/dev/null", bench.data);
             bench.quiet("echo line >$o/CKA_LABEL");
             play(&mut bench, &[(line.as_str(), "CKA_LABEL", "nano was here\n")]);
         }
