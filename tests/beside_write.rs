@@ -24,7 +24,14 @@ const OBJECTS: usize = 6;
 
 fn data(label: &str) -> Vec<Attribute> {
     let application = bytes(CKA_APPLICATION, "0");
-    vec![ulong(0, 0), boolean(1, true), boolean(2, false), bytes(3, label), application, bytes(CKA_VALUE, "value")]
+    vec![
+        ulong(0, 0),
+        boolean(1, true),
+        boolean(2, false),
+        bytes(3, label),
+        application,
+        bytes(CKA_VALUE, "value"),
+    ]
 }
 
 /// A value that says which it is, of a length that it determines: torn ones are noticed.
@@ -70,7 +77,9 @@ impl Scene {
 
     /// SoftHSM's side: labels of the objects that stay, and objects that come and go.
     fn softhsm(&self, client: &mut P11, handles: &[u64]) -> Vec<String> {
-        let mut last: Vec<String> = (0..handles.len()).map(|index| format!("o{index}")).collect();
+        let mut last: Vec<String> = (0..handles.len())
+            .map(|index| format!("o{index}"))
+            .collect();
         let mut round = 0;
         while self.goes_on() {
             round += 1;
@@ -78,17 +87,23 @@ impl Scene {
             let (handle, object) = (handles[index], &self.objects[index]);
             let seen = client.label(handle).unwrap().unwrap();
             assert_eq!(
-                String::from_utf8_lossy(&seen), last[index],
-                "round {round}: SoftHSM's own change of {} is lost, says SoftHSM", object.display()
+                String::from_utf8_lossy(&seen),
+                last[index],
+                "round {round}: SoftHSM's own change of {} is lost, says SoftHSM",
+                object.display()
             );
             let label = text('s', round);
-            client.set_label(handle, &label).unwrap_or_else(|why| panic!("round {round}: C_SetAttributeValue: {why:?}"));
+            client
+                .set_label(handle, &label)
+                .unwrap_or_else(|why| panic!("round {round}: C_SetAttributeValue: {why:?}"));
             last[index] = label;
             self.counts.softhsm.fetch_add(1, Relaxed);
             match round % 16 {
                 3 => {
                     let label = self.name('s');
-                    client.create(&data(&label)).unwrap_or_else(|why| panic!("round {round}: C_CreateObject: {why:?}"));
+                    client
+                        .create(&data(&label))
+                        .unwrap_or_else(|why| panic!("round {round}: C_CreateObject: {why:?}"));
                     self.ledger.lock().unwrap().present.insert(label);
                     self.counts.made_by_softhsm.fetch_add(1, Relaxed);
                 }
@@ -96,8 +111,14 @@ impl Scene {
                     // Each label has one taker, so that both do not remove the same.
                     let Some(label) = self.take() else { continue };
                     let found = client.find_label(&label).unwrap();
-                    assert_eq!(found.len(), 1, "round {round}: {label} was made, and a live session finds {found:?}");
-                    client.destroy(found[0]).unwrap_or_else(|why| panic!("round {round}: C_DestroyObject of {label}: {why:?}"));
+                    assert_eq!(
+                        found.len(),
+                        1,
+                        "round {round}: {label} was made, and a live session finds {found:?}"
+                    );
+                    client.destroy(found[0]).unwrap_or_else(|why| {
+                        panic!("round {round}: C_DestroyObject of {label}: {why:?}")
+                    });
                     self.counts.removed_by_softhsm.fetch_add(1, Relaxed);
                 }
                 _ => {}
@@ -118,7 +139,11 @@ impl Scene {
             return None;
         }
         // Of either side in turn.
-        if ledger.next.is_multiple_of(2) { ledger.present.pop_first() } else { ledger.present.pop_last() }
+        if ledger.next.is_multiple_of(2) {
+            ledger.present.pop_first()
+        } else {
+            ledger.present.pop_last()
+        }
     }
 
     /// Our side: another attribute of the same objects.
@@ -129,13 +154,21 @@ impl Scene {
             round += 1;
             let index = usize::try_from(round * 5 % last.len() as u64).unwrap();
             let path = self.objects[index].join("CKA_APPLICATION");
-            let seen = String::from_utf8(fs::read(&path).unwrap_or_else(|e| panic!("reading {}: {e}", path.display()))).unwrap();
+            let seen = String::from_utf8(
+                fs::read(&path).unwrap_or_else(|e| panic!("reading {}: {e}", path.display())),
+            )
+            .unwrap();
             if seen != last[index] {
-                assert_eq!(backend, Backend::File, "round {round}: a change of ours is lost on db");
+                assert_eq!(
+                    backend,
+                    Backend::File,
+                    "round {round}: a change of ours is lost on db"
+                );
                 self.counts.overwritten.fetch_add(1, Relaxed);
             }
             let value = text('m', round);
-            fs::write(&path, &value).unwrap_or_else(|e| panic!("round {round}: writing {}: {e}", path.display()));
+            fs::write(&path, &value)
+                .unwrap_or_else(|e| panic!("round {round}: writing {}: {e}", path.display()));
             last[index] = value;
             self.counts.ours.fetch_add(1, Relaxed);
         }
@@ -173,15 +206,27 @@ impl Scene {
                 self.counts.removed.fetch_add(1, Relaxed);
             } else {
                 let label = self.name('m');
-                let directory = self.token.join(uuid::Uuid::new_v5(&uuid::Uuid::NAMESPACE_OID, label.as_bytes()).to_string());
+                let directory = self.token.join(
+                    uuid::Uuid::new_v5(&uuid::Uuid::NAMESPACE_OID, label.as_bytes()).to_string(),
+                );
                 fs::create_dir(&directory).unwrap_or_else(|e| panic!("mkdir {label}: {e}"));
                 for (name, content) in [
-                    ("CKA_CLASS", "CKO_DATA\n"), ("CKA_TOKEN", "true\n"), ("CKA_PRIVATE", "false\n"), ("CKA_MODIFIABLE", "true\n"),
-                    ("CKA_COPYABLE", "true\n"), ("CKA_DESTROYABLE", "true\n"), ("CKA_VALUE", "value"), ("CKA_LABEL", &label),
+                    ("CKA_CLASS", "CKO_DATA\n"),
+                    ("CKA_TOKEN", "true\n"),
+                    ("CKA_PRIVATE", "false\n"),
+                    ("CKA_MODIFIABLE", "true\n"),
+                    ("CKA_COPYABLE", "true\n"),
+                    ("CKA_DESTROYABLE", "true\n"),
+                    ("CKA_VALUE", "value"),
+                    ("CKA_LABEL", &label),
                 ] {
-                    fs::write(directory.join(name), content).unwrap_or_else(|e| panic!("{label}: {name}: {e}"));
+                    fs::write(directory.join(name), content)
+                        .unwrap_or_else(|e| panic!("{label}: {name}: {e}"));
                 }
-                File::open(&directory).unwrap().sync_all().unwrap_or_else(|e| panic!("{label}: fsync: {e}"));
+                File::open(&directory)
+                    .unwrap()
+                    .sync_all()
+                    .unwrap_or_else(|e| panic!("{label}: fsync: {e}"));
                 self.ledger.lock().unwrap().present.insert(label);
                 self.counts.made.fetch_add(1, Relaxed);
             }
@@ -191,10 +236,14 @@ impl Scene {
 
 /// How many changes of ours the log says that SoftHSM overwrote.
 fn logged(log: &str) -> u64 {
-    let lines = log.lines().filter(|line| line.contains("overwrote a change"));
+    let lines = log
+        .lines()
+        .filter(|line| line.contains("overwrote a change"));
     lines
         .map(|line| {
-            let times = line.rsplit_once('(').and_then(|(_, end)| end.strip_suffix(" times)"));
+            let times = line
+                .rsplit_once('(')
+                .and_then(|(_, end)| end.strip_suffix(" times)"));
             times.map_or(1, |times| times.parse().unwrap_or(1))
         })
         .sum()

@@ -18,7 +18,10 @@ use write_common::leftovers;
 type Covered = BTreeMap<&'static str, usize>;
 
 /// Kills `step` at every passing of every point in every story; the points that were met, with the first story that did.
-fn die_in_the_store(backend: Backend, covered: &Mutex<Covered>) -> BTreeMap<&'static str, &'static str> {
+fn die_in_the_store(
+    backend: Backend,
+    covered: &Mutex<Covered>,
+) -> BTreeMap<&'static str, &'static str> {
     let mut stage = Stage::new(backend);
     let mut stories_of = BTreeMap::new();
     let (mut deaths, mut wrong) = (0, Vec::new());
@@ -29,11 +32,15 @@ fn die_in_the_store(backend: Backend, covered: &Mutex<Covered>) -> BTreeMap<&'st
             for time in 1.. {
                 stage.reset();
                 let mut step = stage.step(&[], &story.operations);
-                let output = step.env("TOKENFS_CRASH_POINT", format!("{point}:{time}")).output();
+                let output = step
+                    .env("TOKENFS_CRASH_POINT", format!("{point}:{time}"))
+                    .output();
                 match ended(&output.unwrap()) {
                     Ok(End::Finished) => break,
                     Ok(End::Killed) => {}
-                    Err(why) => panic!("{backend}: {}: killed at {point}:{time}: {why}", story.name),
+                    Err(why) => {
+                        panic!("{backend}: {}: killed at {point}:{time}: {why}", story.name)
+                    }
                 }
                 deaths += 1;
                 stories_of.entry(*point).or_insert(story.name);
@@ -45,7 +52,12 @@ fn die_in_the_store(backend: Backend, covered: &Mutex<Covered>) -> BTreeMap<&'st
         }
     }
     println!("{backend}: {deaths} deaths at {} points", stories_of.len());
-    assert!(wrong.is_empty(), "{backend}: {} of {deaths} deaths left something wrong:\n{}", wrong.len(), wrong.join("\n"));
+    assert!(
+        wrong.is_empty(),
+        "{backend}: {} of {deaths} deaths left something wrong:\n{}",
+        wrong.len(),
+        wrong.join("\n")
+    );
     stories_of
 }
 
@@ -53,7 +65,9 @@ fn die_in_the_store(backend: Backend, covered: &Mutex<Covered>) -> BTreeMap<&'st
 fn in_a_shell(story: &str) -> &'static str {
     match story {
         "change an attribute" | "change and sync" => "printf changed >$o/CKA_LABEL",
-        "make an object longer than a page" => "for i in {1..3000}; do printf 'long '; done >$o/CKA_VALUE",
+        "make an object longer than a page" => {
+            "for i in {1..3000}; do printf 'long '; done >$o/CKA_VALUE"
+        }
         "make it shorter again" => "printf a >$o/CKA_VALUE",
         "remove an attribute" => "rm $o/CKA_APPLICATION; sync $o",
         "create an object" => "cp -a $k 00000000-0000-4000-8000-00000000000a",
@@ -61,7 +75,9 @@ fn in_a_shell(story: &str) -> &'static str {
         "remove an object" => "mv $k .gone",
         "chmod" => "chmod 640 $o/CKA_LABEL",
         "set the time" => "touch -d @1500000000 $o",
-        "change the token's own" | "make the token's own longer" => "printf '%-32s' test! >token/CKA_OS_TOKENLABEL",
+        "change the token's own" | "make the token's own longer" => {
+            "printf '%-32s' test! >token/CKA_OS_TOKENLABEL"
+        }
         "create a token" => "cp -a . ../c0000000-0000-4000-8000-00000000000c; sync ..",
         "remove a token" => "rm -r ../$second; sync ..",
         other => panic!("no shell for {other}"),
@@ -70,8 +86,14 @@ fn in_a_shell(story: &str) -> &'static str {
 
 fn shell(stage: &Stage, mount: &Mount, line: &str) -> std::process::Output {
     let mut shell = tool("bash");
-    shell.arg("-c").arg(line).current_dir(mount.join(&stage.token));
-    shell.env("o", &stage.data).env("k", &stage.private).env("second", &stage.second);
+    shell
+        .arg("-c")
+        .arg(line)
+        .current_dir(mount.join(&stage.token));
+    shell
+        .env("o", &stage.data)
+        .env("k", &stage.private)
+        .env("second", &stage.second);
     shell.output().unwrap()
 }
 
@@ -84,14 +106,20 @@ fn die_in_a_mount(backend: Backend, stories: &BTreeMap<&'static str, &'static st
         let before = stage.softhsm.read();
         let mount = Mount::new(&stage.softhsm);
         let output = shell(&stage, &mount, line);
-        assert!(output.status.success(), "{backend}: `{line}`: {}", said(&output));
+        assert!(
+            output.status.success(),
+            "{backend}: `{line}`: {}",
+            said(&output)
+        );
         mount.unmount();
         let mut states = vec![before, stage.softhsm.read()];
         // What removes several things removes them one by one.
         if story.contains("token") || story.contains("create") {
             for name in [&stage.second, &stage.token] {
                 let mut between = states[0].clone();
-                if let Some(token) = between.get_mut(name) && *name == stage.second {
+                if let Some(token) = between.get_mut(name)
+                    && *name == stage.second
+                {
                     token.objects.clear();
                     states.push(between);
                 }
@@ -100,13 +128,19 @@ fn die_in_a_mount(backend: Backend, stories: &BTreeMap<&'static str, &'static st
         if *story == "create, change and remove" {
             stage.reset();
             let mount = Mount::new(&stage.softhsm);
-            shell(&stage, &mount, "cp -a $k 00000000-0000-4000-8000-00000000000a");
+            shell(
+                &stage,
+                &mount,
+                "cp -a $k 00000000-0000-4000-8000-00000000000a",
+            );
             mount.unmount();
             states.push(stage.softhsm.read());
         }
         stage.reset();
         let options = MountOptions::new().environment("TOKENFS_CRASH_POINT", point);
-        let Ok(mut mount) = options.mount_with(&["--config".into(), stage.softhsm.conf.clone().into()]) else {
+        let Ok(mut mount) =
+            options.mount_with(&["--config".into(), stage.softhsm.conf.clone().into()])
+        else {
             panic!("{backend}: cannot mount with {point}");
         };
         let output = shell(&stage, &mount, line);
@@ -120,19 +154,28 @@ fn die_in_a_mount(backend: Backend, stories: &BTreeMap<&'static str, &'static st
         }
         drop(mount);
         if let Err(why) = stage.judge_by_softhsm(&states) {
-            wrong.push(format!("`{line}`, killed at {point}: SoftHSM: {why}\nthe shell: {}", said(&output)));
+            wrong.push(format!(
+                "`{line}`, killed at {point}: SoftHSM: {why}\nthe shell: {}",
+                said(&output)
+            ));
         }
         // The next mount puts it right.
         Mount::new(&stage.softhsm).unmount();
         let left = leftovers(&stage.softhsm.tokendir);
         if !left.is_empty() {
-            wrong.push(format!("`{line}`, killed at {point}: left after the next mount: {left:?}"));
+            wrong.push(format!(
+                "`{line}`, killed at {point}: left after the next mount: {left:?}"
+            ));
         }
         if let Err(why) = stage.check(&stage.softhsm.tokendir, &[], &[0]) {
-            wrong.push(format!("`{line}`, killed at {point}, after the next mount: {why}"));
+            wrong.push(format!(
+                "`{line}`, killed at {point}, after the next mount: {why}"
+            ));
         }
         if let Err(why) = stage.judge_by_softhsm(&states) {
-            wrong.push(format!("`{line}`, killed at {point}: SoftHSM after the next mount: {why}"));
+            wrong.push(format!(
+                "`{line}`, killed at {point}: SoftHSM after the next mount: {why}"
+            ));
         }
     }
     println!("{backend}: {deaths} mounts died at a point; not met: {survived:?}");
@@ -156,8 +199,16 @@ fn a_death_at_each_point_leaves_the_store_as_before_or_as_after() {
     });
     let covered = covered.into_inner().unwrap();
     let points = tokenfs::store::crash::POINTS;
-    let missed: Vec<_> = points.iter().filter(|point| !covered.contains_key(*point)).collect();
-    println!("{} of {} points, {} deaths: {covered:?}", covered.len(), points.len(), covered.values().sum::<usize>());
+    let missed: Vec<_> = points
+        .iter()
+        .filter(|point| !covered.contains_key(*point))
+        .collect();
+    println!(
+        "{} of {} points, {} deaths: {covered:?}",
+        covered.len(),
+        points.len(),
+        covered.values().sum::<usize>()
+    );
     assert!(!points.is_empty(), "there are no crash points");
     assert!(missed.is_empty(), "no kind of write gets to {missed:?}");
 }

@@ -31,14 +31,34 @@ fn calls(stage: &Stage, operations: &[Vec<String>]) -> Vec<Call> {
     calls
 }
 
-fn die_everywhere(stage: &mut Stage, name: &str, operations: &[Vec<String>], states: &[Stored], prepare: &dyn Fn(&Stage)) -> (usize, Vec<String>) {
+fn die_everywhere(
+    stage: &mut Stage,
+    name: &str,
+    operations: &[Vec<String>],
+    states: &[Stored],
+    prepare: &dyn Fn(&Stage),
+) -> (usize, Vec<String>) {
     prepare(stage);
     let output = stage.softhsm.directory.path().join("trace");
     run(&mut stage.step(&tracing(&output), operations));
     let calls = calls_after(&fs::read_to_string(&output).unwrap(), READY);
     let (mut deaths, mut wrong) = (0, Vec::new());
-    for call in calls.iter().filter(|call| full() || call.changes_something()) {
-        if ["exit_group", "exit", "sigaltstack", "rt_sigprocmask", "munmap", "brk", "mmap", "futex"].contains(&call.name.as_str()) {
+    for call in calls
+        .iter()
+        .filter(|call| full() || call.changes_something())
+    {
+        if [
+            "exit_group",
+            "exit",
+            "sigaltstack",
+            "rt_sigprocmask",
+            "munmap",
+            "brk",
+            "mmap",
+            "futex",
+        ]
+        .contains(&call.name.as_str())
+        {
             continue;
         }
         prepare(stage);
@@ -173,7 +193,10 @@ both_backends! {
 
 fn shell(stage: &Stage, mount: &Mount, line: &str) -> std::process::Output {
     let mut shell = tool("bash");
-    shell.arg("-c").arg(line).current_dir(mount.join(&stage.token));
+    shell
+        .arg("-c")
+        .arg(line)
+        .current_dir(mount.join(&stage.token));
     shell.env("o", &stage.data).env("k", &stage.private);
     shell.output().unwrap()
 }
@@ -181,15 +204,27 @@ fn shell(stage: &Stage, mount: &Mount, line: &str) -> std::process::Output {
 /// `strace` on a running process, which it kills at the `number`th call of a name.
 fn attach(pid: u32, name: &str, number: usize) -> std::process::Child {
     let mut strace: Command = tool("strace");
-    strace.args(["-f", "-o", "/dev/null", "-p", &pid.to_string(), "-e", &format!("trace={name}")]);
+    strace.args([
+        "-f",
+        "-o",
+        "/dev/null",
+        "-p",
+        &pid.to_string(),
+        "-e",
+        &format!("trace={name}"),
+    ]);
     strace.args(["-e", &format!("inject={name}:signal=KILL:when={number}")]);
     let child = strace.stderr(Stdio::null()).spawn().unwrap();
     let tracer = || {
         let tasks = fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten();
-        let traced: BTreeSet<bool> = tasks.map(|task| {
-            let status = fs::read_to_string(task.path().join("status")).unwrap_or_default();
-            status.lines().any(|line| line.starts_with("TracerPid:") && !line.ends_with("\t0"))
-        }).collect();
+        let traced: BTreeSet<bool> = tasks
+            .map(|task| {
+                let status = fs::read_to_string(task.path().join("status")).unwrap_or_default();
+                status
+                    .lines()
+                    .any(|line| line.starts_with("TracerPid:") && !line.ends_with("\t0"))
+            })
+            .collect();
         traced == BTreeSet::from([true])
     };
     eventually(Duration::from_secs(5), "strace on the mount", tracer);

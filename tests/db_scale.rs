@@ -3,10 +3,12 @@
 
 mod db_common;
 
+use std::ffi::OsStr;
 use std::time::Instant;
 
 use db_common::*;
-use tokenfs::store::{Patience, Token};
+use tokenfs::store::attribute::{Attributes, Value};
+use tokenfs::store::{Access, NewObject, ObjectName, Patience, Token};
 
 fn resident() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
@@ -56,5 +58,54 @@ fn ten_thousand_objects() {
         std::fs::metadata(&made.path).unwrap().len() >> 20,
         start.elapsed() / 1000,
         taken >> 10,
+    );
+
+    // A write reads none of the values again: they stay where they are.
+    let place = || {
+        token
+            .object(&id, patient())
+            .unwrap()
+            .attributes
+            .bytes(700 + 3)
+            .unwrap()
+            .as_ptr() as usize
+    };
+    let before = place();
+    let other = of_row(&token, 7000);
+    let mut took = Vec::new();
+    for n in 0..20 {
+        let start = Instant::now();
+        let edit = &mut |attributes: &mut Attributes| {
+            attributes.insert(LABEL, Value::Bytes(vec![n; 16]));
+            Ok(())
+        };
+        token.update(&other, edit, None, patient()).unwrap();
+        took.push(start.elapsed());
+    }
+    let new = NewObject {
+        attributes: token.object(&other, patient()).unwrap().attributes.clone(),
+        access: Access {
+            mode: 0,
+            uid: 0,
+            gid: 0,
+        },
+        mtime: None,
+    };
+    let name = ObjectName::new(OsStr::new("b7e9f2a1-aaaa-bbbb-cccc-111111111111")).unwrap();
+    let start = Instant::now();
+    token.create(&name, &new, patient()).unwrap();
+    let first_create = start.elapsed();
+    token.remove(&name, patient()).unwrap();
+    let start = Instant::now();
+    token.create(&name, &new, patient()).unwrap();
+    let create = start.elapsed();
+    let start = Instant::now();
+    token.remove(&name, patient()).unwrap();
+    let remove = start.elapsed();
+    assert_eq!(place(), before, "scanned again");
+    took.sort();
+    eprintln!(
+        "update {:?}, create {create:?} (the first {first_create:?}), remove {remove:?}",
+        took[took.len() / 2]
     );
 }

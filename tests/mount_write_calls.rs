@@ -26,7 +26,11 @@ fn truncated(path: &Path) -> File {
 }
 
 fn opened(path: &Path) -> File {
-    OpenOptions::new().read(true).write(true).open(path).unwrap()
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(path)
+        .unwrap()
 }
 
 fn appending(path: &Path) -> File {
@@ -38,15 +42,25 @@ fn appending(path: &Path) -> File {
 fn assert_logged(bench: &Bench, words: &[&str]) {
     let log = bench.log();
     let has = |line: &str| words.iter().all(|word| line.contains(word));
-    assert!(log.lines().any(has), "no line with {words:?} in .tokenfs/log:\n{log}");
+    assert!(
+        log.lines().any(has),
+        "no line with {words:?} in .tokenfs/log:\n{log}"
+    );
 }
 
 impl Bench {
     #[track_caller]
     fn assert_label(&self, wanted: &str, when: &str) {
-        let stored = self.stored_data("CKA_LABEL").map(|l| l.escape_ascii().to_string());
+        let stored = self
+            .stored_data("CKA_LABEL")
+            .map(|l| l.escape_ascii().to_string());
         let wanted = wanted.as_bytes().escape_ascii().to_string();
-        assert_eq!(stored, Some(wanted), "{} backend: the label in the store {when}", self.backend());
+        assert_eq!(
+            stored,
+            Some(wanted),
+            "{} backend: the label in the store {when}",
+            self.backend()
+        );
     }
 
     fn label(&self) -> PathBuf {
@@ -776,7 +790,11 @@ impl Watcher {
         let sizes = move || match backend {
             Backend::File => {
                 let token = support::independent::read_file_token(&path);
-                token.objects.into_iter().map(|(name, object)| (name, object.len())).collect()
+                token
+                    .objects
+                    .into_iter()
+                    .map(|(name, object)| (name, object.len()))
+                    .collect()
             }
             Backend::Db => counts(&path.join("sqlite3.db")),
         };
@@ -784,7 +802,12 @@ impl Watcher {
         let thread = std::thread::spawn(move || {
             let mut seen = BTreeSet::new();
             while !done.load(std::sync::atomic::Ordering::Relaxed) {
-                seen.extend(sizes().into_iter().filter(|entry| !first.contains(entry)).map(|(_, size)| size));
+                seen.extend(
+                    sizes()
+                        .into_iter()
+                        .filter(|entry| !first.contains(entry))
+                        .map(|(_, size)| size),
+                );
                 std::thread::sleep(Duration::from_millis(1));
             }
             seen
@@ -802,9 +825,18 @@ fn counts(database: &Path) -> BTreeSet<(String, usize)> {
     let flags = rusqlite::OpenFlags::SQLITE_OPEN_READ_ONLY;
     let connection = rusqlite::Connection::open_with_flags(database, flags).unwrap();
     connection.busy_timeout(Duration::from_secs(10)).unwrap();
-    let tables = ["boolean", "integer", "binary", "array"].map(|t| format!("select object_id, type from attribute_{t}"));
-    let sql = format!("select object_id, count(*) from ({}) where object_id > 1 group by object_id", tables.join(" union all "));
+    let tables = ["boolean", "integer", "binary", "array"]
+        .map(|t| format!("select object_id, type from attribute_{t}"));
+    let sql = format!(
+        "select object_id, count(*) from ({}) where object_id > 1 group by object_id",
+        tables.join(" union all ")
+    );
     let mut statement = connection.prepare(&sql).unwrap();
-    let rows = statement.query_map([], |row| Ok((row.get::<_, i64>(0)?.to_string(), row.get::<_, i64>(1)? as usize)));
+    let rows = statement.query_map([], |row| {
+        Ok((
+            row.get::<_, i64>(0)?.to_string(),
+            row.get::<_, i64>(1)? as usize,
+        ))
+    });
     rows.unwrap().map(Result::unwrap).collect()
 }

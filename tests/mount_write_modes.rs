@@ -25,15 +25,27 @@ fn shared(backend: Backend, mask: &str) -> Bench {
     for path in walk(&token) {
         set_mode(&path, if path.is_dir() { 0o777 } else { 0o666 });
     }
-    Bench::beside(softhsm, client, handles, &MountOptions::new().option("allow_other").umask(0))
+    Bench::beside(
+        softhsm,
+        client,
+        handles,
+        &MountOptions::new().option("allow_other").umask(0),
+    )
 }
 
 /// A line of shell as somebody else, with a umask; what it said if it failed.
 fn by(bench: &Bench, user: User, umask: u32, line: &str) -> Result<(), String> {
     let mut shell = as_user(user, "bash");
     let line = format!("umask {umask:04o}; {line}");
-    shell.args(["-euo", "pipefail", "-c", &line]).current_dir(bench.directory()).env("LC_ALL", "C");
-    shell.env("o", &bench.data).env("k", &bench.private).env("p", &bench.public).env("n", NEW);
+    shell
+        .args(["-euo", "pipefail", "-c", &line])
+        .current_dir(bench.directory())
+        .env("LC_ALL", "C");
+    shell
+        .env("o", &bench.data)
+        .env("k", &bench.private)
+        .env("p", &bench.public)
+        .env("n", NEW);
     let output = shell.output().unwrap();
     if output.status.success() {
         return Ok(());

@@ -43,7 +43,11 @@ fn play(bench: &mut Bench, steps: &[(&str, &str, &str)]) {
                 bench.backend()
             );
         }
-        assert_eq!(fs::read(bench.of_data(file)).unwrap(), content.as_bytes(), "`{line}`: in the mount");
+        assert_eq!(
+            fs::read(bench.of_data(file)).unwrap(),
+            content.as_bytes(),
+            "`{line}`: in the mount"
+        );
     }
     bench.settle();
     bench.assert_sessions_agree();

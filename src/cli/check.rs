@@ -53,15 +53,19 @@ fn report(args: &CheckArgs) -> Result<u8> {
     let store = Store::open(&tokendir, options, Arc::new(Diagnostics::new()))?;
     let mut found = check(&store, &settings)?;
     let mut mended = Vec::new();
-    if args.repair && found.findings.iter().any(|finding| finding.remedy.is_some()) {
-        let repaired = repair(&store, &settings, &found);
+    if args.repair
+        && found
+            .findings
+            .iter()
+            .any(|finding| finding.remedy.is_some())
+    {
+        let repaired = repair(&store, &found);
         for line in repaired.log.lines() {
             eprintln!("tokenfs: {line}");
         }
         let after = check(&store, &settings)?;
-        let is_left = |finding: &&store::check::Finding| {
-            after.findings.iter().any(|left| left.same(finding))
-        };
+        let is_left =
+            |finding: &&store::check::Finding| after.findings.iter().any(|left| left.same(finding));
         mended = found
             .findings
             .iter()

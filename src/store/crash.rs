@@ -81,6 +81,19 @@ pub const POINTS: &[&str] = &[
     "file.update.synced",
     "file.update.touched",
     "file.update.written",
+    "store.create.dressed",
+    "store.create.made",
+    "store.create.marked",
+    "store.publish.published",
+    "store.publish.unmarked",
+    "store.recover.restored",
+    "store.recover.unlinked",
+    "store.recover.unmarked",
+    "store.remove.hidden",
+    "store.remove.marked",
+    "store.remove.restored",
+    "store.remove.unlinked",
+    "store.unbuild.unlinked",
 ];
 
 /// The place `name`, which is one of [`POINTS`].

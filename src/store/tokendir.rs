@@ -1,8 +1,14 @@
-//! The tokendir: which of its directories are tokens, and of which backend.
+//! The tokendir: which of its directories are tokens, and of which backend. Making and removing tokens is [`lifecycle`], what
+//! a crash leaves of that [`recover`].
 //!
 //! A directory is a token if it holds `token.object` or `sqlite3.db`; all else in the tokendir is none of ours.
 //! Symbolic links are not followed, as SoftHSM does not follow them. One that we cannot look into is a token
 //! nobody can read through us: it is listed, and fails with [`ErrorKind::PermissionDenied`].
+
+mod closed;
+mod lifecycle;
+mod mark;
+mod recover;
 
 use std::collections::HashMap;
 use std::ffi::OsStr;
@@ -10,7 +16,6 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::SystemTime;
 
 use nix::dir::Dir;
 use nix::errno::Errno;
@@ -18,16 +23,14 @@ use nix::fcntl::{AtFlags, OFlag, open};
 use nix::sys::stat::{FileStat, Mode, fstat, fstatat, stat};
 use nix::sys::statvfs::{Statvfs, fstatvfs};
 
-use super::attribute::Attributes;
 use super::db::DbToken;
-use super::file::{FileToken, TOKEN_OBJECT};
+use super::file::{FileToken, TOKEN_OBJECT, apply_to_directory};
 use super::metadata::{is_directory, is_file};
-use super::{
-    Access, Backend, Metadata, MetadataChange, NewObject, Object, ObjectId, ObjectName, Options,
-    Patience, Target, Token, TokenName,
-};
+use super::{Backend, Metadata, MetadataChange, Options, Token, TokenName};
 use crate::diagnostics::Diagnostics;
 use crate::error::{Error, ErrorKind, Result};
+use closed::Closed;
+use lifecycle::Building;
 
 /// The file of a token of the `db` backend.
 pub(crate) const DATABASE: &str = "sqlite3.db";
@@ -40,6 +43,8 @@ pub struct Store {
     options: Options,
     diagnostics: Arc<Diagnostics>,
     known: Mutex<HashMap<TokenName, Known>>,
+    /// Tokens that are none yet. Never held over a system call, and not together with `known`.
+    building: Mutex<HashMap<TokenName, Building>>,
 }
 
 /// A token that was opened, and the directory that it was then.
@@ -67,6 +72,7 @@ impl Store {
             options,
             diagnostics,
             known: Mutex::default(),
+            building: Mutex::default(),
         })
     }
 
@@ -126,7 +132,9 @@ impl Store {
                 names.push(name);
             }
         }
+        names.extend(self.building().keys().cloned());
         names.sort_unstable();
+        names.dedup();
         // What is gone is not kept open.
         self.known()
             .retain(|name, _| names.binary_search(name).is_ok());
@@ -153,6 +161,9 @@ impl Store {
     /// # Errors
     /// [`ErrorKind::NotFound`] if there is no such token.
     pub fn token(&self, name: &TokenName) -> Result<Arc<dyn Token>> {
+        if let Some(building) = self.building().get(name) {
+            return Ok(building.token());
+        }
         let (stat, backend) = self.probe(name)?;
         let directory = (stat.st_dev, stat.st_ino);
         if let Some(known) = self.known().get(name)
@@ -200,55 +211,13 @@ impl Store {
         Ok(token)
     }
 
-    /// Begins a token of the configured backend: the directory `name` is made, and what is written into it can be read through
-    /// [`Store::token`] at once, but it is no token for SoftHSM before [`Store::publish_token`], and nothing is synced
-    /// before that. `directory` and `files` are the modes and owners of the directory and of what every token has in it.
-    ///
-    /// What a crash leaves of it is removed by the next writer.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Exists`] if there is anything of that name; [`ErrorKind::ReadOnly`]; what making it fails with.
-    pub fn create_token(
-        &self,
-        name: &TokenName,
-        _directory: Access,
-        _files: Access,
-    ) -> Result<Arc<dyn Token>> {
-        Err(Error::new(ErrorKind::ReadOnly, "not yet").at(self.path.join(name.as_os_str())))
-    }
-
-    /// Whether a token is one that [`Store::create_token`] began and that is not published yet.
-    #[must_use]
-    pub fn is_building(&self, _name: &TokenName) -> bool {
-        false
-    }
-
-    /// Makes a token that was begun one that SoftHSM sees: everything in it is synced, and its `token.object` or `sqlite3.db`
-    /// gets its name last. Whoever holds the token has to ask for it anew.
-    ///
-    /// # Errors
-    /// [`ErrorKind::NotFound`] if it is not being built; what syncing and renaming fail with, and then it is still being
-    /// built.
-    pub fn publish_token(&self, name: &TokenName, _patience: Patience) -> Result<()> {
-        Err(Error::not_found("not being built").at(self.path.join(name.as_os_str())))
-    }
-
-    /// Removes a token without objects, whether it is being built or not. It is no token any more with the first step, which
-    /// cannot be seen half done; a crash after that is finished by the next writer.
-    ///
-    /// # Errors
-    /// [`ErrorKind::NotEmpty`] if there is an object or a file that is none of SoftHSM's in it; [`ErrorKind::NotFound`];
-    /// [`ErrorKind::Busy`]; what removing fails with.
-    pub fn remove_token(&self, name: &TokenName, _patience: Patience) -> Result<()> {
-        Err(Error::new(ErrorKind::ReadOnly, "not yet").at(self.path.join(name.as_os_str())))
-    }
-
     /// Changes mode, owner or times of the tokendir.
     ///
     /// # Errors
     /// [`ErrorKind::ReadOnly`]; [`ErrorKind::NotPermitted`] and what else changing fails with.
-    pub fn set_metadata(&self, _change: &MetadataChange) -> Result<()> {
-        Err(Error::new(ErrorKind::ReadOnly, "not yet").at(&self.path))
+    pub fn set_metadata(&self, change: &MetadataChange) -> Result<()> {
+        self.check_writable()?;
+        apply_to_directory(&self.directory, change).map_err(|error| error.at(&self.path))
     }
 
     /// Waits until the tokens that were made and removed before are so after a power failure too.
@@ -256,12 +225,20 @@ impl Store {
     /// # Errors
     /// What `fsync` fails with.
     pub fn sync(&self) -> Result<()> {
-        Err(Error::new(ErrorKind::ReadOnly, "not yet").at(&self.path))
+        if self.options.read_only {
+            return Ok(());
+        }
+        nix::unistd::fsync(&self.directory)
+            .map_err(|errno| Error::system("fsync", errno).at(&self.path))
     }
 
-    /// Puts right what a crash left behind ([`super::leftover`]), in every token; does nothing in a store that is read only.
-    /// What is still in use by another process is left alone. Says what it did in the diagnostics.
-    pub fn recover(&self) {}
+    fn check_writable(&self) -> Result<()> {
+        if self.options.read_only {
+            let error = Error::new(ErrorKind::ReadOnly, "the store is mounted read-only");
+            return Err(error.at(&self.path));
+        }
+        Ok(())
+    }
 
     /// Whether a directory is a token, and of which backend; no backend if we may not look into it.
     fn probe(&self, name: &TokenName) -> Result<(FileStat, Option<Backend>)> {
@@ -303,6 +280,10 @@ impl Store {
         Err(no_token())
     }
 
+    fn building(&self) -> MutexGuard<'_, HashMap<TokenName, Building>> {
+        self.building.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn known(&self) -> MutexGuard<'_, HashMap<TokenName, Known>> {
         // Every change of the map is one call, so a panic elsewhere leaves it whole.
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
@@ -314,78 +295,5 @@ pub(crate) fn replaced() -> Error {
     Error::damaged("the tokendir was moved, removed or replaced; unmount, and mount it again")
 }
 
-/// A directory that we may not look into.
-#[derive(Debug)]
-struct Closed {
-    name: TokenName,
-    backend: Backend,
-    path: PathBuf,
-    metadata: Metadata,
-}
-
-impl Closed {
-    fn refuse<T>(&self) -> Result<T> {
-        Err(Error::new(
-            ErrorKind::PermissionDenied,
-            "tokenfs may not look into this directory",
-        )
-        .at(&self.path))
-    }
-}
-
-impl Token for Closed {
-    fn name(&self) -> &TokenName {
-        &self.name
-    }
-
-    fn backend(&self) -> Backend {
-        self.backend
-    }
-
-    fn metadata(&self) -> Result<Metadata> {
-        Ok(self.metadata)
-    }
-
-    fn list(&self, _patience: Patience) -> Result<Arc<[ObjectName]>> {
-        self.refuse()
-    }
-
-    fn object_metadata(&self, _id: &ObjectId, _patience: Patience) -> Result<Metadata> {
-        self.refuse()
-    }
-
-    fn object(&self, _id: &ObjectId, _patience: Patience) -> Result<Arc<Object>> {
-        self.refuse()
-    }
-
-    fn update(
-        &self,
-        _id: &ObjectId,
-        _edit: &mut dyn FnMut(&mut Attributes) -> Result<()>,
-        _mtime: Option<SystemTime>,
-        _patience: Patience,
-    ) -> Result<()> {
-        self.refuse()
-    }
-
-    fn create(&self, _name: &ObjectName, _new: &NewObject, _patience: Patience) -> Result<()> {
-        self.refuse()
-    }
-
-    fn remove(&self, _name: &ObjectName, _patience: Patience) -> Result<()> {
-        self.refuse()
-    }
-
-    fn set_metadata(
-        &self,
-        _target: &Target,
-        _change: &MetadataChange,
-        _patience: Patience,
-    ) -> Result<()> {
-        self.refuse()
-    }
-
-    fn sync(&self, _patience: Patience) -> Result<()> {
-        self.refuse()
-    }
-}
+#[cfg(test)]
+mod tests;

@@ -10,6 +10,7 @@
 //! Locks: the inode table, the handles and the label index each have one. None is held while the store is asked, and none while
 //! another is taken.
 
+mod building;
 mod by_label;
 mod draft;
 mod entries;
@@ -29,11 +30,12 @@ pub mod text;
 mod view;
 mod write;
 
+use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use crate::diagnostics::Diagnostics;
 use crate::error::{Error, ErrorKind, Result};
@@ -158,6 +160,9 @@ pub struct Tree {
     labels: Mutex<by_label::Index>,
     drafts: Mutex<Drafts>,
     scratch: Mutex<Scratch>,
+    gates: Mutex<building::Gates>,
+    /// Files whose last descriptor is closed and whose content is still being committed, and how long that may take.
+    closing: Mutex<HashMap<Node, Instant>>,
     /// Whether there may be something to settle, and the signal for it.
     work: (Mutex<bool>, Condvar),
     /// Counts the changes that were reported.
@@ -179,6 +184,8 @@ impl Tree {
             labels: Mutex::default(),
             drafts: Mutex::default(),
             scratch: Mutex::default(),
+            gates: Mutex::default(),
+            closing: Mutex::default(),
             work: (Mutex::default(), Condvar::new()),
             changes: AtomicU64::new(0),
             mounted_at: SystemTime::now(),
@@ -290,6 +297,7 @@ impl Tree {
     }
 
     fn look(&self, node: Node, patience: Patience) -> Result<Look> {
+        self.wait_until_closed(&node, patience)?;
         let (mut attributes, seen) = self.describe(&node, patience)?;
         attributes.ino = lock(&self.inodes).number(&node);
         let valid = self.validity(&node);
@@ -320,6 +328,7 @@ impl Tree {
         if let Node::Scratch(id) = &node {
             return self.open_scratch(&node, *id, OpenForWriting::default());
         }
+        self.wait_until_closed(&node, patience)?;
         let (attributes, object) = self.noted(self.describe(&node, patience))?;
         if attributes.kind == FileKind::Directory {
             return Err(Error::new(ErrorKind::IsADirectory, "a directory"));
@@ -417,6 +426,9 @@ impl Tree {
     /// What `node` is called in the mount, from its root, for messages.
     fn path_of(&self, node: &Node) -> PathBuf {
         let mut path = PathBuf::new();
+        if *node == Node::Root {
+            path.push("/");
+        }
         if let Some(token) = node.token() {
             path.push(token.as_os_str());
         }

@@ -2,9 +2,10 @@
 //!
 //! Each descriptor that is open for writing has a copy of the value, so that what is committed is one program's text, whole. The
 //! first flush after a write commits; a flush with nothing written commits nothing (a shell's `echo x > f` duplicates its descriptor and
-//! closes the first one before it writes); a truncation alone is committed with the last close.
+//! closes the first one before it writes); that a file was opened with `O_TRUNC` alone is committed with the last close.
 
 use std::sync::{Arc, Mutex};
+use std::time::{Instant, SystemTime};
 
 use super::draft::Bytes;
 use super::handle::{Handle, HandleId, State, Writer};
@@ -16,7 +17,6 @@ use super::{Attributes, Tree, lock, text, view};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::attribute::{Kind, Value};
 use crate::store::{ObjectId, Patience, validate};
-use std::time::SystemTime;
 
 /// The longest value, in bytes. The largest objects that SoftHSM makes are data objects of a few MiB; one above 256 MiB would not
 /// be read again.
@@ -52,7 +52,8 @@ impl Tree {
         patience: Patience,
     ) -> Result<HandleId> {
         let node = self.node(ino)?;
-        self.open_writer(&node, how, patience)
+        let opened = self.open_writer(&node, how, patience);
+        self.noted_write(&node, opened)
     }
 
     pub(super) fn open_writer(
@@ -65,6 +66,7 @@ impl Tree {
         if let Node::Scratch(id) = node {
             return self.open_scratch(node, *id, how);
         }
+        self.wait_until_closed(node, patience)?;
         let (attributes, object) = self.noted(self.describe(node, patience))?;
         if attributes.kind == super::FileKind::Directory {
             return Err(Error::new(ErrorKind::IsADirectory, "a directory"));
@@ -260,11 +262,18 @@ impl Tree {
         }
     }
 
-    /// Cuts or extends an open file (`ftruncate`, `fallocate`). It counts when the file is closed for good.
+    /// Cuts or extends an open file (`ftruncate`): that is writing, and is committed with the next flush.
     ///
     /// # Errors
     /// [`ErrorKind::TooLarge`].
-    pub fn resize_open(&self, handle: HandleId, size: u64) -> Result<()> {
+    pub(super) fn resize_open(&self, handle: HandleId, size: u64) -> Result<()> {
+        self.set_length(handle, size)?;
+        lock(&self.writer(handle)?.state).written = true;
+        Ok(())
+    }
+
+    /// Cuts or extends an open file, to be committed when it is closed for good.
+    fn set_length(&self, handle: HandleId, size: u64) -> Result<()> {
         let writer = self.writer(handle)?;
         if size > LONGEST_VALUE {
             return Err(too_large());
@@ -288,14 +297,15 @@ impl Tree {
         Ok(())
     }
 
-    /// Makes an open file at least `size` bytes long (`fallocate` of mode 0).
+    /// Makes an open file at least `size` bytes long (`fallocate` of mode 0). What comes before the writing that it is for is not
+    /// committed with the next flush, but when the file is closed for good.
     ///
     /// # Errors
     /// [`ErrorKind::TooLarge`].
     pub fn extend_open(&self, handle: HandleId, size: u64) -> Result<()> {
         let present = lock(&self.writer(handle)?.content).len() as u64;
         if size > present {
-            self.resize_open(handle, size)?;
+            self.set_length(handle, size)?;
         }
         Ok(())
     }
@@ -410,12 +420,27 @@ impl Tree {
         };
         let outcome = self.commit_at_last(&writer, patience);
         if matches!(&outcome, Err(error) if error.kind() == ErrorKind::WouldBlock) {
+            // close(2) has returned by now. Whoever looks next is to see what it did.
+            let limit = Instant::now() + 2 * self.store.options().lock_wait;
+            lock(&self.closing).insert(writer.node.clone(), limit);
             return outcome;
         }
+        lock(&self.closing).remove(&writer.node);
         lock(&self.handles).remove(handle);
         self.count_writers(&writer.node, |writers| writers.saturating_sub(1));
         self.wake();
         outcome
+    }
+
+    /// Waits until what was done through a descriptor that is closed already is committed.
+    pub(super) fn wait_until_closed(&self, node: &Node, patience: Patience) -> Result<()> {
+        loop {
+            let until = lock(&self.closing).get(node).copied();
+            if until.is_none_or(|until| until < Instant::now()) {
+                return Ok(());
+            }
+            patience.wait(super::settle::PAUSE, "the file is being closed")?;
+        }
     }
 
     /// What a descriptor has not committed by the time that it is closed for good.
@@ -604,7 +629,9 @@ impl Tree {
         if in_draft {
             return Ok(());
         }
-        self.token(token)?.update(id, edit, mtime, patience)?;
+        self.ask(token, patience, |token| {
+            token.update(id, edit, mtime, patience)
+        })?;
         if *id == ObjectId::Token
             && let Some(build) = lock(&self.drafts).build_mut(token)
         {

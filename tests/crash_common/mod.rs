@@ -123,22 +123,57 @@ impl Stage {
         };
         let changed = hex("changed");
         vec![
-            story("change an attribute", &[format!("update {t} {d} 3 {changed}")]),
-            story("make an object longer than a page", &[format!("update {t} {d} 17 {long}")]),
-            story("make it shorter again", &[format!("update {t} {d} 17 {long}"), format!("update {t} {d} 17 61")]),
+            story(
+                "change an attribute",
+                &[format!("update {t} {d} 3 {changed}")],
+            ),
+            story(
+                "make an object longer than a page",
+                &[format!("update {t} {d} 17 {long}")],
+            ),
+            story(
+                "make it shorter again",
+                &[
+                    format!("update {t} {d} 17 {long}"),
+                    format!("update {t} {d} 17 61"),
+                ],
+            ),
             story("remove an attribute", &[format!("unset {t} {d} 16")]),
             story("create an object", &[format!("create {t} {new} {k}")]),
             story("remove an object", &[format!("remove {t} {k}")]),
             story("chmod", &[format!("chmod {t} {d} 640")]),
             story("set the time", &[format!("mtime {t} {d} 1500000000")]),
-            story("change the token's own", &[format!("update {t} - 2147504969 {label}")]),
-            story("make the token's own longer", &[format!("update {t} - 2147488564 {long}"), format!("update {t} - 2147488564 61")]),
+            story(
+                "change the token's own",
+                &[format!("update {t} - 2147504969 {label}")],
+            ),
+            story(
+                "make the token's own longer",
+                &[
+                    format!("update {t} - 2147488564 {long}"),
+                    format!("update {t} - 2147488564 61"),
+                ],
+            ),
             story("create a token", &[format!("copy-token {t} {copy} copied")]),
-            story("remove a token", &[format!("remove {} {lonely}", self.second), format!("remove-token {}", self.second)]),
-            story("change and sync", &[format!("update {t} {d} 3 {changed}"), format!("sync {t}")]),
-            story("create, change and remove", &[
-                format!("create {t} {new} {d}"), format!("update {t} {new} 3 {changed}"), format!("remove {t} {new}"),
-            ]),
+            story(
+                "remove a token",
+                &[
+                    format!("remove {} {lonely}", self.second),
+                    format!("remove-token {}", self.second),
+                ],
+            ),
+            story(
+                "change and sync",
+                &[format!("update {t} {d} 3 {changed}"), format!("sync {t}")],
+            ),
+            story(
+                "create, change and remove",
+                &[
+                    format!("create {t} {new} {d}"),
+                    format!("update {t} {new} 3 {changed}"),
+                    format!("remove {t} {new}"),
+                ],
+            ),
         ]
     }
 
@@ -180,7 +215,11 @@ impl Stage {
             let damaged = state.values().all(|token| token.damaged.is_empty());
             assert!(damaged, "{}: damaged without any crash", story.name);
             let left = leftovers(&self.softhsm.tokendir);
-            assert!(left.is_empty(), "{}: left without any crash: {left:?}", story.name);
+            assert!(
+                left.is_empty(),
+                "{}: left without any crash: {left:?}",
+                story.name
+            );
             states.push(state);
         }
         states
@@ -207,12 +246,17 @@ impl Stage {
         };
         let now = self.softhsm.read();
         if !states.iter().any(|state| objects(state) == objects(&now)) {
-            return Err(format!("put right after SoftHSM's visit, it is {}", difference(states, &now)));
+            return Err(format!(
+                "put right after SoftHSM's visit, it is {}",
+                difference(states, &now)
+            ));
         }
         let left = leftovers(&self.softhsm.tokendir);
         // SoftHSM makes a `generation` in every directory that it looks into.
         if !left.is_empty() {
-            return Err(format!("put right after SoftHSM's visit, there is left {left:?}"));
+            return Err(format!(
+                "put right after SoftHSM's visit, there is left {left:?}"
+            ));
         }
         // 2. The next writer directly.
         self.recover(&aside)?;
@@ -230,7 +274,10 @@ impl Stage {
         self.check(&mended, &[], &[0])?;
         let now = independent::read_store(&mended);
         if !states.contains(&now) {
-            return Err(format!("mended by check --repair, it is {}", difference(states, &now)));
+            return Err(format!(
+                "mended by check --repair, it is {}",
+                difference(states, &now)
+            ));
         }
         if !leftovers(&mended).is_empty() {
             return Err(format!("check --repair has left {:?}", leftovers(&mended)));
@@ -245,7 +292,11 @@ impl Stage {
         check.args(["--backend", &self.backend().to_string()]);
         let output = check.args(more).output().unwrap();
         let said = said(&output);
-        if output.status.code().is_some_and(|code| codes.contains(&code)) {
+        if output
+            .status
+            .code()
+            .is_some_and(|code| codes.contains(&code))
+        {
             return Ok(said);
         }
         Err(format!("tokenfs check {more:?}: {}\n{said}", output.status))
@@ -254,24 +305,36 @@ impl Stage {
     /// The next writer: it puts right what is left over.
     pub fn recover(&self, tokendir: &Path) -> Result<(), String> {
         let mut step = Command::new(example("step"));
-        step.arg(self.backend().to_string()).arg(tokendir).arg("recover");
+        step.arg(self.backend().to_string())
+            .arg(tokendir)
+            .arg("recover");
         let output = step.output().unwrap();
         if output.status.success() {
             return Ok(());
         }
-        Err(format!("the next writer: {}\n{}", output.status, said(&output)))
+        Err(format!(
+            "the next writer: {}\n{}",
+            output.status,
+            said(&output)
+        ))
     }
 
     /// What a SoftHSM sees is one of the states.
     pub fn judge_by_softhsm(&mut self, states: &[Stored]) -> Result<(), String> {
         let refused = |what: &'static str| move |why: Refusal| format!("{what}: {}", why.0);
-        self.client.reinitialize().map_err(refused("C_Initialize"))?;
+        self.client
+            .reinitialize()
+            .map_err(refused("C_Initialize"))?;
         let mut seen = BTreeMap::new();
         for (label, serial) in self.client.tokens().map_err(refused("C_GetSlotList"))? {
-            self.client.open(&serial, Some(PIN)).map_err(refused("C_Login"))?;
+            self.client
+                .open(&serial, Some(PIN))
+                .map_err(refused("C_Login"))?;
             let found = self.client.find(&[]).map_err(refused("C_FindObjects"))?;
             let objects = found.iter().map(|object| self.client.get(object.handle));
-            let objects: Vec<_> = objects.collect::<Result<_, _>>().map_err(refused("C_GetAttributeValue"))?;
+            let objects: Vec<_> = objects
+                .collect::<Result<_, _>>()
+                .map_err(refused("C_GetAttributeValue"))?;
             self.client.close().map_err(refused("C_CloseSession"))?;
             seen.insert(label.trim_end().to_owned(), objects);
         }
@@ -285,17 +348,31 @@ impl Stage {
         Err(reasons)
     }
 
-    fn is_state(&self, state: &Stored, seen: &BTreeMap<String, Vec<client::Seen>>) -> Result<(), String> {
+    fn is_state(
+        &self,
+        state: &Stored,
+        seen: &BTreeMap<String, Vec<client::Seen>>,
+    ) -> Result<(), String> {
         let mut wanted = BTreeMap::new();
         for token in state.values() {
             let label = independent::get_bytes(&token.token, independent::CKA_OS_TOKENLABEL);
-            let label = String::from_utf8_lossy(label.unwrap_or_default()).trim_end().to_owned();
-            let key = independent::token_key(token, independent::CKA_OS_USERPIN, PIN).ok_or("no key")?;
-            let objects = token.objects.values().map(|o| independent::in_the_clear(o, &key));
+            let label = String::from_utf8_lossy(label.unwrap_or_default())
+                .trim_end()
+                .to_owned();
+            let key =
+                independent::token_key(token, independent::CKA_OS_USERPIN, PIN).ok_or("no key")?;
+            let objects = token
+                .objects
+                .values()
+                .map(|o| independent::in_the_clear(o, &key));
             wanted.insert(label, objects.collect::<Result<Vec<Object>, _>>()?);
         }
         if !wanted.keys().eq(seen.keys()) {
-            return Err(format!("tokens {:?}, and not {:?}", seen.keys(), wanted.keys()));
+            return Err(format!(
+                "tokens {:?}, and not {:?}",
+                seen.keys(),
+                wanted.keys()
+            ));
         }
         for (label, objects) in &mut wanted {
             for object in &seen[label] {
@@ -324,8 +401,12 @@ fn difference(states: &[Stored], now: &Stored) -> String {
     for (index, state) in states.iter().enumerate() {
         let state = independent::lines(state);
         let short = |line: &str| line.chars().take(160).collect::<String>();
-        let missing = state.lines().filter(|line| !now.lines().any(|l| l == *line));
-        let added = now.lines().filter(|line| !state.lines().any(|l| l == *line));
+        let missing = state
+            .lines()
+            .filter(|line| !now.lines().any(|l| l == *line));
+        let added = now
+            .lines()
+            .filter(|line| !state.lines().any(|l| l == *line));
         let missing: Vec<_> = missing.take(6).map(short).collect();
         let added: Vec<_> = added.take(6).map(short).collect();
         out += &format!("\n  not state {index}: it lacks {missing:#?}, it has {added:#?}");

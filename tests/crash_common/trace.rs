@@ -20,15 +20,50 @@ impl Call {
     /// Whether something on disk can be another after it.
     pub fn changes_something(&self) -> bool {
         match self.name.as_str() {
-            "open" | "openat" | "openat2" => {
-                ["O_CREAT", "O_TRUNC", "O_TMPFILE"].iter().any(|flag| self.arguments.contains(flag))
+            "open" | "openat" | "openat2" => ["O_CREAT", "O_TRUNC", "O_TMPFILE"]
+                .iter()
+                .any(|flag| self.arguments.contains(flag)),
+            "write" | "writev" => {
+                !self.arguments.starts_with("1<") && !self.arguments.starts_with("2<")
             }
-            "write" | "writev" => !self.arguments.starts_with("1<") && !self.arguments.starts_with("2<"),
             name => [
-                "creat", "pwrite64", "pwritev", "pwritev2", "rename", "renameat", "renameat2", "link", "linkat", "unlink",
-                "unlinkat", "symlink", "symlinkat", "mkdir", "mkdirat", "rmdir", "ftruncate", "truncate", "fallocate",
-                "chmod", "fchmod", "fchmodat", "fchmodat2", "chown", "fchown", "lchown", "fchownat", "utimensat", "setxattr",
-                "fsetxattr", "lsetxattr", "removexattr", "fremovexattr", "copy_file_range", "sendfile", "mknod", "mknodat",
+                "creat",
+                "pwrite64",
+                "pwritev",
+                "pwritev2",
+                "rename",
+                "renameat",
+                "renameat2",
+                "link",
+                "linkat",
+                "unlink",
+                "unlinkat",
+                "symlink",
+                "symlinkat",
+                "mkdir",
+                "mkdirat",
+                "rmdir",
+                "ftruncate",
+                "truncate",
+                "fallocate",
+                "chmod",
+                "fchmod",
+                "fchmodat",
+                "fchmodat2",
+                "chown",
+                "fchown",
+                "lchown",
+                "fchownat",
+                "utimensat",
+                "setxattr",
+                "fsetxattr",
+                "lsetxattr",
+                "removexattr",
+                "fremovexattr",
+                "copy_file_range",
+                "sendfile",
+                "mknod",
+                "mknodat",
             ]
             .contains(&name),
         }
@@ -42,10 +77,16 @@ impl Call {
         while let Some(at) = rest.find(['<', '"']) {
             let quoted = rest[at..].starts_with('"');
             let inner = &rest[at + 1..];
-            let end = inner.find(if quoted { '"' } else { '>' }).unwrap_or(inner.len());
+            let end = inner
+                .find(if quoted { '"' } else { '>' })
+                .unwrap_or(inner.len());
             let text = Path::new(&inner[..end]);
             if quoted {
-                paths.push(directory.take().map_or_else(|| text.to_owned(), |d| d.join(text)));
+                paths.push(
+                    directory
+                        .take()
+                        .map_or_else(|| text.to_owned(), |d| d.join(text)),
+                );
             } else {
                 if let Some(unused) = directory.take() {
                     paths.push(unused);
@@ -83,13 +124,19 @@ pub fn calls_after(trace: &str, marker: &str) -> Vec<Call> {
     let mut calls = Vec::new();
     let mut begun = marker.is_empty();
     for line in trace.lines() {
-        let Some((thread, rest)) = line.split_once(' ') else { continue };
+        let Some((thread, rest)) = line.split_once(' ') else {
+            continue;
+        };
         let rest = rest.trim_start();
-        let Some((name, rest)) = rest.split_once('(') else { continue };
+        let Some((name, rest)) = rest.split_once('(') else {
+            continue;
+        };
         if !name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_') {
             continue;
         }
-        let number = counts.entry((thread.to_owned(), name.to_owned())).or_default();
+        let number = counts
+            .entry((thread.to_owned(), name.to_owned()))
+            .or_default();
         *number += 1;
         if !begun {
             begun = rest.contains(marker);
@@ -133,13 +180,16 @@ impl Order {
 
     fn follow(&mut self, call: &Call) {
         let paths = call.paths();
-        let Some(first) = paths.first().cloned() else { return };
+        let Some(first) = paths.first().cloned() else {
+            return;
+        };
         let parent = |path: &Path| path.parent().map(Path::to_owned).unwrap_or_default();
         let text = |path: &Path| path.to_string_lossy().into_owned();
         match call.name.as_str() {
             "write" | "pwrite64" | "writev" | "pwritev" | "ftruncate" => {
                 let name = text(&first);
-                if name.ends_with("/generation") || name.contains("/dev/") || !name.starts_with('/') {
+                if name.ends_with("/generation") || name.contains("/dev/") || !name.starts_with('/')
+                {
                     return;
                 }
                 // A database is written only when its journal is safe, an object in place only when both versions are.
@@ -149,7 +199,10 @@ impl Order {
                     None => format!("{name}-journal"),
                 };
                 if self.dirty.contains(Path::new(&journal)) {
-                    self.wrong.push(format!("{} of {name} before {journal} was synced", call.name));
+                    self.wrong.push(format!(
+                        "{} of {name} before {journal} was synced",
+                        call.name
+                    ));
                 }
                 self.dirty.insert(first);
             }
@@ -164,22 +217,34 @@ impl Order {
                 self.names.clear();
             }
             "rename" | "renameat" | "renameat2" | "link" | "linkat" => {
-                let Some(second) = paths.get(1).cloned() else { return };
+                let Some(second) = paths.get(1).cloned() else {
+                    return;
+                };
                 for path in [&first, &second] {
                     if self.dirty.contains(path) {
-                        self.wrong.push(format!("{}: {} is not synced", call.name, text(path)));
+                        self.wrong
+                            .push(format!("{}: {} is not synced", call.name, text(path)));
                     }
                 }
                 // The last file of a token: everything in it comes first.
-                let last = |path: &Path| path.ends_with("token.object") || path.ends_with("sqlite3.db");
+                let last =
+                    |path: &Path| path.ends_with("token.object") || path.ends_with("sqlite3.db");
                 if last(&second) && !call.arguments.contains("RENAME_EXCHANGE") {
                     let here = parent(&second);
-                    let late: Vec<_> = self.dirty.iter().filter(|path| path.starts_with(&here)).collect();
+                    let late: Vec<_> = self
+                        .dirty
+                        .iter()
+                        .filter(|path| path.starts_with(&here))
+                        .collect();
                     if !late.is_empty() {
-                        self.wrong.push(format!("a token is published before {late:?}"));
+                        self.wrong
+                            .push(format!("a token is published before {late:?}"));
                     }
                     if self.names.contains(&here) {
-                        self.wrong.push(format!("a token is published before the names in {} are synced", here.display()));
+                        self.wrong.push(format!(
+                            "a token is published before the names in {} are synced",
+                            here.display()
+                        ));
                     }
                 }
                 self.names.insert(parent(&second));
@@ -189,19 +254,25 @@ impl Order {
                 if let Some(database) = name.strip_suffix("-journal")
                     && self.dirty.contains(Path::new(database))
                 {
-                    self.wrong.push(format!("the journal is deleted before {database} is synced"));
+                    self.wrong.push(format!(
+                        "the journal is deleted before {database} is synced"
+                    ));
                 }
                 if let Some(stem) = name.strip_suffix(".tokenfs-journal")
                     && self.dirty.contains(Path::new(&format!("{stem}.object")))
                 {
-                    self.wrong.push(format!("the journal is deleted before {stem}.object is synced"));
+                    self.wrong.push(format!(
+                        "the journal is deleted before {stem}.object is synced"
+                    ));
                 }
                 self.dirty.remove(&first);
                 if !name.contains("journal") {
                     self.names.insert(parent(&first));
                 }
             }
-            "openat" | "open" if call.arguments.contains("O_CREAT") && call.arguments.contains("O_EXCL") => {
+            "openat" | "open"
+                if call.arguments.contains("O_CREAT") && call.arguments.contains("O_EXCL") =>
+            {
                 if let Some(path) = paths.first() {
                     self.names.insert(parent(path));
                 }

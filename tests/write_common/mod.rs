@@ -224,7 +224,11 @@ impl Bench {
             agree(&self.softhsm, &self.token, &mut self.client);
         } else {
             let stored = self.softhsm.read()[&self.token].objects.len();
-            assert_eq!(self.client.find(&[]).unwrap().len(), stored, "objects of a live session");
+            assert_eq!(
+                self.client.find(&[]).unwrap().len(),
+                stored,
+                "objects of a live session"
+            );
         }
         let mut fresh = self.softhsm.p11();
         fresh.open("test", Some(PIN)).unwrap();

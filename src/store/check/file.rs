@@ -1,8 +1,8 @@
 //! A token of the `file` backend.
 
-use std::ffi::{OsStr, OsString};
-use std::os::fd::AsFd;
+use std::ffi::OsStr;
 use std::io::Read;
+use std::os::fd::AsFd;
 use std::path::Path;
 use std::time::Duration;
 
@@ -48,7 +48,10 @@ fn token(look: &mut Look<'_>) {
     let Some((attributes, places, _)) = content(look, OsStr::new(TOKEN_OBJECT), None) else {
         return;
     };
-    for finding in judge_order(&places).into_iter().chain(judge_token(&attributes)) {
+    for finding in judge_order(&places)
+        .into_iter()
+        .chain(judge_token(&attributes))
+    {
         look.report.found(finding, &path);
     }
     if let Some(serial) = attributes.bytes(CKA_OS_TOKENSERIAL) {
@@ -96,7 +99,7 @@ fn content(
                     let finding = Finding::new(Category::Suspicious, detail).at_offset(offset);
                     look.report.found(finding, &path);
                 }
-                if decoded.generation.is_none() {
+                if size.is_none() && decoded.attributes.is_empty() {
                     return None;
                 }
                 Some((decoded.attributes, places(&bytes), size))
@@ -189,7 +192,7 @@ fn lock_alone(look: &mut Look<'_>, file: &OsStr, stem: &OsStr) {
     let owned = look
         .entries
         .iter()
-        .any(|entry| owners.iter().any(|owner: &OsString| entry.name == *owner));
+        .any(|entry| owners.contains(&entry.name));
     if owned {
         return;
     }
@@ -215,7 +218,8 @@ fn lock_alone(look: &mut Look<'_>, file: &OsStr, stem: &OsStr) {
 fn generation(look: &mut Look<'_>) {
     let path = look.path.join(GENERATION);
     if look.entry(GENERATION).is_none() {
-        let detail = "SoftHSM counts creations and deletions in it; it makes a new one when it starts";
+        let detail =
+            "SoftHSM counts creations and deletions in it; it makes a new one when it starts";
         let finding = Finding::new(Category::Missing, detail).mended_by(Remedy::MakeGeneration);
         look.report.found(finding, &path);
         return;
@@ -225,18 +229,13 @@ fn generation(look: &mut Look<'_>) {
     }
     match generation_size(look) {
         Ok(8) => {}
-        Ok(0) => {
-            let detail = "it is empty, and has 8 bytes otherwise; SoftHSM fills it when it starts";
-            let finding = Finding::new(Category::Torn, detail)
-                .at_offset(0)
-                .mended_by(Remedy::MakeGeneration);
-            look.report.found(finding, &path);
-        }
         Ok(size) if size < 8 => {
             let detail = format!(
-                "it has {size} of 8 bytes, and SoftHSM does not count on from there; remove it while nothing uses the token, and SoftHSM makes a new one; it ends"
+                "it has {size} of 8 bytes, and SoftHSM does not count on from there; it ends"
             );
-            let finding = Finding::new(Category::Torn, detail).at_offset(size);
+            let finding = Finding::new(Category::Torn, detail)
+                .at_offset(size)
+                .mended_by(Remedy::MakeGeneration);
             look.report.found(finding, &path);
         }
         Ok(_) => {
@@ -250,8 +249,8 @@ fn generation(look: &mut Look<'_>) {
 }
 
 fn generation_size(look: &Look<'_>) -> Result<u64> {
-    let file = open_file(look, OsStr::new(GENERATION))
-        .map_err(|errno| Error::system("open", errno))?;
+    let file =
+        open_file(look, OsStr::new(GENERATION)).map_err(|errno| Error::system("open", errno))?;
     lock::lock_shared(&file, look.patience())?;
     let stat = fstat(&file).map_err(|errno| Error::system("stat", errno))?;
     Ok(u64::try_from(stat.st_size).unwrap_or(0))

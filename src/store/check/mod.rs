@@ -7,6 +7,8 @@
 //! lock file without its object, an object that has the first of its attributes. So what looks wrong is looked at again a
 //! second later, and only what is still so is told ([`check`]).
 //!
+//! Lock order: that of the reader, `.lock` and then `.object`, both shared and for one read. No lock is held from one file to the next.
+//!
 //! - `object`: what attributes give away. `file`, `db`: a token of each backend. `place`: what is in a directory, and modes.
 //! - `repair`: mending.
 
@@ -134,10 +136,12 @@ impl Finding {
         self
     }
 
-    /// Whether both are about the same thing, which may look a little different meanwhile.
+    /// Whether both are about the same thing. What is torn may be so in another way meanwhile; of what is suspicious in a database,
+    /// the sentence says which object it is.
     #[must_use]
     pub fn same(&self, other: &Self) -> bool {
         (self.category, &self.path) == (other.category, &other.path)
+            && (self.detail == other.detail || self.category == Category::Torn)
     }
 }
 
@@ -215,7 +219,7 @@ pub fn check(store: &Store, settings: &Settings) -> Result<Report> {
     let mut again = Vec::new();
     for name in &names {
         let looked = look(store, settings, name);
-        if looked.findings.iter().any(|finding| passes(finding)) || !looked.failures.is_empty() {
+        if looked.findings.iter().any(passes) || !looked.failures.is_empty() {
             again.push((name, looked));
         } else {
             report.append(looked);
@@ -239,10 +243,9 @@ pub fn check(store: &Store, settings: &Settings) -> Result<Report> {
     Ok(report)
 }
 
-/// Whether a finding may be a step on the way of a writer, which passes.
+/// Whether a finding may be a step on the way of a writer, which passes. Modes may, too: a file is made before it has its own.
 fn passes(finding: &Finding) -> bool {
-    // Modes, too: SQLite makes a journal, and tokenfs a file, before it has its mode.
-    !matches!(finding.category, Category::Unreadable)
+    finding.category != Category::Unreadable
 }
 
 /// The names in the tokendir that are to be looked at, in order.
@@ -337,13 +340,8 @@ fn look_inside(
         }
         return Ok(report);
     }
-    let directory = openat(
-        store.directory(),
-        name.as_os_str(),
-        flags,
-        Mode::empty(),
-    )
-    .map_err(|errno| Error::system("open", errno))?;
+    let directory = openat(store.directory(), name.as_os_str(), flags, Mode::empty())
+        .map_err(|errno| Error::system("open", errno))?;
     let stat = fstat(&directory).map_err(|errno| Error::system("stat", errno))?;
     let entries = place::entries(&directory, path)?;
     let mut look = Look {
@@ -415,6 +413,19 @@ fn second_token(look: &mut Look<'_>, backend: Backend) {
 /// A directory that is no token.
 fn no_token(look: &mut Look<'_>) {
     let path = look.path.clone();
+    if look.name.as_bytes() == b"lost+found" {
+        look.report.note(&path, "the file system's own");
+        return;
+    }
+    for name in [TOKEN_OBJECT, DATABASE] {
+        if look.entry(name).is_some() {
+            let detail =
+                "this is no regular file; SoftHSM would follow a link here, and tokenfs does not";
+            look.report
+                .found(Finding::new(Category::Suspicious, detail), &path.join(name));
+            return;
+        }
+    }
     let objects = look
         .entries
         .iter()
@@ -428,7 +439,9 @@ fn no_token(look: &mut Look<'_>) {
         };
         Finding::new(
             Category::Torn,
-            format!("the directory holds {objects} and no token.object, so that SoftHSM sees none of them"),
+            format!(
+                "the directory holds {objects} and no token.object, so that SoftHSM sees none of them"
+            ),
         )
     } else {
         Finding::new(

@@ -58,8 +58,7 @@ pub(super) fn with(stem: &OsStr, ending: &str) -> OsString {
 pub(super) fn entries(directory: impl AsFd, path: &Path) -> Result<Vec<Entry>> {
     let failed = |errno| Error::system("read the directory", errno).at(path);
     let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-    let mut listing =
-        Dir::openat(directory.as_fd(), ".", flags, Mode::empty()).map_err(failed)?;
+    let mut listing = Dir::openat(directory.as_fd(), ".", flags, Mode::empty()).map_err(failed)?;
     let mut entries = Vec::new();
     for entry in listing.iter() {
         let entry = entry.map_err(failed)?;
@@ -156,7 +155,10 @@ pub(super) fn strangers(look: &mut Look<'_>) {
         }
         let written = [
             (NEW_SUFFIX, "a crash left this version of an object behind"),
-            (JOURNAL_SUFFIX, "a crash left this journal of a rewritten file behind"),
+            (
+                JOURNAL_SUFFIX,
+                "a crash left this journal of a rewritten file behind",
+            ),
         ];
         let written = written
             .into_iter()
@@ -176,7 +178,8 @@ pub(super) fn strangers(look: &mut Look<'_>) {
         let bytes = name.as_bytes();
         let ending = OBJECT_SUFFIX.as_bytes();
         if !is_object && bytes.windows(ending.len()).any(|part| part == ending) {
-            let detail = "this looks like a copy of an object, or a part of one; SoftHSM ignores it";
+            let detail =
+                "this looks like a copy of an object, or a part of one; SoftHSM ignores it";
             look.report
                 .found(Finding::new(Category::Foreign, detail), &path);
         }
@@ -191,18 +194,18 @@ pub(super) fn modes(look: &mut Look<'_>) {
         let belongs = name == GENERATION
             || name.as_bytes().starts_with(DATABASE.as_bytes())
             || entry.stem(LOCK_SUFFIX).is_some()
-            || entry.name.as_bytes().windows(7).any(|part| part == b".object")
+            || entry
+                .name
+                .as_bytes()
+                .windows(7)
+                .any(|part| part == b".object")
             || entry.stem(NEW_SUFFIX).is_some()
             || entry.stem(JOURNAL_SUFFIX).is_some();
         if entry.sort != Sort::File || !belongs {
             continue;
         }
         let path = look.path.join(name);
-        match fstatat(
-            &look.directory,
-            name,
-            AtFlags::AT_SYMLINK_NOFOLLOW,
-        ) {
+        match fstatat(&look.directory, name, AtFlags::AT_SYMLINK_NOFOLLOW) {
             Ok(stat) => {
                 owners.insert((stat.st_uid, stat.st_gid));
                 judge_mode(look, &path, &stat);
@@ -232,11 +235,10 @@ pub(super) fn judge_mode(look: &mut Look<'_>, path: &Path, stat: &FileStat) {
     }
     // Those bits of the group are then an upper limit for everybody whom the list names (`acl(5)`), so that to take them away
     // is to take them from all of these.
-    let list = rustix::fs::lgetxattr(path, acl::NAME, &mut [0u8; 0]);
-    let by_list = if list.is_ok_and(|length| length > 0) {
-        " (by an access control list)"
-    } else {
-        ""
+    let by_list = match rustix::fs::lgetxattr(path, acl::NAME, &mut [0u8; 1024][..]) {
+        // Or one of more entries than that.
+        Ok(1..) | Err(rustix::io::Errno::RANGE) => " (by an access control list)",
+        _ => "",
     };
     let certain = forbidden & settings.configured_mask;
     let whose = if certain == forbidden {

@@ -2,17 +2,24 @@
 
 use std::collections::BTreeMap;
 
-use nix::sys::stat::lstat;
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl, open};
+use nix::sys::stat::{Mode, lstat};
+use nix::unistd::read;
 use rusqlite::Connection;
 
 use super::connection::{Database, stat};
 use super::failure::{Failure, classify, journal_of};
 use super::{DbToken, PAUSES, TAKEN};
-use crate::error::{ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::store::Patience;
+use crate::store::metadata::is_file;
 
 /// The most problems of a database that are told.
 const MOST: i64 = 20;
+
+/// The byte that a writer of SQLite's has locked from the beginning of its transaction to the end (`RESERVED_BYTE` in `os.h`).
+const RESERVED_BYTE: i64 = 0x4000_0001;
 
 /// One thing that is wrong with a database as a whole.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -33,6 +40,9 @@ impl DbToken {
     /// As [`crate::store::Token::list`], except that a left journal is a [`Problem`].
     pub(crate) fn examine(&self, patience: Patience) -> Result<Vec<Problem>> {
         let (mut pause, longest) = PAUSES;
+        if self.left_journal(patience)? {
+            return Ok(vec![Problem::HotJournal]);
+        }
         let mut problems = loop {
             match self.examine_once() {
                 Ok(problems) => break problems,
@@ -69,6 +79,58 @@ impl DbToken {
             Err(_) => {}
         }
         Ok(problems)
+    }
+
+    /// Whether there is a journal that nobody uses and that has to be rolled back. SQLite, too, would say so; but as root it gives
+    /// each journal that it opens to the owner of the database (`unixOpen` in its `os_unix.c`), and nothing is to be changed here.
+    ///
+    /// This opens the database beside SQLite, and closing it would drop SQLite's locks in this process. So it is not done while
+    /// the token has a connection, and there must be no other one: this is for `tokenfs check` and no server.
+    fn left_journal(&self, patience: Patience) -> Result<bool> {
+        let path = journal_of(&self.path);
+        let failed = |what, errno| Error::system(what, errno).at(&path);
+        let before = match lstat(&path) {
+            Ok(stat) => stat,
+            Err(Errno::ENOENT) => return Ok(false),
+            Err(errno) => return Err(failed("stat", errno)),
+        };
+        let slot = self.connection.lock(patience, TAKEN);
+        let slot = slot.map_err(|error| error.at(&self.path))?;
+        if slot.database.is_some() || !is_file(&before) {
+            return Ok(false);
+        }
+        let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
+        let journal = match open(&path, flags, Mode::empty()) {
+            Ok(journal) => journal,
+            // Committed meanwhile.
+            Err(Errno::ENOENT) => return Ok(false),
+            Err(errno) => return Err(failed("open", errno)),
+        };
+        let mut first = [0];
+        let length = read(&journal, &mut first).map_err(|errno| failed("read", errno))?;
+        // Such a journal is none for SQLite (`hasHotJournal` in its `pager.c`).
+        if length == 0 || first == [0] {
+            return Ok(false);
+        }
+        stat(&self.path)?;
+        let database = open(&self.path, flags, Mode::empty())
+            .map_err(|errno| Error::system("open", errno).at(&self.path))?;
+        let mut lock = libc::flock {
+            l_type: libc::F_WRLCK as libc::c_short,
+            l_whence: libc::SEEK_SET as libc::c_short,
+            l_start: RESERVED_BYTE,
+            l_len: 1,
+            l_pid: 0,
+        };
+        fcntl(&database, FcntlArg::F_OFD_GETLK(&mut lock))
+            .map_err(|errno| Error::system("lock", errno).at(&self.path))?;
+        if lock.l_type != libc::F_UNLCK as libc::c_short {
+            // Of a transaction that goes on.
+            return Ok(false);
+        }
+        // A commit deletes the journal first and unlocks then, and the next transaction makes a new one.
+        Ok(lstat(&path)
+            .is_ok_and(|after| (after.st_dev, after.st_ino) == (before.st_dev, before.st_ino)))
     }
 
     fn examine_once(&self) -> Result<Vec<Problem>, Failure> {
@@ -115,7 +177,8 @@ fn references(connection: &Connection) -> rusqlite::Result<Vec<Problem>> {
     Ok(strays
         .into_iter()
         .map(|(table, (count, first))| {
-            let first = first.map_or_else(String::new, |row| format!(", the first of them row {row}"));
+            let first =
+                first.map_or_else(String::new, |row| format!(", the first of them row {row}"));
             let rows = if count == 1 { "row" } else { "rows" };
             Problem::Odd(format!(
                 "{count} {rows} in {table} belong to no object{first}; SoftHSM never sees them"

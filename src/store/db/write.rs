@@ -309,7 +309,11 @@ impl DbToken {
         point("db.begun");
         let known = self.known();
         let version = known.as_ref().map(|(version, _)| *version);
-        let outcome = read::look(open, &self.path, version, |_| true)?;
+        let outcome = match read::look(open, &self.path, version, |_| true) {
+            // Perhaps only SQLite's cache of pages is wrong.
+            Err(Failure::Content(_)) if !fresh => read::Outcome::Stale,
+            outcome => outcome?,
+        };
         let Some((seen, snapshot)) = self.absorb(outcome, known, warned) else {
             drop(transaction);
             *database = None;

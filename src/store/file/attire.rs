@@ -20,7 +20,7 @@ use crate::store::crash::point;
 use crate::store::{Access, MetadataChange, Time};
 
 /// With which a file is made: nobody has it yet, and nobody but its owner may read it before its mode is set.
-pub(crate) fn create_flags() -> OFlag {
+pub(super) fn create_flags() -> OFlag {
     OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC
 }
 

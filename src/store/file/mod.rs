@@ -34,7 +34,7 @@ mod recover;
 mod rewrite;
 mod token;
 
-pub(crate) use attire::{apply_to_directory, create_flags};
+pub(crate) use attire::{apply_to_directory, set_access};
 pub use decode::{Decoded, decode};
 pub use encode::encode;
 pub(crate) use recover::is_known;

@@ -1,0 +1,379 @@
+//! Making and removing tokens.
+//!
+//! A directory is a token from the moment that it holds `token.object` or `sqlite3.db`, and until it holds none. Everything
+//! before and after that is marked (`leftover`), so that a crash leaves nothing that nobody clears away.
+
+use std::ffi::OsStr;
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, openat, renameat};
+use nix::sys::stat::{Mode, fstatat, mkdirat};
+use rustix::fs::{RenameFlags, renameat_with};
+
+use super::mark::{
+    self, Content, HIDDEN_DATABASE, HIDDEN_OBJECT, clear, in_use, not_empty, open_directory,
+    remove_file,
+};
+use super::{DATABASE, Store};
+use crate::error::{Error, ErrorKind, Result};
+use crate::store::crash::point;
+use crate::store::db::DbToken;
+use crate::store::file::{FileToken, GENERATION, TOKEN_OBJECT, set_access};
+use crate::store::leftover::{BUILDING, REMOVING};
+use crate::store::metadata::is_file;
+use crate::store::{Access, Backend, Patience, Token, TokenName, lock};
+
+/// A token that is being built.
+#[derive(Clone, Debug)]
+pub(super) struct Building {
+    kind: Kind,
+    /// The mark, locked.
+    _mark: Arc<File>,
+    /// Held by whoever publishes or removes it.
+    ending: Arc<Mutex<()>>,
+}
+
+#[derive(Clone, Debug)]
+enum Kind {
+    File(Arc<FileToken>),
+    Db(Arc<DbToken>),
+}
+
+impl Building {
+    /// The token.
+    pub(super) fn token(&self) -> Arc<dyn Token> {
+        match &self.kind {
+            Kind::File(token) => Arc::clone(token) as Arc<dyn Token>,
+            Kind::Db(token) => Arc::clone(token) as Arc<dyn Token>,
+        }
+    }
+
+    fn publish(&self) -> Result<()> {
+        match &self.kind {
+            Kind::File(token) => token.publish(),
+            Kind::Db(token) => token.publish(),
+        }
+    }
+}
+
+impl Store {
+    /// Begins a token of the configured backend: the directory `name` is made, and what is written into it can be read through
+    /// [`Store::token`] at once, but it is no token for SoftHSM before [`Store::publish_token`], and nothing is synced
+    /// before that. `directory` and `files` are the modes and owners of the directory and of what every token has in it.
+    ///
+    /// What a crash leaves of it is removed by the next writer.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Exists`] if there is anything of that name; [`ErrorKind::ReadOnly`]; what making it fails with.
+    pub fn create_token(
+        &self,
+        name: &TokenName,
+        directory: Access,
+        files: Access,
+    ) -> Result<Arc<dyn Token>> {
+        self.check_writable()?;
+        self.check_in_place()?;
+        let path = self.path.join(name.as_os_str());
+        let building = self
+            .begin_token(name, directory, files)
+            .map_err(|error| error.at(&path))?;
+        let token = building.token();
+        self.known().remove(name);
+        self.building().insert(name.clone(), building);
+        Ok(token)
+    }
+
+    fn begin_token(&self, name: &TokenName, directory: Access, files: Access) -> Result<Building> {
+        if self.is_building(name) {
+            return Err(exists());
+        }
+        let tokendir = self.directory.as_fd();
+        let make = || mkdirat(tokendir, name.as_os_str(), Mode::from_bits_truncate(0o700));
+        let mut made = make();
+        if made == Err(Errno::EEXIST) {
+            // What a crash left of a token of that name is in nobody's way.
+            self.recover_directory(name);
+            made = make();
+        }
+        match made {
+            Ok(()) => {}
+            // A crash came before the directory could be marked.
+            Err(Errno::EEXIST) if self.is_bare(name) => {}
+            Err(Errno::EEXIST) => return Err(exists()),
+            Err(errno) => return Err(Error::system("make the directory", errno)),
+        }
+        point("store.create.made");
+        let opened = open_directory(tokendir, name)?;
+        // Of two who found it bare, one gets the mark.
+        let mark = mark::make(opened.as_fd(), BUILDING)?.ok_or_else(exists)?;
+        point("store.create.marked");
+        let begun = || -> Result<Kind> {
+            set_access(&opened, directory)?;
+            point("store.create.dressed");
+            let path = self.path.join(name.as_os_str());
+            let (options, diagnostics) = (self.options.clone(), Arc::clone(&self.diagnostics));
+            Ok(match self.options.backend {
+                Backend::File => Kind::File(Arc::new(FileToken::build(
+                    tokendir,
+                    name.clone(),
+                    &path,
+                    files,
+                    options,
+                    diagnostics,
+                )?)),
+                Backend::Db => Kind::Db(Arc::new(DbToken::build(
+                    name.clone(),
+                    &path,
+                    files,
+                    options,
+                    diagnostics,
+                )?)),
+            })
+        };
+        match begun() {
+            Ok(kind) => Ok(Building {
+                kind,
+                _mark: Arc::new(mark),
+                ending: Arc::default(),
+            }),
+            Err(error) => {
+                let _ = clear(tokendir, name, opened.as_fd(), true, || {});
+                Err(error)
+            }
+        }
+    }
+
+    /// Whether a directory holds nothing but what a SoftHSM that starts makes in every directory.
+    fn is_bare(&self, name: &TokenName) -> bool {
+        open_directory(self.directory.as_fd(), name).is_ok_and(|directory| {
+            let bare = Content::of(directory.as_fd())
+                .is_ok_and(|content| content.names.iter().all(|name| name == GENERATION));
+            // Not one that somebody else is about to fill.
+            bare && matches!(mark::find(directory.as_fd(), BUILDING), Ok(None))
+        })
+    }
+
+    /// Whether a token is one that [`Store::create_token`] began and that is not published yet.
+    #[must_use]
+    pub fn is_building(&self, name: &TokenName) -> bool {
+        self.building().contains_key(name)
+    }
+
+    /// Makes a token that was begun one that SoftHSM sees: everything in it is synced, and its `token.object` or `sqlite3.db`
+    /// gets its name last. Whoever holds the token has to ask for it anew.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] if it is not being built; [`ErrorKind::WouldBlock`] with [`Patience::Now`]; what syncing and
+    /// renaming fail with, and then it is still being built.
+    pub fn publish_token(&self, name: &TokenName, patience: Patience) -> Result<()> {
+        let path = self.path.join(name.as_os_str());
+        self.end(name, patience, |building| {
+            self.check_in_place()?;
+            // The directory first: a token that survives a power failure has one.
+            self.sync()?;
+            building.publish()?;
+            point("store.publish.published");
+            let directory = open_directory(self.directory.as_fd(), name)?;
+            if let Err(error) = remove_file(&directory, OsStr::new(BUILDING)) {
+                // It is a token all the same.
+                self.diagnostics.error(&error.at(path.join(BUILDING)));
+            }
+            point("store.publish.unmarked");
+            Ok(())
+        })
+        .map_err(|error| error.at(&path))
+    }
+
+    /// Does what ends the building of a token, one at a time; afterwards it is not being built any more.
+    fn end(
+        &self,
+        name: &TokenName,
+        patience: Patience,
+        end: impl FnOnce(&Building) -> Result<()>,
+    ) -> Result<()> {
+        let not_building = || Error::not_found("not being built");
+        let building = self
+            .building()
+            .get(name)
+            .cloned()
+            .ok_or_else(not_building)?;
+        if matches!(patience, Patience::Now) {
+            return Err(Error::new(
+                ErrorKind::WouldBlock,
+                "it has to be waited for the disk",
+            ));
+        }
+        let _alone = building
+            .ending
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        // Somebody may have ended it while we waited.
+        if !self.building().contains_key(name) {
+            return Err(not_building());
+        }
+        end(&building)?;
+        self.building().remove(name);
+        self.known().remove(name);
+        Ok(())
+    }
+
+    /// Removes a token without objects, whether it is being built or not. It is no token any more with the first step, which
+    /// cannot be seen half done; a crash after that is finished by the next writer.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotEmpty`] if there is an object or a file that is none of SoftHSM's in it; [`ErrorKind::NotFound`];
+    /// [`ErrorKind::Busy`]; [`ErrorKind::WouldBlock`] with [`Patience::Now`]; what removing fails with.
+    pub fn remove_token(&self, name: &TokenName, patience: Patience) -> Result<()> {
+        let path = self.path.join(name.as_os_str());
+        self.check_writable()?;
+        self.check_in_place()?;
+        let removed = if self.is_building(name) {
+            self.end(name, patience, |building| {
+                if !building.token().list(patience)?.is_empty() {
+                    return Err(not_empty());
+                }
+                let tokendir = self.directory.as_fd();
+                let directory = open_directory(tokendir, name)?;
+                clear(tokendir, name, directory.as_fd(), true, || {
+                    point("store.unbuild.unlinked");
+                })
+            })
+        } else {
+            self.remove_published(name, patience)
+        };
+        removed.map_err(|error| error.at(&path))?;
+        self.sync()
+    }
+
+    fn remove_published(&self, name: &TokenName, patience: Patience) -> Result<()> {
+        if matches!(patience, Patience::Now) {
+            return Err(Error::new(
+                ErrorKind::WouldBlock,
+                "removing a token waits for locks and for the disk",
+            ));
+        }
+        let (_, backend) = self.probe(name)?;
+        let backend = backend.ok_or_else(|| {
+            Error::new(
+                ErrorKind::PermissionDenied,
+                "tokenfs may not look into this directory",
+            )
+        })?;
+        let tokendir = self.directory.as_fd();
+        let opened = open_directory(tokendir, name)?;
+        let directory = opened.as_fd();
+        self.check_empty(name, directory, backend, patience)?;
+        let mark = match mark::make(directory, REMOVING)? {
+            Some(mark) => Some(mark),
+            // Left by a crash, or held by somebody who is at it.
+            None => mark::find(directory, REMOVING)?,
+        };
+        let mark = mark.ok_or_else(in_use)?;
+        point("store.remove.marked");
+        let hidden = self.hide(directory, backend, patience);
+        if let Err(error) = hidden {
+            let _ = remove_file(directory, OsStr::new(REMOVING));
+            return Err(error);
+        }
+        self.known().remove(name);
+        let cleared = clear(tokendir, name, directory, false, || {
+            point("store.remove.unlinked");
+        });
+        if cleared.is_err() && Content::of(directory)?.has_object() {
+            // A SoftHSM that has a session made one after the last look.
+            restore(directory)?;
+            remove_file(directory, OsStr::new(REMOVING))?;
+        }
+        drop(mark);
+        cleared
+    }
+
+    /// That a token has no objects, and nothing that is not SoftHSM's.
+    fn check_empty(
+        &self,
+        name: &TokenName,
+        directory: BorrowedFd<'_>,
+        backend: Backend,
+        patience: Patience,
+    ) -> Result<()> {
+        if let Some(foreign) = Content::of(directory)?.foreign(backend) {
+            return Err(Error::new(
+                ErrorKind::NotEmpty,
+                format!(
+                    "there is \"{}\" in it",
+                    foreign.to_string_lossy().escape_debug()
+                ),
+            ));
+        }
+        if backend == Backend::Db && !self.token(name)?.list(patience)?.is_empty() {
+            return Err(not_empty());
+        }
+        Ok(())
+    }
+
+    /// The step with which it is no token any more.
+    fn hide(&self, directory: BorrowedFd<'_>, backend: Backend, patience: Patience) -> Result<()> {
+        // The mark has to be there after a power failure when the token is not.
+        sync_directory(directory)?;
+        let failed = |errno| Error::system("rename", errno);
+        match backend {
+            Backend::File => {
+                let flags =
+                    OFlag::O_RDWR | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
+                let own = openat(directory, TOKEN_OBJECT, flags, Mode::empty())
+                    .map(File::from)
+                    .map_err(|errno| Error::system("open", errno))?;
+                lock::lock_exclusive(&own, patience)?;
+                renameat(directory, TOKEN_OBJECT, directory, HIDDEN_OBJECT).map_err(failed)?;
+                point("store.remove.hidden");
+                // A SoftHSM that has a session may have made an object meanwhile.
+                if Content::of(directory)?.has_object() {
+                    restore(directory)?;
+                    point("store.remove.restored");
+                    return Err(not_empty());
+                }
+            }
+            Backend::Db => {
+                renameat(directory, DATABASE, directory, HIDDEN_DATABASE).map_err(failed)?;
+                point("store.remove.hidden");
+            }
+        }
+        // From here on nothing brings it back.
+        sync_directory(directory)
+    }
+}
+
+/// Makes a directory a token again whose removal was begun.
+///
+/// # Errors
+/// What renaming fails with.
+pub(super) fn restore(directory: BorrowedFd<'_>) -> Result<()> {
+    match fstatat(
+        directory,
+        HIDDEN_OBJECT,
+        nix::fcntl::AtFlags::AT_SYMLINK_NOFOLLOW,
+    ) {
+        Ok(stat) if is_file(&stat) => {}
+        _ => return Ok(()),
+    }
+    renameat_with(
+        directory,
+        Path::new(HIDDEN_OBJECT),
+        directory,
+        Path::new(TOKEN_OBJECT),
+        RenameFlags::NOREPLACE,
+    )
+    .map_err(|errno| Error::system("rename", Errno::from_raw(errno.raw_os_error())))
+}
+
+fn sync_directory(directory: BorrowedFd<'_>) -> Result<()> {
+    nix::unistd::fsync(directory).map_err(|errno| Error::system("fsync", errno))
+}
+
+fn exists() -> Error {
+    Error::new(ErrorKind::Exists, "there is something of that name")
+}

@@ -1,0 +1,133 @@
+//! Putting right what a crash left of tokens that were being made or removed, and of writes in them.
+
+use std::ffi::OsStr;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::sync::Arc;
+
+use nix::dir::Dir;
+use nix::fcntl::OFlag;
+use nix::sys::stat::Mode;
+
+use super::Store;
+use super::lifecycle::restore;
+use super::mark::{self, Content, clear, open_directory, remove_file};
+use crate::error::{Error, ErrorKind, Result};
+use crate::store::TokenName;
+use crate::store::crash::point;
+use crate::store::file::{FileToken, TOKEN_OBJECT};
+use crate::store::leftover::{BUILDING, REMOVING};
+
+impl Store {
+    /// Puts right what a crash left behind ([`crate::store::leftover`]), in every token; does nothing in a store that is read only.
+    /// What is still in use by another process is left alone. Says what it did in the diagnostics.
+    pub fn recover(&self) {
+        if self.options.read_only {
+            return;
+        }
+        match self.directories() {
+            Ok(names) => {
+                for name in names {
+                    if !self.is_building(&name) {
+                        self.recover_directory(&name);
+                    }
+                }
+            }
+            Err(error) => self.diagnostics.error(&error.at(&self.path)),
+        }
+    }
+
+    /// Every name in the tokendir.
+    fn directories(&self) -> Result<Vec<TokenName>> {
+        let failed = |errno| Error::system("read the directory", errno);
+        let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        let mut entries =
+            Dir::openat(&self.directory, ".", flags, Mode::empty()).map_err(failed)?;
+        let mut names = Vec::new();
+        for entry in entries.iter() {
+            let entry = entry.map_err(failed)?;
+            names.extend(TokenName::new(OsStr::from_bytes(
+                entry.file_name().to_bytes(),
+            )));
+        }
+        names.sort_unstable();
+        Ok(names)
+    }
+
+    /// The same in one directory.
+    pub(super) fn recover_directory(&self, name: &TokenName) {
+        // What is no directory, or may not be looked into, is none of ours.
+        let Ok(directory) = open_directory(self.directory.as_fd(), name) else {
+            return;
+        };
+        let path = self.path.join(name.as_os_str());
+        match self.recover_marks(name, directory.as_fd()) {
+            Ok(true) => {}
+            Ok(false) => return,
+            Err(error) if error.kind() == ErrorKind::Busy => return,
+            Err(error) => return self.diagnostics.error(&error.at(path)),
+        }
+        let is_file_token = Content::of(directory.as_fd())
+            .is_ok_and(|content| content.names.iter().any(|name| name == TOKEN_OBJECT));
+        if is_file_token {
+            let token = FileToken::open(
+                self.directory.as_fd(),
+                name.clone(),
+                &path,
+                self.options.clone(),
+                Arc::clone(&self.diagnostics),
+            );
+            if let Ok(token) = token {
+                token.recover();
+            }
+        }
+    }
+
+    /// What the marks in a directory ask for; whether there still is a directory.
+    fn recover_marks(&self, name: &TokenName, directory: BorrowedFd<'_>) -> Result<bool> {
+        let tokendir = self.directory.as_fd();
+        let said = |what: &str| {
+            self.diagnostics.warning(format!(
+                "{}: {what}",
+                self.path.join(name.as_os_str()).display()
+            ));
+        };
+        // Both are looked at and locked before anything is done: who holds one of them is at work.
+        let building = mark::find(directory, BUILDING)?;
+        let removing = mark::find(directory, REMOVING)?;
+        if building.is_none() && removing.is_none() {
+            return Ok(true);
+        }
+        let mut content = Content::of(directory)?;
+        if removing.is_some() && !content.has_token() && content.has_object() {
+            // A SoftHSM that had a session made an object before it could see that the token was gone.
+            restore(directory)?;
+            point("store.recover.restored");
+            content = Content::of(directory)?;
+        }
+        let unmark = || -> Result<()> {
+            for mark in [BUILDING, REMOVING] {
+                remove_file(directory, OsStr::new(mark))?;
+                point("store.recover.unmarked");
+            }
+            Ok(())
+        };
+        if content.has_token() {
+            unmark()?;
+            said("the token is whole; removed what a crash had left of making or removing it");
+            return Ok(true);
+        }
+        if building.is_none() && content.has_object() {
+            // Nothing that makes it a token again: a person has to look at it.
+            return Err(Error::new(
+                ErrorKind::NotEmpty,
+                "a token whose removal a crash had cut short has objects in it",
+            ));
+        }
+        clear(tokendir, name, directory, building.is_some(), || {
+            point("store.recover.unlinked");
+        })?;
+        said("removed what a crash had left of a token that was being made or removed");
+        Ok(false)
+    }
+}
