@@ -85,15 +85,11 @@ fn in_a_shell(story: &str) -> &'static str {
 }
 
 fn shell(stage: &Stage, mount: &Mount, line: &str) -> std::process::Output {
+    // The mount may be dead already: then the shell says so.
+    let directory = mount.join(&stage.token);
     let mut shell = tool("bash");
-    shell
-        .arg("-c")
-        .arg(line)
-        .current_dir(mount.join(&stage.token));
-    shell
-        .env("o", &stage.data)
-        .env("k", &stage.private)
-        .env("second", &stage.second);
+    shell.arg("-c").arg(format!("cd {} && {{ {line}; }}", directory.display()));
+    shell.env("o", &stage.data).env("k", &stage.private).env("second", &stage.second);
     shell.output().unwrap()
 }
 

@@ -192,11 +192,10 @@ both_backends! {
 }
 
 fn shell(stage: &Stage, mount: &Mount, line: &str) -> std::process::Output {
+    // The mount may be dead already: then the shell says so.
+    let directory = mount.join(&stage.token);
     let mut shell = tool("bash");
-    shell
-        .arg("-c")
-        .arg(line)
-        .current_dir(mount.join(&stage.token));
+    shell.arg("-c").arg(format!("cd {} && {{ {line}; }}", directory.display()));
     shell.env("o", &stage.data).env("k", &stage.private);
     shell.output().unwrap()
 }
@@ -216,7 +215,7 @@ fn attach(pid: u32, name: &str, number: usize) -> std::process::Child {
     strace.args(["-e", &format!("inject={name}:signal=KILL:when={number}")]);
     let child = strace.stderr(Stdio::null()).spawn().unwrap();
     let tracer = || {
-        let tasks = fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten();
+        let tasks = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
         let traced: BTreeSet<bool> = tasks
             .map(|task| {
                 let status = fs::read_to_string(task.path().join("status")).unwrap_or_default();
@@ -225,7 +224,7 @@ fn attach(pid: u32, name: &str, number: usize) -> std::process::Child {
                     .any(|line| line.starts_with("TracerPid:") && !line.ends_with("\t0"))
             })
             .collect();
-        traced == BTreeSet::from([true])
+        traced.is_empty() || traced == BTreeSet::from([true])
     };
     eventually(Duration::from_secs(5), "strace on the mount", tracer);
     child

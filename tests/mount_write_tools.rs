@@ -186,8 +186,8 @@ both_backends! {
         let mut bench = Bench::new(backend);
         let label = bench.handles.0;
         // Of a type that SoftHSM knows, and of a vendor's.
-        bench.quiet("printf 20260101 >$k/CKA_START_DATE; printf x >$o/0x80001234.bytes; echo true >$o/0x80001235.bool");
-        assert_eq!(bench.stored(format!("{}/CKA_START_DATE", bench.private)).as_deref(), Some(&b"20260101"[..]));
+        bench.quiet("printf 20260101 >$p/CKA_START_DATE; printf x >$o/0x80001234.bytes; echo true >$o/0x80001235.bool");
+        assert_eq!(bench.stored(format!("{}/CKA_START_DATE", bench.public)).as_deref(), Some(&b"20260101"[..]));
         assert_eq!(bench.stored_data("0x80001234.bytes").as_deref(), Some(&b"x"[..]));
         bench.quiet("rm $o/0x80001234.bytes $o/0x80001235.bool $o/CKA_APPLICATION");
         assert!(!bench.of_data("CKA_APPLICATION").exists(), "what was unlinked is gone from the mount at once");
