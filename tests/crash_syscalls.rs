@@ -43,10 +43,16 @@ fn die_everywhere(
     run(&mut stage.step(&tracing(&output), operations));
     let calls = calls_after(&fs::read_to_string(&output).unwrap(), READY);
     let (mut deaths, mut wrong) = (0, Vec::new());
-    for call in calls
+    let chosen: Vec<&Call> = calls
         .iter()
         .filter(|call| full() || call.changes_something())
-    {
+        .collect();
+    for (index, call) in chosen.iter().enumerate() {
+        // Long stories, such as the building of a token, repeat themselves in the middle.
+        let inside = index > 15 && index + 15 < chosen.len();
+        if !full() && inside && index % (chosen.len() / 30).max(1) != 0 {
+            continue;
+        }
         if [
             "exit_group",
             "exit",

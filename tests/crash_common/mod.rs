@@ -66,7 +66,10 @@ pub fn copy(from: &Path, to: &Path) {
 impl Stage {
     /// Two tokens: `test`, with a data object and a pair of keys, and `second`, with a data object.
     pub fn new(backend: Backend) -> Self {
-        let (softhsm, mut client) = Softhsm::with_token(backend);
+        let softhsm = Softhsm::new_in(backend, temporary_in_memory());
+        let mut client = softhsm.p11();
+        client.init_token("test", Some(PIN)).unwrap();
+        client.open("test", Some(PIN)).unwrap();
         fill(&mut client);
         let first = softhsm.token_directory();
         let token = first.file_name().unwrap().to_str().unwrap().to_owned();
