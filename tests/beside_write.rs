@@ -377,18 +377,17 @@ both_backends! {
                 label.is_ok_and(|label| Ok(label) != fs::read(bench.at(&bench.private).join("CKA_LABEL")).map_err(|_| ()))
             });
             bench.assert_signs(copy);
-            // Whether SoftHSM's db backend can copy a key at all is its own affair.
-            if bench.client.copy(bench.handles.2, &[bytes(3, "a")]).map(|key| bench.client.destroy(key).unwrap()).is_err() {
-                println!("{backend}: this SoftHSM cannot copy a key of its own");
-                bench.client.destroy(copy).unwrap();
-                eventually(SOON, "its end in the mount", || !bench.at(&name).exists());
-                continue;
+            // On db SoftHSM copies nothing but the class (DBObject::nextAttributeType).
+            let another = (backend == Backend::File)
+                .then(|| bench.client.copy(copy, &[bytes(3, "copied by softhsm")]).unwrap());
+            if let Some(another) = another {
+                bench.assert_signs(another);
             }
-            let another = bench.client.copy(copy, &[bytes(3, "copied by softhsm")]).unwrap();
-            bench.assert_signs(another);
             bench.client.destroy(copy).unwrap();
             eventually(SOON, "its end in the mount", || !bench.at(&name).exists());
-            bench.client.destroy(another).unwrap();
+            if let Some(another) = another {
+                bench.client.destroy(another).unwrap();
+            }
             bench.assert_signs(bench.handles.2);
             let left = leftovers(&bench.softhsm.tokendir);
             assert!(left.is_empty(), "round {round}: {left:?}");

@@ -281,7 +281,7 @@ both_backends! {
         let before = expected(&bench.softhsm);
         for line in [
             "cp -a $out/key/. $k/", "rm -r $k; cp -a $out/key $k", "rsync -a --delete $out/key/ $k/", "tar xf $out/all.tar",
-            "tar x --unlink-first -f $out/all.tar", "tar x --recursive-unlink -f $out/all.tar ./$k", "rsync -a --delete $out/all/ ./",
+            "cd $out/all; find . -type f >../files; cd $t; tar x --unlink-first -f $out/all.tar -T $out/files", "tar x --recursive-unlink -f $out/all.tar ./$k", "rsync -a --delete $out/all/ ./",
             "rsync -a --inplace --delete $out/all/ ./", "rsync -ac $out/all/ ./", "mv $k .old; cp -a $out/key $k; rm -r .old",
             "printf changed >$o/CKA_LABEL; rm $o/CKA_VALUE; echo false >$k/CKA_SIGN; rsync -ac --delete $out/all/ ./",
             "rm -r $k $o; rsync -a $out/all/ ./", "rm -r $k $o; tar xf $out/all.tar",

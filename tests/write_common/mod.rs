@@ -304,6 +304,11 @@ pub fn leftovers(tokendir: &Path) -> Vec<PathBuf> {
     let known = |path: &Path| {
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         let suffix = [".object", ".lock"].iter().any(|end| name.ends_with(end));
+        // SQLite leaves a journal lie whose header was never written, and uses it for its next transaction.
+        if name == "sqlite3.db-journal" {
+            let magic = [0xd9, 0xd5, 0x05, 0xf9, 0x20, 0xa1, 0x63, 0xd7];
+            return !fs::read(path).is_ok_and(|journal| journal.starts_with(&magic));
+        }
         path.is_dir() || suffix || ["generation", "sqlite3.db"].contains(&&*name)
     };
     let mut left = walk(tokendir);
