@@ -131,6 +131,10 @@ fn what_a_write_left_is_put_right_and_a_write_that_goes_on_is_left_alone() {
     let token = softhsm.token_directory();
     let building = softhsm.tokendir.join("building");
     fs::create_dir(&building).unwrap();
+    let empty = softhsm
+        .tokendir
+        .join("a3f2c1d0-1234-5678-abcd-000000000001");
+    fs::create_dir(&empty).unwrap();
     let left = [
         (
             object.with_extension("tokenfs-new"),
@@ -154,8 +158,8 @@ fn what_a_write_left_is_put_right_and_a_write_that_goes_on_is_left_alone() {
         set_mode(path, 0o600);
     }
     let checked = look(&softhsm);
-    assert_eq!(checked.findings().len(), left.len(), "{checked:#?}");
-    for (path, _) in &left {
+    assert_eq!(checked.findings().len(), 1 + left.len(), "{checked:#?}");
+    for path in left.iter().map(|(path, _)| path).chain([&empty]) {
         let line = checked.of_path(path);
         assert!(
             line.starts_with("leftover: ") && line.ends_with("(--repair mends it)"),
@@ -166,9 +170,10 @@ fn what_a_write_left_is_put_right_and_a_write_that_goes_on_is_left_alone() {
     assert_eq!(repaired.code, 0, "{repaired:#?}");
     assert_eq!(
         repaired.summary(),
-        "1 token, 1 object: 4 findings, 4 mended"
+        "1 token, 1 object: 5 findings, 5 mended"
     );
-    assert!(!building.exists() && left.iter().all(|(path, _)| !path.exists()));
+    assert!(!empty.exists() && !building.exists());
+    assert!(left.iter().all(|(path, _)| !path.exists()));
     assert!(object.exists() && object.with_extension("lock").exists());
 
     // Whoever writes holds the lock.

@@ -201,7 +201,8 @@ fn lock_alone(look: &mut Look<'_>, file: &OsStr, stem: &OsStr) {
     match open_file(look, file) {
         Ok(open) => match lock::lock_shared(&open, Patience::Now) {
             Ok(()) => {
-                let detail = "a lock file without an object, which was deleted half-way";
+                let detail =
+                    "a lock file without an object, left when that was being made or deleted";
                 let finding =
                     Finding::new(Category::Leftover, detail).mended_by(Remedy::RemoveLock);
                 look.report.found(finding, &path);

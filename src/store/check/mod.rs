@@ -31,6 +31,7 @@ use nix::fcntl::{AtFlags, OFlag, openat};
 use nix::sys::stat::{Mode, fstat, fstatat};
 
 use self::place::{Entry, Sort};
+use super::db::uuid::is_uuid;
 use super::file::TOKEN_OBJECT;
 use super::file::read::SETTLED;
 use super::tokendir::DATABASE;
@@ -81,6 +82,8 @@ pub enum Remedy {
     MakeLock,
     /// The file, which is a lock file, is removed.
     RemoveLock,
+    /// The directory, which is empty, is removed.
+    RemoveDirectory,
     /// The file, which is the token's generation, is made.
     MakeGeneration,
     /// These bits are taken away from the mode.
@@ -443,6 +446,10 @@ fn no_token(look: &mut Look<'_>) {
                 "the directory holds {objects} and no token.object, so that SoftHSM sees none of them"
             ),
         )
+    } else if look.entries.is_empty() && look.name.as_os_str().to_str().is_some_and(is_uuid) {
+        // Both SoftHSM and tokenfs begin with it.
+        let detail = "an empty directory, left when a token was being made or removed";
+        Finding::new(Category::Leftover, detail).mended_by(Remedy::RemoveDirectory)
     } else {
         Finding::new(
             Category::Foreign,

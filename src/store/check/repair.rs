@@ -12,6 +12,7 @@ use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, openat};
 use nix::sys::stat::{FchmodatFlags, FileStat, Mode, fchmod, fchmodat, fstat, fstatat};
 use nix::unistd::{Gid, Uid, UnlinkatFlags, fchown, fsync, unlinkat};
@@ -91,6 +92,7 @@ fn mend(store: &Store, finding: &Finding) -> Result<()> {
     match remedy {
         Remedy::MakeLock => make_lock(&place),
         Remedy::RemoveLock => remove_lock(&place),
+        Remedy::RemoveDirectory => remove_directory(&place),
         Remedy::MakeGeneration => {
             make_generation(&place, Patience::at_most(store.options().lock_wait))
         }
@@ -224,6 +226,16 @@ fn remove_lock(place: &Place) -> Result<()> {
     }
     place.unlink()?;
     place.sync()
+}
+
+/// Removes a directory if nothing is in it.
+fn remove_directory(place: &Place) -> Result<()> {
+    match unlinkat(&place.directory, &place.name, UnlinkatFlags::RemoveDir) {
+        Ok(()) => place.sync(),
+        // Somebody makes a token of it.
+        Err(Errno::ENOTEMPTY | Errno::EEXIST) => Ok(()),
+        Err(errno) => Err(Error::system("remove the directory", errno)),
+    }
 }
 
 /// Makes the token's counter, or a new one of one that was cut short. SoftHSM would begin at 1 again, which a session that is open may
