@@ -144,7 +144,7 @@ impl Stage {
             story("remove an attribute", &[format!("unset {t} {d} 16")]),
             story("create an object", &[format!("create {t} {new} {k}")]),
             story("remove an object", &[format!("remove {t} {k}")]),
-            story("chmod", &[format!("chmod {t} {d} 640")]),
+            story("chmod", &[format!("chmod {t} {d} 400")]),
             story("set the time", &[format!("mtime {t} {d} 1500000000")]),
             story(
                 "change the token's own",
