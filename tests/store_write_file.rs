@@ -80,7 +80,13 @@ impl Side {
 
     /// A public key with a label, which is no secret: its handle and its name.
     fn key(&mut self, label: &str) -> (u64, ObjectName) {
-        let before: BTreeSet<_> = self.token().list(patient()).unwrap().iter().cloned().collect();
+        let before: BTreeSet<_> = self
+            .token()
+            .list(patient())
+            .unwrap()
+            .iter()
+            .cloned()
+            .collect();
         let (public, private) = self
             .client
             .generate_pair(
@@ -102,7 +108,9 @@ impl Side {
     }
 
     fn path(&self, name: &ObjectName, suffix: &str) -> PathBuf {
-        self.softhsm.token_directory().join(format!("{name}{suffix}"))
+        self.softhsm
+            .token_directory()
+            .join(format!("{name}{suffix}"))
     }
 }
 
@@ -246,7 +254,12 @@ fn softhsm_counts_on_from_the_generation_that_is_on_disk() {
     let read = || fs::read(side.softhsm.token_directory().join("generation")).unwrap();
     let before = read();
     side.client
-        .create(&[ulong(0, 0), boolean(1, true), boolean(2, false), bytes(0x11, "v")])
+        .create(&[
+            ulong(0, 0),
+            boolean(1, true),
+            boolean(2, false),
+            bytes(0x11, "v"),
+        ])
         .unwrap();
     assert_ne!(read(), before);
 }
@@ -282,7 +295,10 @@ fn a_session_sees_every_change_creation_and_removal_and_uses_what_we_made() {
     for round in 0..20 {
         let label = format!("round {round}");
         set(&*token, &id(public_name), LABEL, label.as_bytes()).unwrap();
-        assert_eq!(side.client.label(public).unwrap().unwrap(), label.as_bytes());
+        assert_eq!(
+            side.client.label(public).unwrap().unwrap(),
+            label.as_bytes()
+        );
         assert_eq!(side.client.find_label(&label).unwrap(), [public]);
     }
     // A creation: the private key once more, under another name; the other one goes.
@@ -301,7 +317,11 @@ fn a_session_sees_every_change_creation_and_removal_and_uses_what_we_made() {
     assert_ne!(made, private);
     // It signs, can be changed, and destroyed.
     let signature = side.client.sign(made, 0x40, b"text").unwrap();
-    assert!(side.client.verify(public, 0x40, b"text", &signature).unwrap());
+    assert!(
+        side.client
+            .verify(public, 0x40, b"text", &signature)
+            .unwrap()
+    );
     side.client.set_label(made, "renamed").unwrap();
     assert_eq!(side.client.find_label("renamed").unwrap(), [made]);
     let changed = token.object(&id(&name("made-here")), patient()).unwrap();
@@ -309,7 +329,12 @@ fn a_session_sees_every_change_creation_and_removal_and_uses_what_we_made() {
     side.client.destroy(made).unwrap();
     let names = token.list(patient()).unwrap();
     assert_eq!(&*names, std::slice::from_ref(public_name));
-    assert_eq!(fs::read_dir(side.softhsm.token_directory()).unwrap().count(), 5);
+    assert_eq!(
+        fs::read_dir(side.softhsm.token_directory())
+            .unwrap()
+            .count(),
+        5
+    );
     // Its own attributes.
     let mut label = b"changed".to_vec();
     label.resize(32, b' ');
@@ -571,10 +596,9 @@ fn operate(store: &Store, what: &str) -> Result<()> {
     let token = store.token(first)?;
     let object = ObjectId::Object(name("a"));
     let new = NewObject {
-        attributes: token.object(&object, patient()).map_or_else(
-            |_| Attributes::new(),
-            |object| object.attributes.clone(),
-        ),
+        attributes: token
+            .object(&object, patient())
+            .map_or_else(|_| Attributes::new(), |object| object.attributes.clone()),
         access: access(),
         mtime: Some(std::time::UNIX_EPOCH),
     };
@@ -677,7 +701,12 @@ fn copy(from: &Path, to: &Path) {
 /// A store with the object `a`, and what a scenario needs besides.
 fn prepare(tokendir: &Path, what: &str, template: &Path) {
     copy(template, tokendir);
-    let token = fs::read_dir(tokendir).unwrap().next().unwrap().unwrap().path();
+    let token = fs::read_dir(tokendir)
+        .unwrap()
+        .next()
+        .unwrap()
+        .unwrap()
+        .path();
     let read = |file: &str| fs::read(token.join(file)).unwrap();
     match what {
         "shorter" => {
@@ -723,8 +752,14 @@ fn prepare(tokendir: &Path, what: &str, template: &Path) {
             for (name, files) in [
                 ("built", &[".tokenfs-building", "x.object"][..]),
                 ("published", &[".tokenfs-building", "token.object"][..]),
-                ("going", &[".tokenfs-removing", "token.tokenfs-new", "generation"][..]),
-                ("stays", &[".tokenfs-removing", "token.tokenfs-new", "x.object"][..]),
+                (
+                    "going",
+                    &[".tokenfs-removing", "token.tokenfs-new", "generation"][..],
+                ),
+                (
+                    "stays",
+                    &[".tokenfs-removing", "token.tokenfs-new", "x.object"][..],
+                ),
             ] {
                 fs::create_dir(tokendir.join(name)).unwrap();
                 for file in files {
@@ -776,8 +811,17 @@ fn a_crash_at_any_step_leaves_the_old_or_the_new() {
     let mut passed = BTreeSet::new();
     let mut crashes = 0;
     let scenarios = [
-        "update", "touch", "longer", "shorter", "create", "remove", "metadata", "build", "unbuild",
-        "remove-token", "recover",
+        "update",
+        "touch",
+        "longer",
+        "shorter",
+        "create",
+        "remove",
+        "metadata",
+        "build",
+        "unbuild",
+        "remove-token",
+        "recover",
     ];
     for what in scenarios {
         // Which points it passes, and how often.
@@ -795,7 +839,10 @@ fn a_crash_at_any_step_leaves_the_old_or_the_new() {
         );
         fs::remove_dir_all(&tokendir).unwrap();
         let mut times = BTreeMap::new();
-        for point in said.lines().filter_map(|line| line.strip_prefix("crash point ")) {
+        for point in said
+            .lines()
+            .filter_map(|line| line.strip_prefix("crash point "))
+        {
             *times.entry(point.to_owned()).or_insert(0) += 1;
         }
         for (point, times) in times {
@@ -807,7 +854,11 @@ fn a_crash_at_any_step_leaves_the_old_or_the_new() {
                     &tokendir,
                 );
                 command.env("TOKENFS_CRASH_POINT", format!("{point}:{time}"));
-                assert_eq!(result_of(&mut command), None, "{what} survives {point}:{time}");
+                assert_eq!(
+                    result_of(&mut command),
+                    None,
+                    "{what} survives {point}:{time}"
+                );
                 crashes += 1;
                 check_after_a_crash(&side, what, &format!("{what} at {point}:{time}"));
                 fs::remove_dir_all(&tokendir).unwrap();
@@ -820,7 +871,10 @@ fn a_crash_at_any_step_leaves_the_old_or_the_new() {
         .filter(|point| point.starts_with("file.") || point.starts_with("store."))
         .filter(|point| !passed.contains(**point))
         .collect();
-    println!("{crashes} crashes at {} points; not reached: {missed:?}", passed.len());
+    println!(
+        "{crashes} crashes at {} points; not reached: {missed:?}",
+        passed.len()
+    );
 }
 
 fn check_after_a_crash(side: &Side, what: &str, context: &str) {
@@ -865,7 +919,10 @@ fn check_after_a_crash(side: &Side, what: &str, context: &str) {
         let found = client.find(&[]).unwrap();
         for object in &found {
             let label = object.label.as_deref().unwrap_or_default();
-            assert!(matches!(label, b"before" | b"after"), "{context}: {label:?}");
+            assert!(
+                matches!(label, b"before" | b"after"),
+                "{context}: {label:?}"
+            );
         }
     }
     // What the recovery starts from is torn on purpose.
@@ -941,8 +998,7 @@ fn what_goes_wrong_leaves_the_old_value() {
     let before = side.softhsm.snapshot();
     let program = reachable(&std::env::current_exe().unwrap());
     for what in ["update", "longer", "create", "remove", "build"] {
-        let mut command =
-            in_a_process(as_user(BOB, &program), what, &side.softhsm.tokendir);
+        let mut command = in_a_process(as_user(BOB, &program), what, &side.softhsm.tokendir);
         let result = result_of(&mut command);
         assert_eq!(result.as_deref(), Some("PermissionDenied"), "{what}");
     }
@@ -985,11 +1041,26 @@ fn a_member_of_the_group_rewrites_in_place() {
     let start = Instant::now();
     let result = result_of(&mut command);
     // The times of a file are its owner's to set, so that it has that of the write.
-    assert_eq!(result.as_deref(), Some("done"), "after {:?}", start.elapsed());
+    assert_eq!(
+        result.as_deref(),
+        Some("done"),
+        "after {:?}",
+        start.elapsed()
+    );
     let after = fs::metadata(&path).unwrap();
     assert_eq!(
-        (before.ino(), before.uid(), before.gid(), before.permissions().mode()),
-        (after.ino(), after.uid(), after.gid(), after.permissions().mode())
+        (
+            before.ino(),
+            before.uid(),
+            before.gid(),
+            before.permissions().mode()
+        ),
+        (
+            after.ino(),
+            after.uid(),
+            after.gid(),
+            after.permissions().mode()
+        )
     );
     let found = decode(&fs::read(&path).unwrap()).unwrap();
     assert_eq!(found.attributes.bytes(LABEL), Some(&b"after"[..]));

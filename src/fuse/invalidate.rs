@@ -1,14 +1,11 @@
 //! Tells the kernel what to forget when the store changes.
 //!
-//! Three threads, none of which answers requests: a notification can wait for a request that is in flight, and would wait for ever
-//! if it were sent from the thread that has to answer it. One turns events into notifications at once. Another does
+//! Two threads, neither of which answers requests: a notification can wait for a request that is in flight, and would wait for ever
+//! if it were sent from the thread that has to answer it. One turns events into notifications at once. The other does
 //! what may take long, which is scanning a database, and repeats those notifications that may have overtaken the answer that they
-//! take back. The third sends what is about a name in a directory: for that the kernel takes the directory's lock, which it holds over
-//! every request that makes or removes something there, one that waits for a lock of SoftHSM included; the others need not wait
-//! for that.
+//! take back.
 
 use std::collections::HashSet;
-use std::ffi::OsString;
 use std::io::PipeWriter;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
@@ -20,7 +17,7 @@ use fuser::{INodeNo, Notifier};
 use crate::error::{Error, Result};
 use crate::store::Patience;
 use crate::store::watch::{Change, Watcher};
-use crate::tree::{Ino, Stale, Tree};
+use crate::tree::{Stale, Tree};
 
 /// How long an answer can be on its way to the kernel after a notification that it ought to have come before.
 const REPEAT_AFTER: Duration = Duration::from_millis(50);
@@ -45,14 +42,6 @@ impl Drop for Invalidation {
     }
 }
 
-/// Where notifications go.
-#[derive(Clone, Debug)]
-struct Kernel {
-    notifier: Notifier,
-    /// To the third thread.
-    names: Sender<(Ino, OsString)>,
-}
-
 /// Work for the second thread.
 enum Later {
     Changes(Vec<Change>),
@@ -70,23 +59,6 @@ pub fn start(tree: &Arc<Tree>, notifier: Notifier) -> Result<Invalidation> {
     let (stopped, stop) = std::io::pipe().map_err(failed)?;
     let (sender, receiver) = channel();
     let mut threads = Vec::new();
-    let (names, stale_names) = channel();
-    let third_notifier = notifier.clone();
-    threads.push(
-        thread::Builder::new()
-            .name("tokenfs-names".to_owned())
-            .spawn(move || {
-                for (parent, name) in stale_names {
-                    let sent: std::io::Result<()> =
-                        third_notifier.inval_entry(INodeNo(parent), OsString::as_os_str(&name));
-                    if let Err(error) = sent {
-                        log::debug!("notification: {error}");
-                    }
-                }
-            })
-            .map_err(failed)?,
-    );
-    let notifier = Kernel { notifier, names };
     let (second_tree, second_notifier) = (Arc::clone(tree), notifier.clone());
     threads.push(
         thread::Builder::new()
@@ -122,7 +94,7 @@ pub fn start(tree: &Arc<Tree>, notifier: Notifier) -> Result<Invalidation> {
     })
 }
 
-fn dispatch(tree: &Tree, notifier: &Kernel, sender: &Sender<Later>, changes: &mut Vec<Change>) {
+fn dispatch(tree: &Tree, notifier: &Notifier, sender: &Sender<Later>, changes: &mut Vec<Change>) {
     let (slow, quick): (Vec<Change>, Vec<Change>) = changes
         .drain(..)
         .partition(|change| matches!(change, Change::Database(_)));
@@ -137,7 +109,7 @@ fn dispatch(tree: &Tree, notifier: &Kernel, sender: &Sender<Later>, changes: &mu
     }
 }
 
-fn later(tree: &Tree, notifier: &Kernel, receiver: &Receiver<Later>) {
+fn later(tree: &Tree, notifier: &Notifier, receiver: &Receiver<Later>) {
     let mut repeats: Vec<(Instant, Vec<Stale>)> = Vec::new();
     // All that has come meanwhile at once: one commit is several events, and one scan is enough for them.
     let mut changes: HashSet<Change> = HashSet::new();
@@ -185,22 +157,18 @@ fn later(tree: &Tree, notifier: &Kernel, receiver: &Receiver<Later>) {
 }
 
 /// Sends what is stale after `changes`, and returns what is to be sent once more.
-fn send(tree: &Tree, notifier: &Kernel, changes: &[Change], patience: Patience) -> Vec<Stale> {
+fn send(tree: &Tree, notifier: &Notifier, changes: &[Change], patience: Patience) -> Vec<Stale> {
     let (stale, repeat) = tree.stale(changes, patience);
     notify(notifier, &stale);
     repeat
 }
 
-fn notify(notifier: &Kernel, stale: &[Stale]) {
+fn notify(notifier: &Notifier, stale: &[Stale]) {
     for stale in stale {
         // A negative offset drops the attributes alone (fuse_reverse_inval_inode in fs/fuse/inode.c).
         let sent = match stale {
-            Stale::Content(ino) => notifier.notifier.inval_inode(INodeNo(*ino), 0, 0),
-            Stale::Attributes(ino) => notifier.notifier.inval_inode(INodeNo(*ino), -1, 0),
-            Stale::Entry(parent, name) => {
-                let _ = notifier.names.send((*parent, name.clone()));
-                continue;
-            }
+            Stale::Content(ino) => notifier.inval_inode(INodeNo(*ino), 0, 0),
+            Stale::Attributes(ino) => notifier.inval_inode(INodeNo(*ino), -1, 0),
         };
         if let Err(error) = sent {
             log::debug!("notification: {error}");
