@@ -46,6 +46,8 @@ pub struct Stage {
     pub second: String,
     pub data: String,
     pub private: String,
+    /// How many deaths were judged.
+    judged: usize,
 }
 
 /// Copies a directory with modes, owners being those of the caller.
@@ -101,6 +103,7 @@ impl Stage {
             base,
             token,
             second,
+            judged: 0,
         }
     }
 
@@ -257,14 +260,14 @@ impl Stage {
                 object.retain(|(t, value)| known.contains(t) && *value != independent::Value::Bytes(Vec::new()));
             }
         }
-        let full = |stored: &Stored| {
+        let filled = |stored: &Stored| {
             let mut objects = objects(stored);
             for object in objects.iter_mut().flat_map(BTreeMap::values_mut) {
                 object.retain(|(_, value)| *value != independent::Value::Bytes(Vec::new()));
             }
             objects
         };
-        if !states.iter().any(|state| full(state) == full(&bare)) {
+        if !states.iter().any(|state| filled(state) == filled(&bare)) {
             return Err(format!(
                 "put right after SoftHSM's visit, it is {}",
                 difference(states, &now)
@@ -286,7 +289,11 @@ impl Stage {
         if !leftovers(&aside).is_empty() {
             return Err(format!("put right, there is left {:?}", leftovers(&aside)));
         }
-        // 3. The check.
+        // 3. The check, which takes a second to be sure that nobody is at work.
+        self.judged += 1;
+        if !full() && !self.judged.is_multiple_of(6) {
+            return Ok(());
+        }
         self.check(&aside, &[], &[0])?;
         self.check(&mended, &[], &[0, 1])?;
         self.check(&mended, &["--repair"], &[0, 1])?;
