@@ -5,7 +5,7 @@ mod model_common;
 
 use std::time::Duration;
 
-use model_common::fixture::{Template, content, leftovers, read, stored};
+use model_common::fixture::{Template, initial, leftovers, read, stored};
 use model_common::model::{Content, Model};
 use model_common::ops::*;
 use model_common::run::{Pair, run};
@@ -41,7 +41,7 @@ fn check_values(what: &str, wanted: &Attributes, stored: &Attributes) {
 
 fn sequence(template: &Template, ops: &[Op]) {
     let mut world = TreeWorld::new(template);
-    let mut model = Model::new(template.backend == Backend::Db, 0o077, &content());
+    let mut model = Model::new(template.backend == Backend::Db, 0o077, &initial());
     let mut logged = 0;
     let mut after = |model: &Model, world: &mut TreeWorld, refused: Option<i32>| {
         let now = world.logged();
@@ -110,4 +110,21 @@ fn found(ops: &[Op]) {
         println!("--- {backend} backend");
         sequence(&Template::new(backend), ops);
     }
+}
+
+/// An object of the first token.
+const A: &str = "token-1/00000000-0000-4000-8000-00000000000a";
+
+fn a(name: &str) -> String {
+    format!("{A}/{name}")
+}
+
+#[test]
+fn a_scratch_file_that_is_made_longer_does_not_wait_for_itself() {
+    found(&[
+        open(0, &a(".x"), "write create"),
+        Op::SetLength(0, 7),
+        Op::Close(0),
+        content(&a(".x")),
+    ]);
 }

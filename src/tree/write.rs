@@ -277,11 +277,13 @@ impl Tree {
         if size > LONGEST_VALUE {
             return Err(too_large());
         }
-        let mut content = lock(&writer.content);
         let size = as_index(size);
-        if matches!(writer.node, Node::Scratch(_)) && size > content.len() {
-            lock(&self.scratch).check_room((size - content.len()) as u64)?;
+        if matches!(writer.node, Node::Scratch(_)) {
+            // What all scratch files have is counted before this one is locked.
+            let present = lock(&writer.content).len();
+            lock(&self.scratch).check_room(size.saturating_sub(present) as u64)?;
         }
+        let mut content = lock(&writer.content);
         if content.len() == size {
             return Ok(());
         }

@@ -1,11 +1,12 @@
 //! The store that every sequence begins with.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 use tokenfs::diagnostics::Diagnostics;
@@ -24,7 +25,7 @@ pub fn patient() -> Patience {
 }
 
 /// What the store holds: in each token a public and a private object.
-pub fn content() -> Content {
+pub fn initial() -> Content {
     let mut map = Attributes::new();
     map.insert(CKA_LABEL, Value::Bytes(b"inner".to_vec()));
     map.insert(0x162, Value::Bool(true));
@@ -111,14 +112,22 @@ pub fn temporary() -> TempDir {
 pub struct Template {
     pub backend: Backend,
     directory: TempDir,
+    /// Copies, and when they were made.
+    copies: RefCell<VecDeque<(TempDir, Instant)>>,
 }
+
+/// How old a file has to be not to be waited for: SoftHSM might still be making it.
+const GROWN: Duration = Duration::from_millis(510);
+
+/// How many copies are made at a time.
+const BATCH: usize = 60;
 
 impl Template {
     pub fn new(backend: Backend) -> Self {
         let directory = temporary();
         let log = Arc::new(Diagnostics::new());
         let store = store(directory.path(), backend, &log);
-        for (name, objects) in content() {
+        for (name, objects) in initial() {
             let name = token_name(&name);
             let token = store
                 .create_token(&name, access(0o700), access(0o600))
@@ -147,13 +156,27 @@ impl Template {
             store.publish_token(&name, patient()).unwrap();
         }
         assert_eq!(log.render(), "");
-        Self { backend, directory }
+        Self {
+            backend,
+            directory,
+            copies: RefCell::default(),
+        }
     }
 
     /// Another one like it.
     pub fn copy(&self) -> TempDir {
-        let copy = temporary();
-        copy_below(self.directory.path(), copy.path());
+        let mut copies = self.copies.borrow_mut();
+        if copies.is_empty() {
+            copies.extend((0..BATCH).map(|_| {
+                let copy = temporary();
+                copy_below(self.directory.path(), copy.path());
+                (copy, Instant::now())
+            }));
+        }
+        let (copy, made) = copies.pop_front().unwrap();
+        if self.backend == Backend::File {
+            std::thread::sleep(GROWN.saturating_sub(made.elapsed()));
+        }
         copy
     }
 }

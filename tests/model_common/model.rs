@@ -976,6 +976,24 @@ impl Model {
             .collect()
     }
 
+    /// The files that have no value yet.
+    pub fn without_value(&self) -> Vec<String> {
+        let mut paths = Vec::new();
+        for (id, node) in self.nodes.iter().enumerate() {
+            let mut names = Vec::new();
+            let mut at = id;
+            while let Some(parent) = self.parents[at] {
+                names.push(self.name_of(at));
+                at = parent;
+            }
+            names.reverse();
+            if at == ROOT && matches!(node, Node::Attribute { value: None, .. }) {
+                paths.push(names.join("/"));
+            }
+        }
+        paths
+    }
+
     /// All paths that are listed, and the content of those that are files.
     pub fn tree(&self) -> BTreeMap<String, Option<Vec<u8>>> {
         let mut tree = BTreeMap::new();

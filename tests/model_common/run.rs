@@ -1,6 +1,7 @@
 //! The run of the model and of what it is held against, side by side.
 
-use std::collections::BTreeMap;
+use std::cell::{Cell, RefCell};
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Debug;
 use std::time::{Duration, Instant};
 
@@ -158,6 +159,12 @@ impl<W: World> Pair<'_, W> {
         for fd in 0..DESCRIPTORS {
             self.close(fd);
         }
+        // One that replaces what was unlinked: whether the old value comes back is left open.
+        for path in self.model.without_value() {
+            let world = self.world.unlink(&path);
+            let model = self.model.unlink(&path);
+            let _ = self.compare(&("unlink", path), model, world);
+        }
         self.model.remount();
         self.world.remount();
         (self.after)(self.model, self.world, None);
@@ -248,7 +255,21 @@ impl<W: World> Pair<'_, W> {
     pub fn compare_trees(&mut self) {
         let mut seen = BTreeMap::new();
         add_to(&mut seen, self.world, "");
-        assert_eq!(seen, self.model.tree(), "left is what is seen, right what the model says");
+        let wanted = self.model.tree();
+        let paths: BTreeSet<&String> = seen.keys().chain(wanted.keys()).collect();
+        let differ: Vec<String> = paths
+            .into_iter()
+            .filter(|path| seen.get(*path) != wanted.get(*path))
+            .map(|path| {
+                let is = |tree: &Files| match tree.get(path) {
+                    None => "nothing".to_owned(),
+                    Some(None) => "a directory".to_owned(),
+                    Some(Some(content)) => format!("b\"{}\"", content.escape_ascii()),
+                };
+                format!("{path} is {}, and {} in the model", is(&seen), is(&wanted))
+            })
+            .collect();
+        assert!(differ.is_empty(), "{}", differ.join("\n"));
     }
 }
 
@@ -257,11 +278,9 @@ fn is_below(path: &str, directory: &str) -> bool {
         .is_some_and(|rest| rest.starts_with('/'))
 }
 
-fn add_to<W: World>(
-    tree: &mut BTreeMap<String, Option<Vec<u8>>>,
-    world: &mut W,
-    directory: &str,
-) {
+type Files = BTreeMap<String, Option<Vec<u8>>>;
+
+fn add_to<W: World>(tree: &mut Files, world: &mut W, directory: &str) {
     for name in world.list(directory).unwrap() {
         let path = match directory {
             "" => name,
@@ -276,6 +295,35 @@ fn add_to<W: World>(
             assert_eq!(content.len() as u64, stat.size, "{path}");
             tree.insert(path, Some(content));
         }
+    }
+}
+
+thread_local! {
+    static QUIET: Cell<bool> = const { Cell::new(false) };
+}
+
+/// What fails while it is being made smaller is not shown.
+struct Quiet;
+
+impl Quiet {
+    fn new() -> Self {
+        static HOOK: std::sync::Once = std::sync::Once::new();
+        HOOK.call_once(|| {
+            let usual = std::panic::take_hook();
+            std::panic::set_hook(Box::new(move |info| {
+                if !QUIET.get() {
+                    usual(info);
+                }
+            }));
+        });
+        QUIET.set(true);
+        Self
+    }
+}
+
+impl Drop for Quiet {
+    fn drop(&mut self) {
+        QUIET.set(false);
     }
 }
 
@@ -307,7 +355,7 @@ pub fn run(
     println!("{name}: TOKENFS_TEST_SEED={base}");
     let (mut sequences_run, mut ops_run) = (0_u64, 0_u64);
     let seeds = (0..fixed).chain((0..).map(|n| base + n));
-    let test = std::cell::RefCell::new(&mut test);
+    let test = RefCell::new(&mut test);
     for (index, seed) in seeds.enumerate() {
         if index as u64 >= fixed && started.elapsed() >= lasting {
             break;
@@ -316,17 +364,22 @@ pub fn run(
             cases: 1,
             failure_persistence: None,
             max_shrink_iters: shrinks,
+            max_shrink_time: 20_000,
             ..Config::default()
         };
         let mut runner = TestRunner::new_with_rng(config, rng(seed));
         let strategy = sequences(most);
-        let counts = std::cell::RefCell::new((&mut sequences_run, &mut ops_run));
+        let counts = RefCell::new((&mut sequences_run, &mut ops_run));
         let outcome = runner.run(&strategy, |ops| {
             {
                 let mut counts = counts.borrow_mut();
                 *counts.0 += 1;
                 *counts.1 += ops.len() as u64;
             }
+            if std::env::var_os("TOKENFS_MODEL_SHOW").is_some() {
+                eprintln!("{:?} seed {seed}: {ops:?}", started.elapsed());
+            }
+            let _quiet = Quiet::new();
             let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
                 (test.borrow_mut())(&ops);
             }));
