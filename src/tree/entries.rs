@@ -424,6 +424,7 @@ impl Tree {
             drafts.tidy(&key);
             Ok(())
         })?;
+        self.cut_off(node);
         self.wake();
         Ok(())
     }
