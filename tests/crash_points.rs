@@ -88,8 +88,13 @@ fn shell(stage: &Stage, mount: &Mount, line: &str) -> std::process::Output {
     // The mount may be dead already: then the shell says so.
     let directory = mount.join(&stage.token);
     let mut shell = tool("bash");
-    shell.arg("-c").arg(format!("cd {} && {{ {line}; }}", directory.display()));
-    shell.env("o", &stage.data).env("k", &stage.private).env("second", &stage.second);
+    shell
+        .arg("-c")
+        .arg(format!("cd {} && {{ {line}; }}", directory.display()));
+    shell
+        .env("o", &stage.data)
+        .env("k", &stage.private)
+        .env("second", &stage.second);
     shell.output().unwrap()
 }
 
