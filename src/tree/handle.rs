@@ -1,8 +1,9 @@
 //! Open files and directories.
 
 use std::collections::HashMap;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU32};
 use std::sync::{Arc, Mutex};
+use std::time::SystemTime;
 
 use super::draft::Bytes;
 use super::node::Node;
@@ -41,6 +42,8 @@ pub(super) struct Writer {
     /// The file was unlinked or replaced since it was opened: what is written is seen through this descriptor alone, as in any
     /// file system.
     pub gone: AtomicBool,
+    /// The process that wrote through it last, or opened it.
+    pub user: AtomicU32,
 }
 
 /// What has become of a writer's copy.
@@ -55,8 +58,24 @@ pub(super) struct State {
     pub appended: Option<usize>,
     /// A write was refused and nothing was written since: there is nothing to commit, not even that the file was emptied for it.
     pub refused: bool,
+    /// The time that the file was given since the last write.
+    pub mtime: Option<SystemTime>,
+    /// A thread is committing it.
+    pub committing: bool,
     /// Counts the writes, so that one that falls into a commit is not taken for committed.
     pub version: u64,
+}
+
+impl State {
+    /// What there was to commit is committed, or was refused.
+    pub fn committed(&mut self, refused: bool) {
+        *self = Self {
+            refused,
+            committing: self.committing,
+            version: self.version,
+            ..Self::default()
+        };
+    }
 }
 
 /// All that is open.

@@ -12,7 +12,9 @@ use super::text::Context;
 use super::{FileKind, Tree, lock, text, view};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::attribute::{Attributes, Kind, Value};
-use crate::store::{Access, Backend, NewObject, ObjectId, ObjectName, Patience, TokenName};
+use crate::store::{
+    Access, Backend, NewObject, ObjectId, ObjectName, Patience, TokenName, validate,
+};
 
 /// What `renameat2(2)` was asked for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -248,6 +250,7 @@ impl Tree {
     ) -> Result<()> {
         let node = Node::Scratch(id);
         let attributes = self.parse_directory(&node, false)?;
+        validate::check_finished(None, &attributes)?;
         let (access, mtime) = {
             let scratch = lock(&self.scratch);
             let entry = scratch.get(id)?;

@@ -2,9 +2,9 @@
 //!
 //! Each descriptor that is open for writing has a copy of the value, so that what is committed is one program's text, whole. The
 //! first flush after a write commits; a flush with nothing written commits nothing (a shell's `echo x > f` duplicates its descriptor and
-//! closes the first one before it writes); that a file was opened with `O_TRUNC` alone is committed with the last close.
+//! closes the first one before it writes); truncation alone is committed with the last close.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Instant, SystemTime};
 
@@ -14,10 +14,11 @@ use super::node::{Ino, Node};
 use super::scratch::{Content, ScratchId};
 use super::slot::Slot;
 use super::text::Context;
-use super::{Attributes, Tree, lock, text, view};
+use super::{Tree, lock, text, view};
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::attribute::{Kind, Value};
-use crate::store::{ObjectId, Patience, validate};
+use crate::pkcs11;
+use crate::store::attribute::{Attributes, Kind, Value};
+use crate::store::{ObjectId, Patience, TokenName, validate};
 
 /// The longest value, in bytes. The largest objects that SoftHSM makes are data objects of a few MiB; one above 256 MiB would not
 /// be read again.
@@ -57,6 +58,32 @@ impl Tree {
         self.noted_write(&node, opened)
     }
 
+    /// Notes which process uses a descriptor. The kernel asks for the attributes of an open file without saying through
+    /// which descriptor, and one who has written expects to be told of that.
+    pub fn used_by(&self, handle: HandleId, pid: u32) {
+        if let Ok(writer) = self.writer(handle) {
+            writer.user.store(pid, Ordering::Relaxed);
+        }
+    }
+
+    /// The size of a file as `pid` sees it who is writing it; and whether anybody is.
+    pub(super) fn written_size(&self, node: &Node, pid: u32) -> (bool, Option<u64>) {
+        let writers = lock(&self.handles).writers();
+        let mut of_node = writers
+            .iter()
+            .filter(|writer| writer.node == *node && !writer.gone.load(Ordering::Acquire))
+            .peekable();
+        let is_open = of_node.peek().is_some();
+        let ours = of_node.find(|writer| {
+            let state = lock(&writer.state);
+            (state.written || state.resized) && writer.user.load(Ordering::Relaxed) == pid
+        });
+        (
+            is_open,
+            ours.map(|writer| lock(&writer.content).len() as u64),
+        )
+    }
+
     pub(super) fn open_writer(
         &self,
         node: &Node,
@@ -93,7 +120,7 @@ impl Tree {
     pub(super) fn insert_writer(
         &self,
         node: Node,
-        attributes: Attributes,
+        attributes: super::Attributes,
         append: bool,
         content: Bytes,
         resized: bool,
@@ -110,6 +137,7 @@ impl Tree {
             content,
             state: Mutex::new(state),
             gone: AtomicBool::new(false),
+            user: AtomicU32::new(0),
         };
         self.open_handle(Handle::Writer(Arc::new(writer)))
     }
@@ -151,6 +179,7 @@ impl Tree {
             content: bytes,
             state: Mutex::default(),
             gone: AtomicBool::new(false),
+            user: AtomicU32::new(0),
         }))))
     }
 
@@ -240,10 +269,20 @@ impl Tree {
             Some(data.len())
         };
         state.written = true;
+        state.mtime = None;
         state.version += 1;
         drop(state);
         self.touch(&writer.node);
         Ok(())
+    }
+
+    /// The time that a file was given which is open and not committed yet (`futimens` before `close`, as cp and tar do): it is that
+    /// of what is committed.
+    pub(super) fn date_writers(&self, node: &Node, mtime: SystemTime) {
+        let writers = lock(&self.handles).writers();
+        for writer in writers.iter().filter(|writer| writer.node == *node) {
+            lock(&writer.state).mtime = Some(mtime);
+        }
     }
 
     /// Something is being done in an object: it is not left alone.
@@ -265,18 +304,12 @@ impl Tree {
         }
     }
 
-    /// Cuts or extends an open file (`ftruncate`): that is writing, and is committed with the next flush.
+    /// Cuts or extends an open file (`ftruncate`). If nothing is written into it afterwards, that is committed when it is closed for
+    /// good.
     ///
     /// # Errors
     /// [`ErrorKind::TooLarge`].
     pub(super) fn resize_open(&self, handle: HandleId, size: u64) -> Result<()> {
-        self.set_length(handle, size)?;
-        lock(&self.writer(handle)?.state).written = true;
-        Ok(())
-    }
-
-    /// Cuts or extends an open file, to be committed when it is closed for good.
-    fn set_length(&self, handle: HandleId, size: u64) -> Result<()> {
         let writer = self.writer(handle)?;
         if size > LONGEST_VALUE {
             return Err(too_large());
@@ -302,15 +335,14 @@ impl Tree {
         Ok(())
     }
 
-    /// Makes an open file at least `size` bytes long (`fallocate` of mode 0). What comes before the writing that it is for is not
-    /// committed with the next flush, but when the file is closed for good.
+    /// Makes an open file at least `size` bytes long (`fallocate` of mode 0).
     ///
     /// # Errors
     /// [`ErrorKind::TooLarge`].
     pub fn extend_open(&self, handle: HandleId, size: u64) -> Result<()> {
         let present = lock(&self.writer(handle)?.content).len() as u64;
         if size > present {
-            self.set_length(handle, size)?;
+            self.resize_open(handle, size)?;
         }
         Ok(())
     }
@@ -361,18 +393,41 @@ impl Tree {
             // There is nothing to say of a file that is read.
             _ => return Ok(()),
         };
-        if !lock(&writer.state).written {
-            return Ok(());
-        }
-        self.commit_writer(&writer, patience)
+        self.commit_writer(&writer, patience, |state| state.written)
     }
 
-    fn commit_writer(&self, writer: &Writer, patience: Patience) -> Result<()> {
+    /// Commits what a descriptor has that is `wanted`. Of several that close duplicates of one at the same time, one commits, and the
+    /// others wait for it.
+    fn commit_writer(
+        &self,
+        writer: &Writer,
+        patience: Patience,
+        wanted: impl Fn(&State) -> bool,
+    ) -> Result<()> {
+        loop {
+            {
+                let mut state = lock(&writer.state);
+                if !state.committing {
+                    if !wanted(&state) {
+                        return Ok(());
+                    }
+                    state.committing = true;
+                    break;
+                }
+            }
+            patience.wait(super::settle::PAUSE, "the file is being written")?;
+        }
+        let outcome = self.commit_content(writer, patience);
+        lock(&writer.state).committing = false;
+        outcome
+    }
+
+    fn commit_content(&self, writer: &Writer, patience: Patience) -> Result<()> {
         let node = match self.committed_as(writer) {
             Some(node) => node,
             // A scratch file has its content already, and one that is gone needs none.
             None => {
-                *lock(&writer.state) = State::default();
+                lock(&writer.state).committed(false);
                 return Ok(());
             }
         };
@@ -387,15 +442,11 @@ impl Tree {
             }
             None => Text::Whole(&content),
         };
-        let outcome = self.commit(&node, &text, None, patience);
+        let outcome = self.commit(&node, &text, state.mtime, patience);
         if !matches!(&outcome, Err(error) if error.kind() == ErrorKind::WouldBlock) {
             let mut now = lock(&writer.state);
             if now.version == state.version {
-                *now = State {
-                    version: now.version,
-                    refused: outcome.is_err(),
-                    ..State::default()
-                };
+                now.committed(outcome.is_err());
             }
         }
         self.noted_write(&node, outcome)
@@ -481,7 +532,7 @@ impl Tree {
             return Ok(());
         }
         if state.written || state.resized {
-            return self.commit_writer(writer, patience);
+            return self.commit_writer(writer, patience, |state| state.written || state.resized);
         }
         // Created and never written, by touch(1) say: an empty value where there is such a thing, else a file without a value, which
         // stays for whoever is going to write it.
@@ -489,7 +540,7 @@ impl Tree {
             && self.is_fresh(&writer.node)
             && text::parse(slot.key, &lock(&writer.content), Context::default()).is_ok()
         {
-            return self.commit_writer(writer, patience);
+            return self.commit_writer(writer, patience, |_| true);
         }
         Ok(())
     }
@@ -577,7 +628,7 @@ impl Tree {
         node: &Node,
         mtime: Option<SystemTime>,
         patience: Patience,
-        edit: &mut dyn FnMut(&mut crate::store::attribute::Attributes) -> Result<()>,
+        edit: &mut dyn FnMut(&mut Attributes) -> Result<()>,
     ) -> Result<()> {
         // Before the value is there: nobody must take it for the one that was unlinked, and remove it.
         let held = self.release_hold(node);
@@ -635,7 +686,7 @@ impl Tree {
         node: &Node,
         mtime: Option<SystemTime>,
         patience: Patience,
-        edit: &mut dyn FnMut(&mut crate::store::attribute::Attributes) -> Result<()>,
+        edit: &mut dyn FnMut(&mut Attributes) -> Result<()>,
     ) -> Result<()> {
         let Some((token, id)) = node.object() else {
             return Err(Error::new(ErrorKind::Invalid, "not in an object"));
@@ -658,8 +709,29 @@ impl Tree {
         if in_draft {
             return Ok(());
         }
+        let serials = match Slot::of(node) {
+            Some((token, ObjectId::Token, slot))
+                if slot.key.attribute_type == pkcs11::CKA_OS_TOKENSERIAL =>
+            {
+                self.serials_of_others(token, patience)?
+            }
+            _ => Vec::new(),
+        };
+        let mut edit = |attributes: &mut Attributes| {
+            let before = attributes.clone();
+            edit(attributes)?;
+            if *id != ObjectId::Token {
+                validate::check_finished(Some(&before), attributes)?;
+            }
+            match attributes.bytes(pkcs11::CKA_OS_TOKENSERIAL) {
+                Some(serial) if serials.iter().any(|other| other == serial) => {
+                    Err(doubled_serial())
+                }
+                _ => Ok(()),
+            }
+        };
         self.ask(token, patience, |token| {
-            token.update(id, edit, mtime, patience)
+            token.update(id, &mut edit, mtime, patience)
         })?;
         if *id == ObjectId::Token
             && let Some(build) = lock(&self.drafts).build_mut(token)
@@ -667,6 +739,27 @@ impl Tree {
             build.own_filled = true;
         }
         Ok(())
+    }
+
+    /// The serial numbers of all tokens but this one, as far as they can be read.
+    fn serials_of_others(&self, token: &TokenName, patience: Patience) -> Result<Vec<Vec<u8>>> {
+        let mut serials = Vec::new();
+        for other in self.store.tokens()? {
+            if other == *token {
+                continue;
+            }
+            match self.ask(&other, patience, |other| {
+                other.object(&ObjectId::Token, patience)
+            }) {
+                Ok(object) => {
+                    let serial = object.attributes.bytes(pkcs11::CKA_OS_TOKENSERIAL);
+                    serials.extend(serial.map(<[u8]>::to_vec));
+                }
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Err(error),
+                Err(_) => {}
+            }
+        }
+        Ok(serials)
     }
 
     /// That something can be written at all.
@@ -696,13 +789,16 @@ impl Tree {
     /// Records why something was not written, with its name.
     pub(super) fn noted_write<T>(&self, node: &Node, outcome: Result<T>) -> Result<T> {
         outcome.map_err(|error| {
-            let error = match error.path() {
-                Some(_) => error,
-                None => error.at(self.path_of(node)),
-            };
-            if !matches!(error.kind(), ErrorKind::WouldBlock) {
-                self.diagnostics.error(&error);
+            if error.kind() == ErrorKind::WouldBlock {
+                return error;
             }
+            // Which attribute, and in which file of the store.
+            let error = match error.path() {
+                Some(_) => Error::new(error.kind(), error.to_string()),
+                None => error,
+            };
+            let error = error.at(self.path_of(node));
+            self.diagnostics.error(&error);
             error
         })
     }
@@ -710,6 +806,15 @@ impl Tree {
 
 fn as_index(offset: u64) -> usize {
     usize::try_from(offset).unwrap_or(usize::MAX)
+}
+
+/// SoftHSM's `SlotManager::insertToken` asserts that serial numbers differ, and ends the program otherwise.
+fn doubled_serial() -> Error {
+    Error::new(
+        ErrorKind::Invalid,
+        "another token in this store has this serial number, and every program that uses SoftHSM would abort at its start; a copy of a \
+         token belongs into another store, or needs a serial number of its own",
+    )
 }
 
 fn too_large() -> Error {
