@@ -126,7 +126,11 @@ impl Scene {
                         self.ledger.lock().unwrap().present.insert(label);
                         continue;
                     }
-                    assert_eq!(found.len(), 1, "round {round}: {label} was made, and a live session finds {found:?}");
+                    assert_eq!(
+                        found.len(),
+                        1,
+                        "round {round}: {label} was made, and a live session finds {found:?}"
+                    );
                     client.destroy(found[0]).unwrap_or_else(|why| {
                         panic!("round {round}: C_DestroyObject of {label}: {why:?}")
                     });

@@ -201,7 +201,9 @@ fn shell(stage: &Stage, mount: &Mount, line: &str) -> std::process::Output {
     // The mount may be dead already: then the shell says so.
     let directory = mount.join(&stage.token);
     let mut shell = tool("bash");
-    shell.arg("-c").arg(format!("cd {} && {{ {line}; }}", directory.display()));
+    shell
+        .arg("-c")
+        .arg(format!("cd {} && {{ {line}; }}", directory.display()));
     shell.env("o", &stage.data).env("k", &stage.private);
     shell.output().unwrap()
 }
@@ -221,7 +223,10 @@ fn attach(pid: u32, name: &str, number: usize) -> std::process::Child {
     strace.args(["-e", &format!("inject={name}:signal=KILL:when={number}")]);
     let child = strace.stderr(Stdio::null()).spawn().unwrap();
     let tracer = || {
-        let tasks = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+        let tasks = fs::read_dir(format!("/proc/{pid}/task"))
+            .into_iter()
+            .flatten()
+            .flatten();
         let traced: BTreeSet<bool> = tasks
             .map(|task| {
                 let status = fs::read_to_string(task.path().join("status")).unwrap_or_default();

@@ -829,10 +829,17 @@ fn assert_works(softhsm: &Softhsm, when: &str) {
     let mut client = softhsm.p11();
     client.open("test", Some(PIN)).unwrap();
     let found = client.find_label("private");
-    assert!(found.as_ref().is_ok_and(|keys| keys.len() == 1), "{when}: SoftHSM does not find a key any more: {found:?}");
+    assert!(
+        found.as_ref().is_ok_and(|keys| keys.len() == 1),
+        "{when}: SoftHSM does not find a key any more: {found:?}"
+    );
     for object in client.find(&[]).unwrap() {
         let seen = client.get(object.handle);
-        assert!(seen.is_ok(), "{when}: SoftHSM cannot read {object:?}: {:?}", seen.err());
+        assert!(
+            seen.is_ok(),
+            "{when}: SoftHSM cannot read {object:?}: {:?}",
+            seen.err()
+        );
     }
 }
 

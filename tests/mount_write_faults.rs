@@ -25,7 +25,10 @@ struct Small(PathBuf);
 impl Small {
     fn remount(&self, options: &str) {
         let mut mount = tool("mount");
-        run(mount.arg("-o").arg(format!("remount,{options}")).arg(&self.0));
+        run(mount
+            .arg("-o")
+            .arg(format!("remount,{options}"))
+            .arg(&self.0));
     }
 }
 
@@ -37,10 +40,19 @@ impl Drop for Small {
 
 /// A store on a tmpfs of that size, with a session; the tokendir is the file system's root.
 fn on_tmpfs(backend: Backend, size: &str) -> (Small, Softhsm, P11, (u64, u64, u64)) {
-    assert!(is_root(), "this test mounts a tmpfs: run scripts/test as root");
+    assert!(
+        is_root(),
+        "this test mounts a tmpfs: run scripts/test as root"
+    );
     let softhsm = Softhsm::new(backend);
     let mut mount = tool("mount");
-    mount.args(["-t", "tmpfs", "-o", &format!("size={size},mode=0755"), "tokenfs-test"]);
+    mount.args([
+        "-t",
+        "tmpfs",
+        "-o",
+        &format!("size={size},mode=0755"),
+        "tokenfs-test",
+    ]);
     run(mount.arg(&softhsm.tokendir));
     let small = Small(softhsm.tokendir.clone());
     let mut client = softhsm.p11();
@@ -83,7 +95,11 @@ fn assert_explained(bench: &Bench, words: &[&str]) {
         let line = line.to_lowercase();
         line.contains(&bench.token) && words.iter().any(|word| line.contains(word))
     });
-    assert!(explained, "{} backend: no line with one of {words:?} and the token's name in .tokenfs/log:\n{log}", bench.backend());
+    assert!(
+        explained,
+        "{} backend: no line with one of {words:?} and the token's name in .tokenfs/log:\n{log}",
+        bench.backend()
+    );
 }
 
 both_backends! {
@@ -300,7 +316,9 @@ impl Holder {
             let connection = rusqlite::Connection::open(path).unwrap();
             connection.busy_timeout(Duration::from_secs(5)).unwrap();
             match what {
-                "shared" => connection.execute_batch("begin; select count(*) from object").unwrap(),
+                "shared" => connection
+                    .execute_batch("begin; select count(*) from object")
+                    .unwrap(),
                 what => connection.execute_batch(&format!("begin {what}")).unwrap(),
             }
             return Self::Db(connection);
@@ -327,14 +345,24 @@ impl Injection {
     fn new(bench: &Bench, call: &str, how: &str) -> Self {
         let pid = bench.mount.pid();
         let mut strace = tool("strace");
-        strace.args(["-f", "-o", "/dev/null", "-p", &pid.to_string(), "-e", &format!("trace={call}")]);
+        strace.args([
+            "-f",
+            "-o",
+            "/dev/null",
+            "-p",
+            &pid.to_string(),
+            "-e",
+            &format!("trace={call}"),
+        ]);
         strace.args(["-e", &format!("inject={call}:{how}")]);
         let child = strace.stderr(Stdio::null()).spawn().unwrap();
         eventually(SOON, "strace on the mount", || {
             let tasks = fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten();
             let mut traced = tasks.map(|task| {
                 let status = fs::read_to_string(task.path().join("status")).unwrap_or_default();
-                status.lines().any(|line| line.starts_with("TracerPid:") && !line.ends_with("\t0"))
+                status
+                    .lines()
+                    .any(|line| line.starts_with("TracerPid:") && !line.ends_with("\t0"))
             });
             traced.all(|traced| traced)
         });

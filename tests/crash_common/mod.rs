@@ -255,9 +255,13 @@ impl Stage {
         let mut bare = now.clone();
         for (name, token) in &mut bare {
             for (id, object) in &mut token.objects {
-                let all = states.iter().filter_map(|state| state.get(name)?.objects.get(id));
+                let all = states
+                    .iter()
+                    .filter_map(|state| state.get(name)?.objects.get(id));
                 let known: Vec<u64> = all.flatten().map(|(t, _)| *t).collect();
-                object.retain(|(t, value)| known.contains(t) && *value != independent::Value::Bytes(Vec::new()));
+                object.retain(|(t, value)| {
+                    known.contains(t) && *value != independent::Value::Bytes(Vec::new())
+                });
             }
         }
         let filled = |stored: &Stored| {
@@ -404,7 +408,11 @@ impl Stage {
             for object in &seen[label] {
                 let mut why = Vec::new();
                 let at = objects.iter().position(|stored| {
-                    let matches = independent::matches_session(self.backend(), stored, &without_defaults(stored, object));
+                    let matches = independent::matches_session(
+                        self.backend(),
+                        stored,
+                        &without_defaults(stored, object),
+                    );
                     matches.map_err(|reason| why.push(reason)).is_ok()
                 });
                 let Some(at) = at else {

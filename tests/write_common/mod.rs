@@ -302,7 +302,10 @@ pub fn agree(softhsm: &Softhsm, token: &str, client: &mut P11) {
             let seen = client.get(found.handle);
             let stored = || independent::lines(&softhsm.read());
             let seen = seen.unwrap_or_else(|why| {
-                panic!("{found:?} cannot be read by a session: {why:?}\n{}", stored())
+                panic!(
+                    "{found:?} cannot be read by a session: {why:?}\n{}",
+                    stored()
+                )
             });
             (seen, found)
         })
