@@ -40,7 +40,6 @@ pub const POINTS: &[&str] = &[
     "file.generation.begun",
     "file.generation.made",
     "file.generation.raised",
-    "file.lock.made",
     "file.lock.ready",
     "file.metadata.dated",
     "file.metadata.moded",

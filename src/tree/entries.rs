@@ -433,6 +433,7 @@ impl Tree {
             drafts.tidy(&key);
             Ok(())
         })?;
+        self.cut_off(node);
         self.wake();
         Ok(())
     }

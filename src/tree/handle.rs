@@ -1,6 +1,7 @@
 //! Open files and directories.
 
 use std::collections::HashMap;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 
 use super::draft::Bytes;
@@ -37,6 +38,9 @@ pub(super) struct Writer {
     pub content: Bytes,
     /// What of that the store has to be told.
     pub state: Mutex<State>,
+    /// The file was unlinked or replaced since it was opened: what is written is seen through this descriptor alone, as in any
+    /// file system.
+    pub gone: AtomicBool,
 }
 
 /// What has become of a writer's copy.
@@ -72,6 +76,15 @@ impl Handles {
 
     pub(super) fn get(&self, id: HandleId) -> Option<&Handle> {
         self.open.get(&id)
+    }
+
+    /// All that files are written through.
+    pub(super) fn writers(&self) -> Vec<Arc<Writer>> {
+        let writer = |handle: &Handle| match handle {
+            Handle::Writer(writer) | Handle::Shared(writer) => Some(Arc::clone(writer)),
+            _ => None,
+        };
+        self.open.values().filter_map(writer).collect()
     }
 
     pub(super) fn remove(&mut self, id: HandleId) -> Option<Handle> {

@@ -229,6 +229,8 @@ impl Tree {
             }
         };
         self.commit_text(target, &bytes, given, patience)?;
+        // Whoever has what was there before open does not write over it.
+        self.cut_off(target);
         // Who has it open goes on to write into the attribute.
         if let Ok(entry) = lock(&self.scratch).get_mut(id) {
             entry.becomes = Some(target.clone());
@@ -348,6 +350,8 @@ impl Tree {
             };
             target.set(attributes, value)
         })?;
+        self.cut_off(from);
+        self.cut_off(to);
         lock(&self.drafts).touch(&(token.clone(), id.clone()));
         Ok(())
     }
@@ -445,7 +449,15 @@ impl Tree {
             token.create(to, &new, patience)?;
             token.remove(from, patience)
         })?;
-        lock(&self.drafts).remove(&from_key);
+        let mut drafts = lock(&self.drafts);
+        // An empty directory that was just made there is replaced.
+        drafts.remove(&to_key);
+        if let Some(mut draft) = drafts.remove(&from_key) {
+            // What was unlinked is not there any more; files without a value are.
+            draft.removed.clear();
+            drafts.put(to_key.clone(), draft);
+            drafts.tidy(&to_key);
+        }
         Ok(())
     }
 

@@ -4,6 +4,7 @@
 //! first flush after a write commits; a flush with nothing written commits nothing (a shell's `echo x > f` duplicates its descriptor and
 //! closes the first one before it writes); that a file was opened with `O_TRUNC` alone is committed with the last close.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Instant, SystemTime};
 
@@ -108,6 +109,7 @@ impl Tree {
             append,
             content,
             state: Mutex::new(state),
+            gone: AtomicBool::new(false),
         };
         self.open_handle(Handle::Writer(Arc::new(writer)))
     }
@@ -148,6 +150,7 @@ impl Tree {
             append: how.append,
             content: bytes,
             state: Mutex::default(),
+            gone: AtomicBool::new(false),
         }))))
     }
 
@@ -278,11 +281,13 @@ impl Tree {
         if size > LONGEST_VALUE {
             return Err(too_large());
         }
-        let mut content = lock(&writer.content);
         let size = as_index(size);
-        if matches!(writer.node, Node::Scratch(_)) && size > content.len() {
-            lock(&self.scratch).check_room((size - content.len()) as u64)?;
+        if matches!(writer.node, Node::Scratch(_)) {
+            // What all scratch files have is counted before this one is locked.
+            let present = lock(&writer.content).len();
+            lock(&self.scratch).check_room(size.saturating_sub(present) as u64)?;
         }
+        let mut content = lock(&writer.content);
         if content.len() == size {
             return Ok(());
         }
@@ -365,7 +370,7 @@ impl Tree {
     fn commit_writer(&self, writer: &Writer, patience: Patience) -> Result<()> {
         let node = match self.committed_as(writer) {
             Some(node) => node,
-            // A scratch file has its content already.
+            // A scratch file has its content already, and one that is gone needs none.
             None => {
                 *lock(&writer.state) = State::default();
                 return Ok(());
@@ -396,8 +401,29 @@ impl Tree {
         self.noted_write(&node, outcome)
     }
 
+    /// What is open of `node`, and of what is in it, has no name any more: it must not come back when it is closed.
+    pub(super) fn cut_off(&self, node: &Node) {
+        let Some((token, id, slot)) = Slot::of(node) else {
+            return;
+        };
+        let writers = lock(&self.handles).writers();
+        for writer in writers {
+            let is_in = self.committed_as(&writer).is_some_and(|of| {
+                Slot::of(&of).is_some_and(|(other_token, other_id, other)| {
+                    (other_token, other_id) == (token, id) && (other == slot || other.is_in(slot))
+                })
+            });
+            if is_in {
+                writer.gone.store(true, Ordering::Release);
+            }
+        }
+    }
+
     /// The attribute that a writer's content is to become, if it is to become one.
     fn committed_as(&self, writer: &Writer) -> Option<Node> {
+        if writer.gone.load(Ordering::Acquire) {
+            return None;
+        }
         match &writer.node {
             Node::Scratch(id) => lock(&self.scratch)
                 .get(*id)
@@ -446,6 +472,9 @@ impl Tree {
     /// What a descriptor has not committed by the time that it is closed for good.
     fn commit_at_last(&self, writer: &Writer, patience: Patience) -> Result<()> {
         let state = lock(&writer.state).clone();
+        if writer.gone.load(Ordering::Acquire) {
+            return Ok(());
+        }
         if state.refused {
             // Nobody can be told, and nothing was meant to be kept but what was refused.
             self.drop_fresh(&writer.node);

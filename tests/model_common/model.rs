@@ -1,0 +1,1030 @@
+//! The model: a file system in memory whose files are attributes or scratch.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use tokenfs::pkcs11::CKA_CLASS;
+use tokenfs::store::attribute::{AttributeKey, Attributes, Kind, Value};
+use tokenfs::store::validate;
+use tokenfs::tree::name::{self, Name};
+use tokenfs::tree::text::{Context, parse, render};
+
+use super::Answer;
+use super::ops::{DESCRIPTORS, How};
+
+const ENOENT: i32 = libc::ENOENT;
+const EEXIST: i32 = libc::EEXIST;
+const EINVAL: i32 = libc::EINVAL;
+const EXDEV: i32 = libc::EXDEV;
+const EISDIR: i32 = libc::EISDIR;
+const ENOTDIR: i32 = libc::ENOTDIR;
+const ENOTEMPTY: i32 = libc::ENOTEMPTY;
+
+type Id = usize;
+
+#[derive(Clone, Debug)]
+enum Node {
+    /// A file that is an attribute: it has a value, or, just created, the bytes of whoever created it.
+    Attribute {
+        value: Option<Value>,
+        bytes: usize,
+    },
+    /// A file that is none.
+    Scratch {
+        bytes: usize,
+    },
+    Directory(Role, BTreeMap<String, Id>),
+}
+
+/// What a directory is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Role {
+    Root,
+    Token,
+    /// The token's own attributes.
+    Own,
+    Object {
+        /// It is not in the store.
+        pending: bool,
+    },
+    Map,
+    Scratch,
+}
+
+/// What a name in a directory would be.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Place {
+    Attribute,
+    Object,
+    Scratch,
+}
+
+#[derive(Clone, Debug)]
+struct Fd {
+    node: Id,
+    bytes: usize,
+    how: How,
+    /// It was opened as scratch, whose bytes are everybody's.
+    shared: bool,
+    position: u64,
+    written: bool,
+    resized: bool,
+    refused: bool,
+    appended: Option<usize>,
+    /// The file has no name any more, or another one: what is done through it reaches nothing.
+    detached: bool,
+}
+
+/// A model of a mounted store.
+#[derive(Clone, Debug)]
+pub struct Model {
+    nodes: Vec<Node>,
+    parents: Vec<Option<Id>>,
+    buffers: Vec<Vec<u8>>,
+    fds: Vec<Option<Fd>>,
+    is_db: bool,
+    mask: u32,
+}
+
+/// A store's content: tokens by name, and their objects.
+pub type Content = BTreeMap<String, BTreeMap<String, Attributes>>;
+
+/// The name under which the token's own attributes are in a [`Content`].
+pub const OWN: &str = "token";
+
+const ROOT: Id = 0;
+
+impl Model {
+    pub fn new(is_db: bool, mask: u32, content: &Content) -> Self {
+        let mut model = Self {
+            nodes: vec![Node::Directory(Role::Root, BTreeMap::new())],
+            parents: vec![None],
+            buffers: Vec::new(),
+            fds: vec![None; DESCRIPTORS + 1],
+            is_db,
+            mask,
+        };
+        for (token, objects) in content {
+            let directory = model.add_directory(ROOT, token, Role::Token);
+            for (object, attributes) in objects {
+                let role = match object.as_str() {
+                    OWN => Role::Own,
+                    _ => Role::Object { pending: false },
+                };
+                let object = model.add_directory(directory, object, role);
+                model.fill(object, attributes);
+            }
+        }
+        model
+    }
+
+    // ------------------------------------------------------------------------------------------ the tree
+
+    fn add(&mut self, parent: Id, name: &str, node: Node) -> Id {
+        self.nodes.push(node);
+        self.parents.push(Some(parent));
+        let id = self.nodes.len() - 1;
+        self.names_mut(parent).insert(name.to_owned(), id);
+        id
+    }
+
+    fn add_directory(&mut self, parent: Id, name: &str, role: Role) -> Id {
+        self.add(parent, name, Node::Directory(role, BTreeMap::new()))
+    }
+
+    /// Makes the values of an object or a map files.
+    fn fill(&mut self, directory: Id, attributes: &Attributes) {
+        for (key, value) in attributes.iter() {
+            let name = name::file_name(key);
+            if let Value::Map(entries) = value {
+                let map = self.add_directory(directory, &name, Role::Map);
+                self.fill(map, entries);
+            } else {
+                let bytes = self.buffer(Vec::new());
+                let value = Some(value.clone());
+                self.add(directory, &name, Node::Attribute { value, bytes });
+            }
+        }
+    }
+
+    fn buffer(&mut self, bytes: Vec<u8>) -> usize {
+        self.buffers.push(bytes);
+        self.buffers.len() - 1
+    }
+
+    fn names(&self, id: Id) -> Option<&BTreeMap<String, Id>> {
+        match &self.nodes[id] {
+            Node::Directory(_, names) => Some(names),
+            _ => None,
+        }
+    }
+
+    fn names_mut(&mut self, id: Id) -> &mut BTreeMap<String, Id> {
+        match &mut self.nodes[id] {
+            Node::Directory(_, names) => names,
+            _ => panic!("not a directory"),
+        }
+    }
+
+    fn role(&self, id: Id) -> Option<Role> {
+        match self.nodes[id] {
+            Node::Directory(role, _) => Some(role),
+            _ => None,
+        }
+    }
+
+    fn is_directory(&self, id: Id) -> bool {
+        self.role(id).is_some()
+    }
+
+    fn find(&self, path: &str) -> Answer<Id> {
+        let mut at = ROOT;
+        for name in path.split('/') {
+            at = *self.names(at).ok_or(ENOTDIR)?.get(name).ok_or(ENOENT)?;
+        }
+        Ok(at)
+    }
+
+    fn find_parent<'a>(&self, path: &'a str) -> Answer<(Id, &'a str)> {
+        let (directory, name) = match path.rsplit_once('/') {
+            Some((directory, name)) => (self.find(directory)?, name),
+            None => (ROOT, path),
+        };
+        if !self.is_directory(directory) {
+            return Err(ENOTDIR);
+        }
+        Ok((directory, name))
+    }
+
+    fn named(&self, directory: Id, name: &str) -> Option<Id> {
+        self.names(directory)?.get(name).copied()
+    }
+
+    fn is_scratch(&self, id: Id) -> bool {
+        matches!(
+            self.nodes[id],
+            Node::Scratch { .. } | Node::Directory(Role::Scratch, _)
+        )
+    }
+
+    /// What is listed: scratch is in scratch directories only.
+    fn listed(&self, directory: Id) -> BTreeMap<String, Id> {
+        let names = self.names(directory).cloned().unwrap_or_default();
+        let in_scratch = self.is_scratch(directory);
+        let shown = |id: &Id| in_scratch || !self.is_scratch(*id);
+        names.into_iter().filter(|(_, id)| shown(id)).collect()
+    }
+
+    /// The directory and those above it.
+    fn above(&self, id: Id) -> impl Iterator<Item = Id> {
+        std::iter::successors(Some(id), |id| self.parents[*id])
+    }
+
+    fn object_of(&self, id: Id) -> Option<Id> {
+        self.above(id)
+            .find(|id| matches!(self.role(*id), Some(Role::Object { .. } | Role::Own)))
+    }
+
+    fn token_of(&self, id: Id) -> Option<Id> {
+        self.above(id)
+            .find(|id| self.role(*id) == Some(Role::Token))
+    }
+
+    /// Takes a name away; what is open below it reaches nothing any more.
+    fn take_away(&mut self, directory: Id, name: &str) -> Option<Id> {
+        let id = self.names_mut(directory).remove(name)?;
+        self.parents[id] = None;
+        self.detach(id);
+        Some(id)
+    }
+
+    fn detach(&mut self, id: Id) {
+        let below: Vec<Id> = (0..self.nodes.len())
+            .filter(|node| self.above(*node).any(|above| above == id))
+            .collect();
+        for fd in self.fds.iter_mut().flatten() {
+            if below.contains(&fd.node) {
+                fd.detached = true;
+            }
+        }
+    }
+
+    fn put_at(&mut self, directory: Id, name: &str, id: Id) {
+        self.take_away(directory, name);
+        self.names_mut(directory).insert(name.to_owned(), id);
+        self.parents[id] = Some(directory);
+    }
+
+    fn text_of(&self, id: Id) -> Vec<u8> {
+        match &self.nodes[id] {
+            Node::Attribute {
+                value: Some(value), ..
+            } => {
+                let key = self.key_of(id);
+                let text = render(key.attribute_type, value, Context::default());
+                text.unwrap().into_owned()
+            }
+            Node::Attribute { value: None, bytes } | Node::Scratch { bytes } => {
+                self.buffers[*bytes].clone()
+            }
+            Node::Directory(..) => panic!("a directory"),
+        }
+    }
+
+    fn name_of(&self, id: Id) -> String {
+        let parent = self.parents[id].expect("a name");
+        let names = self.names(parent).unwrap();
+        names
+            .iter()
+            .find(|(_, named)| **named == id)
+            .map(|(name, _)| name.clone())
+            .unwrap()
+    }
+
+    fn key_of(&self, id: Id) -> AttributeKey {
+        key(&self.name_of(id)).expect("an attribute")
+    }
+
+    /// The values in an object or a map.
+    fn values(&self, directory: Id) -> Attributes {
+        let mut attributes = Attributes::new();
+        for (name, id) in self.names(directory).unwrap() {
+            let value = match &self.nodes[*id] {
+                Node::Attribute { value, .. } => value.clone(),
+                Node::Directory(Role::Map, _) => Some(Value::Map(self.values(*id))),
+                _ => None,
+            };
+            if let (Some(value), Some(key)) = (value, key(name)) {
+                attributes.insert(key.attribute_type, value);
+            }
+        }
+        attributes
+    }
+
+    /// What would be called `name` in `directory`.
+    fn place(&self, directory: Id, name: &str, is_directory: bool) -> Answer<Place> {
+        let hidden = name.starts_with('.');
+        let parsed = name::parse(name.as_bytes());
+        match self.role(directory).ok_or(ENOTDIR)? {
+            Role::Scratch => Ok(Place::Scratch),
+            Role::Root | Role::Token if !is_directory => match parsed {
+                Name::Scratch => Ok(Place::Scratch),
+                _ => Err(EINVAL),
+            },
+            Role::Root | Role::Token if hidden => Ok(Place::Scratch),
+            Role::Root => panic!("tokens are not made here"),
+            Role::Token => match parsed {
+                Name::Scratch => Ok(Place::Object),
+                _ => Err(EINVAL),
+            },
+            role @ (Role::Object { .. } | Role::Own | Role::Map) => match parsed {
+                Name::Attribute(key) if (key.kind == Kind::Map) != is_directory => Err(EINVAL),
+                Name::Attribute(key) if key.kind == Kind::Map && role == Role::Map => Err(EINVAL),
+                Name::Attribute(_) => Ok(Place::Attribute),
+                Name::Scratch if !is_directory || hidden => Ok(Place::Scratch),
+                _ => Err(EINVAL),
+            },
+        }
+    }
+
+    /// That an attribute can be called `name`: its type is not there with another kind and a value.
+    fn check_kind(&self, directory: Id, name: &str) -> Answer {
+        let wanted = key(name).unwrap();
+        let other = |(key, _): (AttributeKey, &Value)| {
+            key.attribute_type == wanted.attribute_type && key != wanted
+        };
+        match self.values(directory).iter().any(other) {
+            true => Err(EEXIST),
+            false => Ok(()),
+        }
+    }
+
+    /// That the object that `directory` is in could hold what `change` makes of the values in `directory`.
+    fn check_object(&self, directory: Id, change: impl FnOnce(&mut Attributes)) -> Answer {
+        let object = self.object_of(directory).unwrap();
+        let old = self.values(object);
+        let mut new = old.clone();
+        if object == directory {
+            change(&mut new);
+        } else if let Some(map) = key(&self.name_of(directory))
+            && let Some(entries) = new.map_mut(map.attribute_type)
+        {
+            change(entries);
+        }
+        validate::check(Some(&old), &new).map_err(|_| EINVAL)
+    }
+
+    /// Gives the attribute `name` a value; the node that has it then.
+    fn set_value(&mut self, directory: Id, name: &str, value: Value) -> Answer {
+        self.check_kind(directory, name)?;
+        let key = key(name).unwrap();
+        self.check_object(directory, |new| {
+            new.insert(key.attribute_type, value.clone());
+        })?;
+        if let Value::Map(entries) = value {
+            self.take_away(directory, name);
+            let map = self.add_directory(directory, name, Role::Map);
+            self.fill(map, &entries);
+            return Ok(());
+        }
+        match self.named(directory, name) {
+            Some(id) => match &mut self.nodes[id] {
+                Node::Attribute { value: old, .. } => *old = Some(value),
+                _ => panic!("no attribute"),
+            },
+            None => {
+                let bytes = self.buffer(Vec::new());
+                let value = Some(value);
+                self.add(directory, name, Node::Attribute { value, bytes });
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes a text the value of an attribute that is there.
+    fn commit(&mut self, id: Id, text: &[u8]) -> Answer {
+        let value = parse(self.key_of(id), text, Context::default()).map_err(|_| EINVAL)?;
+        let (directory, name) = (self.parents[id].unwrap(), self.name_of(id));
+        self.set_value(directory, &name, value)
+    }
+
+    // -------------------------------------------------------------------------------------- descriptors
+
+    pub fn is_open(&self, fd: usize) -> bool {
+        self.fds[fd].is_some()
+    }
+
+    pub fn is_writer(&self, fd: usize) -> bool {
+        self.fds[fd].as_ref().is_some_and(|fd| fd.how.write)
+    }
+
+    /// Whether what is done through a descriptor reaches nothing.
+    pub fn is_detached(&self, fd: usize) -> bool {
+        self.fds[fd].as_ref().is_some_and(|fd| fd.detached)
+    }
+
+    fn fd(&mut self, fd: usize) -> &mut Fd {
+        self.fds[fd].as_mut().unwrap()
+    }
+
+    pub fn open(&mut self, fd: usize, path: &str, how: How) -> Answer {
+        let (directory, name) = self.find_parent(path)?;
+        let node = match self.named(directory, name) {
+            Some(_) if how.exclusive => return Err(EEXIST),
+            Some(id) if self.is_directory(id) => return Err(EISDIR),
+            Some(id) => id,
+            None if !how.create => return Err(ENOENT),
+            None => {
+                let place = self.place(directory, name, false)?;
+                if place == Place::Attribute {
+                    self.check_kind(directory, name)?;
+                }
+                let bytes = self.buffer(Vec::new());
+                let node = match place {
+                    Place::Scratch => Node::Scratch { bytes },
+                    _ => Node::Attribute { value: None, bytes },
+                };
+                let node = self.add(directory, name, node);
+                self.insert_fd(fd, node, bytes, how, place == Place::Scratch, false);
+                return Ok(());
+            }
+        };
+        if let Node::Scratch { bytes } = self.nodes[node] {
+            if how.truncate {
+                self.buffers[bytes].clear();
+            }
+            self.insert_fd(fd, node, bytes, how, true, false);
+            return Ok(());
+        }
+        let text = self.text_of(node);
+        let resized = how.truncate && !text.is_empty();
+        let copy = if how.truncate { Vec::new() } else { text };
+        let bytes = self.buffer(copy);
+        self.insert_fd(fd, node, bytes, how, false, resized);
+        Ok(())
+    }
+
+    fn insert_fd(
+        &mut self,
+        fd: usize,
+        node: Id,
+        bytes: usize,
+        how: How,
+        shared: bool,
+        resized: bool,
+    ) {
+        self.fds[fd] = Some(Fd {
+            node,
+            bytes,
+            how,
+            shared,
+            position: 0,
+            written: false,
+            resized,
+            refused: false,
+            appended: None,
+            detached: false,
+        });
+    }
+
+    pub fn write(&mut self, fd: usize, data: &[u8]) -> Answer {
+        let position = self.fd(fd).position;
+        self.write_at(fd, position, data)?;
+        let length = self.buffers[self.fds[fd].as_ref().unwrap().bytes].len() as u64;
+        let fd = self.fd(fd);
+        if data.is_empty() {
+            return Ok(());
+        }
+        fd.position = if fd.how.append {
+            length
+        } else {
+            position + data.len() as u64
+        };
+        Ok(())
+    }
+
+    pub fn write_at(&mut self, fd: usize, at: u64, data: &[u8]) -> Answer {
+        let open = self.fds[fd].clone().unwrap();
+        if data.is_empty() {
+            return Ok(());
+        }
+        let old = self.buffers[open.bytes].clone();
+        let start = if open.how.append {
+            old.len()
+        } else {
+            at as usize
+        };
+        let end = start + data.len();
+        let mut new = old;
+        new.resize(new.len().max(end), 0);
+        new[start..end].copy_from_slice(data);
+        if !open.shared && !open.detached && new.ends_with(b"\n") {
+            let key = self.key_of(open.node);
+            if parse(key, &new, Context::default()).is_err() {
+                self.fd(fd).refused = true;
+                return Err(EINVAL);
+            }
+        }
+        self.buffers[open.bytes] = new;
+        let fd = self.fd(fd);
+        fd.refused = false;
+        fd.appended = if !open.how.append || open.resized || open.shared {
+            None
+        } else if open.written {
+            open.appended.map(|appended| appended + data.len())
+        } else {
+            Some(data.len())
+        };
+        fd.written = true;
+        Ok(())
+    }
+
+    pub fn read(&mut self, fd: usize) -> Answer<Vec<u8>> {
+        let bytes = self.fd(fd).bytes;
+        Ok(self.buffers[bytes].clone())
+    }
+
+    pub fn close_duplicate(&mut self, fd: usize) -> Answer {
+        if self.fd(fd).written {
+            return self.commit_fd(fd);
+        }
+        Ok(())
+    }
+
+    fn commit_fd(&mut self, fd: usize) -> Answer {
+        let open = self.fds[fd].clone().unwrap();
+        let outcome = match self.nodes[open.node] {
+            _ if open.detached => Ok(()),
+            Node::Attribute { .. } => {
+                let own = self.buffers[open.bytes].clone();
+                let text = match open.appended {
+                    // What others made of it meanwhile stays.
+                    Some(appended) => {
+                        let has_value = matches!(
+                            &self.nodes[open.node],
+                            Node::Attribute { value: Some(_), .. }
+                        );
+                        let mut text = if has_value {
+                            self.text_of(open.node)
+                        } else {
+                            Vec::new()
+                        };
+                        text.extend(&own[own.len() - appended..]);
+                        text
+                    }
+                    None => own,
+                };
+                self.commit(open.node, &text)
+            }
+            _ => Ok(()),
+        };
+        let fd = self.fd(fd);
+        (fd.written, fd.resized, fd.appended) = (false, false, None);
+        fd.refused = outcome.is_err();
+        outcome
+    }
+
+    pub fn close(&mut self, fd: usize) -> Answer {
+        let outcome = self.close_duplicate(fd);
+        // The last one: what nobody hears of any more.
+        let open = self.fds[fd].clone().unwrap();
+        if open.how.write && !open.detached {
+            let fresh = matches!(self.nodes[open.node], Node::Attribute { value: None, .. });
+            if open.refused {
+                if fresh && !open.shared {
+                    let (directory, name) = (self.parents[open.node], self.name_of(open.node));
+                    self.take_away(directory.unwrap(), &name);
+                }
+            } else if open.written || open.resized {
+                let _ = self.commit_fd(fd);
+            } else if fresh && !open.shared {
+                let text = self.buffers[open.bytes].clone();
+                if parse(self.key_of(open.node), &text, Context::default()).is_ok() {
+                    let _ = self.commit_fd(fd);
+                }
+            }
+        }
+        self.fds[fd] = None;
+        outcome
+    }
+
+    pub fn set_length(&mut self, fd: usize, length: u64) -> Answer {
+        let bytes = self.fd(fd).bytes;
+        let buffer = &mut self.buffers[bytes];
+        let same = buffer.len() as u64 == length;
+        buffer.resize(length as usize, 0);
+        let fd = self.fd(fd);
+        if !same {
+            fd.resized = true;
+            fd.appended = None;
+        }
+        fd.written = true;
+        Ok(())
+    }
+
+    pub fn sync(&mut self, fd: usize) -> Answer {
+        self.close_duplicate(fd)?;
+        let node = self.fd(fd).node;
+        if !self.is_scratch(node) {
+            self.sync_file(node);
+        }
+        Ok(())
+    }
+
+    // ------------------------------------------------------------------------------------------- by path
+
+    pub fn truncate(&mut self, path: &str, length: u64) -> Answer {
+        let id = self.find(path)?;
+        if self.is_directory(id) {
+            return Err(EISDIR);
+        }
+        let mut text = self.text_of(id);
+        if text.len() as u64 == length {
+            return Ok(());
+        }
+        text.resize(length as usize, 0);
+        if let Node::Scratch { bytes } = self.nodes[id] {
+            self.buffers[bytes] = text;
+            return Ok(());
+        }
+        self.commit(id, &text)
+    }
+
+    pub fn unlink(&mut self, path: &str) -> Answer {
+        let (directory, name) = self.find_parent(path)?;
+        let id = self.named(directory, name).ok_or(ENOENT)?;
+        if self.is_directory(id) {
+            return Err(EISDIR);
+        }
+        self.take_away(directory, name);
+        Ok(())
+    }
+
+    pub fn make_dir(&mut self, path: &str) -> Answer {
+        let (directory, name) = self.find_parent(path)?;
+        if self.named(directory, name).is_some() {
+            return Err(EEXIST);
+        }
+        let role = match self.place(directory, name, true)? {
+            Place::Attribute => {
+                return self.set_value(directory, name, Value::Map(Attributes::new()));
+            }
+            Place::Object => {
+                self.check_object_name(name)?;
+                Role::Object { pending: true }
+            }
+            Place::Scratch => Role::Scratch,
+        };
+        self.add_directory(directory, name, role);
+        Ok(())
+    }
+
+    fn check_object_name(&self, name: &str) -> Answer {
+        match self.is_db && uuid::Uuid::parse_str(name).is_err() {
+            true => Err(EINVAL),
+            false => Ok(()),
+        }
+    }
+
+    pub fn remove_dir(&mut self, path: &str) -> Answer {
+        let (directory, name) = self.find_parent(path)?;
+        let id = self.named(directory, name).ok_or(ENOENT)?;
+        if !self.is_directory(id) {
+            return Err(ENOTDIR);
+        }
+        if !self.listed(id).is_empty() {
+            return Err(ENOTEMPTY);
+        }
+        self.take_away(directory, name);
+        Ok(())
+    }
+
+    pub fn rename(&mut self, from: &str, to: &str) -> Answer {
+        let (from_directory, from_name) = self.find_parent(from)?;
+        let (to_directory, to_name) = self.find_parent(to)?;
+        let id = self.named(from_directory, from_name).ok_or(ENOENT)?;
+        let is_directory = self.is_directory(id);
+        if let Some(replaced) = self.named(to_directory, to_name) {
+            if replaced == id {
+                return Ok(());
+            }
+            match (is_directory, self.is_directory(replaced)) {
+                (true, true) if !self.listed(replaced).is_empty() => return Err(ENOTEMPTY),
+                (true, false) => return Err(ENOTDIR),
+                (false, true) => return Err(EISDIR),
+                _ => {}
+            }
+        }
+        if self.role(id) == Some(Role::Token) {
+            self.place(to_directory, to_name, true)?;
+            return Err(EXDEV);
+        }
+        let place = self.place(to_directory, to_name, is_directory)?;
+        match (self.nodes[id].clone(), place) {
+            (Node::Scratch { bytes }, Place::Attribute) => {
+                let text = self.buffers[bytes].clone();
+                let key = key(to_name).unwrap();
+                let value = parse(key, &text, Context::default()).map_err(|_| EINVAL)?;
+                self.set_value(to_directory, to_name, value.clone())?;
+                // Who has it open goes on to write into the attribute.
+                self.names_mut(from_directory).remove(from_name);
+                self.put_at(to_directory, to_name, id);
+                let value = Some(value);
+                self.nodes[id] = Node::Attribute { value, bytes };
+            }
+            (Node::Directory(Role::Scratch, _), Place::Attribute) => {
+                let entries = self.parse_scratch(id, true)?;
+                self.set_value(to_directory, to_name, Value::Map(entries))?;
+                self.take_away(from_directory, from_name);
+            }
+            (Node::Scratch { .. } | Node::Directory(Role::Scratch, _), Place::Scratch) => {
+                self.names_mut(from_directory).remove(from_name);
+                self.put_at(to_directory, to_name, id);
+            }
+            (Node::Directory(Role::Scratch, _), Place::Object) => {
+                let attributes = self.parse_scratch(id, false)?;
+                self.check_object_name(to_name)?;
+                validate::check(None, &attributes).map_err(|_| EINVAL)?;
+                self.take_away(from_directory, from_name);
+                self.take_away(to_directory, to_name);
+                let role = Role::Object { pending: false };
+                let object = self.add_directory(to_directory, to_name, role);
+                self.fill(object, &attributes);
+            }
+            (Node::Attribute { .. } | Node::Directory(Role::Map, _), Place::Attribute) => {
+                if self.object_of(from_directory) != self.object_of(to_directory) {
+                    return Err(EXDEV);
+                }
+                self.move_value(id, to_directory, to_name)?;
+            }
+            (Node::Directory(Role::Object { .. }, _), Place::Object) => {
+                if from_directory != to_directory {
+                    return Err(EXDEV);
+                }
+                self.check_object_name(to_name)?;
+                self.take_away(from_directory, from_name);
+                self.drop_scratch(id);
+                self.put_at(to_directory, to_name, id);
+            }
+            (Node::Directory(Role::Object { .. }, _), Place::Scratch)
+                if from_directory != to_directory =>
+            {
+                return Err(EXDEV);
+            }
+            (
+                Node::Attribute { .. } | Node::Directory(Role::Map | Role::Object { .. }, _),
+                Place::Scratch,
+            ) => {
+                self.become_scratch(id);
+                self.take_away(from_directory, from_name);
+                self.put_at(to_directory, to_name, id);
+            }
+            _ => return Err(EXDEV),
+        }
+        Ok(())
+    }
+
+    /// The attributes that the files of a scratch directory are.
+    fn parse_scratch(&self, directory: Id, is_map: bool) -> Answer<Attributes> {
+        let mut attributes = Attributes::new();
+        for (name, id) in self.names(directory).unwrap() {
+            let key = match name::parse(name.as_bytes()) {
+                Name::Attribute(key) => key,
+                Name::Scratch => continue,
+                Name::Impossible => return Err(EINVAL),
+            };
+            let value = match (&self.nodes[*id], key.kind) {
+                (Node::Directory(..), Kind::Map) if !is_map => {
+                    Value::Map(self.parse_scratch(*id, true)?)
+                }
+                (Node::Directory(..), _) | (_, Kind::Map) => return Err(EINVAL),
+                _ => parse(key, &self.text_of(*id), Context::default()).map_err(|_| EINVAL)?,
+            };
+            if attributes.of_type(key.attribute_type).is_some() {
+                return Err(EEXIST);
+            }
+            attributes.insert(key.attribute_type, value);
+        }
+        Ok(attributes)
+    }
+
+    fn move_value(&mut self, id: Id, to_directory: Id, to_name: &str) -> Answer {
+        let (from_directory, from_name) = (self.parents[id].unwrap(), self.name_of(id));
+        let (source, target) = (key(&from_name).unwrap(), key(to_name).unwrap());
+        let value = match &self.nodes[id] {
+            // A name is all that it would be.
+            Node::Attribute { value: None, .. } => return Err(EINVAL),
+            Node::Attribute { .. } => {
+                parse(target, &self.text_of(id), Context::default()).map_err(|_| EINVAL)?
+            }
+            _ => Value::Map(self.values(id)),
+        };
+        // All or nothing.
+        let before = self.clone();
+        self.names_mut(from_directory).remove(&from_name);
+        let object = self.object_of(from_directory).unwrap();
+        let outcome = self.check_kind(to_directory, to_name).and_then(|()| {
+            let mut new = self.values(object);
+            if to_directory == object {
+                new.insert(target.attribute_type, value.clone());
+            } else {
+                let map = key(&self.name_of(to_directory)).unwrap();
+                let entries = new.map_mut(map.attribute_type).unwrap();
+                entries.insert(target.attribute_type, value.clone());
+            }
+            validate::check(Some(&before.values(object)), &new).map_err(|_| EINVAL)
+        });
+        if outcome.is_err() {
+            *self = before;
+            return outcome;
+        }
+        let _ = source;
+        self.detach(id);
+        self.drop_scratch(id);
+        self.put_at(to_directory, to_name, id);
+        if let Node::Attribute { value: old, .. } = &mut self.nodes[id] {
+            *old = Some(value);
+        }
+        Ok(())
+    }
+
+    /// What was put beside files is gone with the directory.
+    fn drop_scratch(&mut self, directory: Id) {
+        let Some(names) = self.names(directory).cloned() else {
+            return;
+        };
+        for (name, id) in names {
+            if self.is_scratch(id) {
+                self.take_away(directory, &name);
+            } else {
+                self.drop_scratch(id);
+            }
+        }
+    }
+
+    fn become_scratch(&mut self, id: Id) {
+        if let Node::Attribute { .. } = self.nodes[id] {
+            let bytes = self.buffer(self.text_of(id));
+            self.nodes[id] = Node::Scratch { bytes };
+        } else {
+            self.drop_scratch(id);
+            let names = self.names(id).cloned().unwrap();
+            for below in names.into_values() {
+                self.become_scratch(below);
+            }
+            if let Node::Directory(role, _) = &mut self.nodes[id] {
+                *role = Role::Scratch;
+            }
+        }
+    }
+
+    // ------------------------------------------------------------------------------- modes, times, stores
+
+    /// The mode that a path has after `chmod`.
+    pub fn mode_after(&self, path: &str, mode: u32) -> Answer<u32> {
+        let id = self.find(path)?;
+        let kept = mode & !self.mask;
+        Ok(match self.nodes[id] {
+            Node::Directory(Role::Scratch | Role::Token, _) => kept,
+            Node::Directory(..) => {
+                let file = kept & 0o666;
+                file | (file & 0o444) >> 2
+            }
+            _ => kept & 0o666,
+        })
+    }
+
+    /// Sets the times of a path; whether they are seen then.
+    pub fn set_times(&mut self, path: &str) -> Answer<bool> {
+        let id = self.find(path)?;
+        if self.role(id) == Some(Role::Object { pending: true }) {
+            if self.values(id).is_empty() {
+                return Ok(false);
+            }
+            self.store(id);
+        }
+        Ok(true)
+    }
+
+    fn store(&mut self, object: Id) {
+        if let Node::Directory(Role::Object { pending }, _) = &mut self.nodes[object] {
+            *pending = false;
+        }
+    }
+
+    fn sync_file(&mut self, id: Id) {
+        if let Some(object) = self.object_of(id)
+            && self.values(object).of_type(CKA_CLASS).is_some()
+        {
+            self.store(object);
+        }
+    }
+
+    pub fn sync_dir(&mut self, path: &str) -> Answer {
+        let id = self.find(path)?;
+        match self.role(id).ok_or(ENOTDIR)? {
+            Role::Object { .. } => self.store(id),
+            Role::Map => self.sync_file(id),
+            Role::Token => {
+                for object in self.listed(id).into_values() {
+                    self.store(object);
+                }
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    pub fn leave_alone(&mut self) {
+        for object in 0..self.nodes.len() {
+            let is_pending = self.role(object) == Some(Role::Object { pending: true });
+            if !is_pending || self.parents[object].is_none() {
+                continue;
+            }
+            let is_open = self.fds.iter().flatten().any(|fd| {
+                fd.how.write && !fd.detached && self.above(fd.node).any(|above| above == object)
+            });
+            if !is_open {
+                self.sync_file(object);
+            }
+        }
+    }
+
+    /// The mount ends: nothing is open.
+    pub fn remount(&mut self) {
+        *self = Self::new(self.is_db, self.mask, &self.content());
+    }
+
+    pub fn list(&self, path: &str) -> Answer<BTreeSet<String>> {
+        let id = self.find(path)?;
+        if !self.is_directory(id) {
+            return Err(ENOTDIR);
+        }
+        Ok(self.listed(id).into_keys().collect())
+    }
+
+    /// Whether it is a directory, and the size of a file.
+    pub fn stat(&self, path: &str) -> Answer<(bool, u64)> {
+        let id = self.find(path)?;
+        Ok(match self.is_directory(id) {
+            true => (true, 0),
+            false => (false, self.text_of(id).len() as u64),
+        })
+    }
+
+    pub fn text(&self, path: &str) -> Answer<Vec<u8>> {
+        let id = self.find(path)?;
+        match self.is_directory(id) {
+            true => Err(EISDIR),
+            false => Ok(self.text_of(id)),
+        }
+    }
+
+    /// What the store holds once everything is settled.
+    pub fn content(&self) -> Content {
+        self.objects(|_| true)
+    }
+
+    /// The objects that are in the store now, with the values that they show.
+    pub fn stored(&self) -> Content {
+        self.objects(|role| role != Role::Object { pending: true })
+    }
+
+    fn objects(&self, is_wanted: impl Fn(Role) -> bool) -> Content {
+        let tokens = self.listed(ROOT).into_iter();
+        tokens
+            .map(|(token, id)| {
+                let objects = self.listed(id).into_iter();
+                let wanted = objects.filter(|(_, id)| self.role(*id).is_some_and(&is_wanted));
+                let objects = wanted.map(|(object, id)| (object, self.values(id)));
+                (token, objects.collect())
+            })
+            .collect()
+    }
+
+    /// The files that have no value yet.
+    pub fn without_value(&self) -> Vec<String> {
+        let mut paths = Vec::new();
+        for (id, node) in self.nodes.iter().enumerate() {
+            let mut names = Vec::new();
+            let mut at = id;
+            while let Some(parent) = self.parents[at] {
+                names.push(self.name_of(at));
+                at = parent;
+            }
+            names.reverse();
+            if at == ROOT && matches!(node, Node::Attribute { value: None, .. }) {
+                paths.push(names.join("/"));
+            }
+        }
+        paths
+    }
+
+    /// All paths that are listed, and the content of those that are files.
+    pub fn tree(&self) -> BTreeMap<String, Option<Vec<u8>>> {
+        let mut tree = BTreeMap::new();
+        self.add_to(&mut tree, ROOT, "");
+        tree
+    }
+
+    fn add_to(&self, tree: &mut BTreeMap<String, Option<Vec<u8>>>, directory: Id, path: &str) {
+        for (name, id) in self.listed(directory) {
+            let path = match path {
+                "" => name,
+                _ => format!("{path}/{name}"),
+            };
+            if self.is_directory(id) {
+                tree.insert(path.clone(), None);
+                self.add_to(tree, id, &path);
+            } else {
+                tree.insert(path, Some(self.text_of(id)));
+            }
+        }
+    }
+}
+
+fn key(name: &str) -> Option<AttributeKey> {
+    match name::parse(name.as_bytes()) {
+        Name::Attribute(key) => Some(key),
+        _ => None,
+    }
+}

@@ -1,0 +1,191 @@
+//! Random sequences of operations on a `Tree` without a mount, held against a model; and what they found.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
+
+mod model_common;
+
+use std::time::Duration;
+
+use model_common::fixture::{Template, initial, leftovers, read, stored};
+use model_common::model::{Content, Model};
+use model_common::ops::*;
+use model_common::run::{Pair, run};
+use model_common::tree::TreeWorld;
+use tokenfs::store::Backend;
+use tokenfs::store::attribute::{Attributes, Value};
+
+const BACKENDS: [Backend; 2] = [Backend::File, Backend::Db];
+
+/// What the model says is in the store is there: all but what is pending, whatever is held back.
+fn check_stored(model: &Model, stored: &Content) {
+    let wanted = model.stored();
+    for (token, objects) in &wanted {
+        let there = &stored[token];
+        let names = |objects: &std::collections::BTreeMap<String, Attributes>| {
+            objects.keys().cloned().collect::<Vec<_>>()
+        };
+        assert_eq!(
+            names(there),
+            names(objects),
+            "the objects in the store of {token}"
+        );
+        for (object, attributes) in objects {
+            check_values(object, attributes, &there[object]);
+        }
+    }
+}
+
+fn check_values(what: &str, wanted: &Attributes, stored: &Attributes) {
+    for (key, value) in wanted.iter() {
+        match (value, stored.get(key)) {
+            (Value::Map(wanted), Some(Value::Map(stored))) => check_values(what, wanted, stored),
+            (value, found) => assert_eq!(found, Some(value), "{what}: {key:?} in the store"),
+        }
+    }
+}
+
+fn sequence(template: &Template, ops: &[Op]) {
+    let mut world = TreeWorld::new(template);
+    let mut model = Model::new(template.backend == Backend::Db, 0o077, &initial());
+    let (mut logged, mut calls) = (0, 0);
+    let mut after = |model: &Model, world: &mut TreeWorld, refused: Option<i32>| {
+        let now = world.logged();
+        if refused == Some(libc::EINVAL) {
+            assert!(now > logged, "the log says nothing of it");
+        }
+        logged = now;
+        calls += 1;
+        // Not each time: it takes longer than most calls do.
+        if calls % 8 == 0 {
+            check_stored(model, &read(world.tree.store()));
+        }
+    };
+    let mut pair = Pair {
+        model: &mut model,
+        world: &mut world,
+        after: &mut after,
+    };
+    for op in ops {
+        pair.step(op);
+    }
+    pair.compare_trees();
+    check_stored(pair.model, &read(pair.world.tree.store()));
+    pair.remount();
+    pair.compare_trees();
+    let tokendir = world.tokendir.path();
+    assert_eq!(
+        stored(tokendir, template.backend),
+        model.content(),
+        "left is what is stored, right what the model says"
+    );
+    assert_eq!(leftovers(tokendir), [] as [std::path::PathBuf; 0]);
+}
+
+fn lasting() -> Duration {
+    let full = std::env::var_os("TOKENFS_TEST_FULL").is_some_and(|value| value == "1");
+    let seconds = match std::env::var("TOKENFS_TEST_SECONDS") {
+        Ok(seconds) => seconds.parse().expect("TOKENFS_TEST_SECONDS"),
+        Err(_) if full => 300,
+        Err(_) => 15,
+    };
+    Duration::from_secs(seconds)
+}
+
+fn random(backend: Backend) {
+    let template = Template::new(backend);
+    run(
+        &format!("the tree, {backend} backend"),
+        20,
+        lasting(),
+        40,
+        3000,
+        |ops| sequence(&template, ops),
+    );
+}
+
+#[test]
+fn random_sequences_on_the_file_backend() {
+    random(Backend::File);
+}
+
+#[test]
+fn random_sequences_on_the_db_backend() {
+    random(Backend::Db);
+}
+
+/// Runs a sequence that was found to go wrong on both backends.
+#[track_caller]
+fn found(ops: &[Op]) {
+    for backend in BACKENDS {
+        println!("--- {backend} backend");
+        sequence(&Template::new(backend), ops);
+    }
+}
+
+/// An object of the first token.
+const A: &str = "token-1/00000000-0000-4000-8000-00000000000a";
+
+fn a(name: &str) -> String {
+    format!("{A}/{name}")
+}
+
+#[test]
+fn a_scratch_file_that_is_made_longer_does_not_wait_for_itself() {
+    found(&[
+        open(0, &a(".x"), "write create"),
+        Op::SetLength(0, 7),
+        Op::Close(0),
+        content(&a(".x")),
+    ]);
+}
+
+#[test]
+fn a_file_that_was_unlinked_does_not_come_back_when_it_is_closed() {
+    for (how, op) in [
+        ("write", Op::Write(0, b"x")),
+        ("write truncate", Op::Read(0)),
+    ] {
+        found(&[
+            open(0, &a("CKA_ID"), how),
+            op.clone(),
+            unlink(&a("CKA_ID")),
+            Op::Close(0),
+        ]);
+        found(&[
+            open(0, &a("CKA_ID"), how),
+            op,
+            rename(&a("CKA_ID"), &a(".x")),
+            Op::CloseDuplicate(0),
+            Op::LeaveAlone,
+            Op::Close(0),
+        ]);
+    }
+}
+
+#[test]
+fn who_has_the_file_open_that_another_replaces_does_not_write_over_it() {
+    found(&[
+        open(0, &a("CKA_ID"), "write"),
+        Op::Write(0, b"old"),
+        put(&a(".x"), b"new"),
+        rename(&a(".x"), &a("CKA_ID")),
+        Op::Close(0),
+    ]);
+}
+
+/// Another object of the first token, and one that there is not.
+const B: &str = "token-1/00000000-0000-4000-8000-00000000000b";
+const C: &str = "token-1/00000000-0000-4000-8000-00000000000c";
+
+#[test]
+fn a_file_without_a_value_moves_with_its_object() {
+    found(&[
+        open(0, &a("CKA_SIGN"), "write create"),
+        rename(A, C),
+        stat(&format!("{C}/CKA_SIGN")),
+    ]);
+}
+
+#[test]
+fn an_object_can_take_the_place_of_an_empty_directory() {
+    found(&[mkdir(C), rename(A, C), list(C), Op::LeaveAlone]);
+}
