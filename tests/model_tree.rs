@@ -182,3 +182,67 @@ fn a_file_without_a_value_moves_with_its_object() {
 fn an_object_can_take_the_place_of_an_empty_directory() {
     found(&[mkdir(C), rename(A, C), list(C), Op::LeaveAlone]);
 }
+
+#[test]
+fn what_was_unlinked_does_not_stand_in_the_way_of_another_kind_of_its_type() {
+    found(&[
+        unlink(&a("CKA_LABEL")),
+        put(&a("CKA_LABEL.ulong"), b"0x1f"),
+        Op::LeaveAlone,
+        content(&a("CKA_LABEL.ulong")),
+    ]);
+}
+
+#[test]
+fn what_was_unlinked_does_not_stand_in_the_way_of_making_an_object_private() {
+    found(&[
+        unlink(&a("CKA_LABEL")),
+        unlink(&a("CKA_ID")),
+        put(&a("CKA_PRIVATE"), b"true\n"),
+    ]);
+    found(&[
+        unlink(&format!("{B}/CKA_PRIVATE")),
+        put(&format!("{B}/CKA_LABEL"), b"clear"),
+    ]);
+}
+
+#[test]
+fn appending_to_a_file_that_was_unlinked_begins_with_nothing() {
+    found(&[
+        unlink(&a("CKA_LABEL")),
+        open(0, &a("CKA_LABEL"), "write create append"),
+        Op::Write(0, b"new"),
+        Op::Close(0),
+        content(&a("CKA_LABEL")),
+    ]);
+}
+
+#[test]
+fn what_takes_the_name_of_an_unlinked_file_stays() {
+    found(&[
+        unlink(&a("CKA_ID")),
+        rename(&a("CKA_LABEL"), &a("CKA_ID")),
+        Op::LeaveAlone,
+        content(&a("CKA_ID")),
+    ]);
+    found(&[
+        open(0, &a("0x80001234.bytes"), "write create"),
+        rename(&a("CKA_LABEL"), &a("0x80001234.bytes")),
+        unlink(&a("0x80001234.bytes")),
+        Op::LeaveAlone,
+    ]);
+}
+
+#[test]
+fn what_was_unlinked_in_a_map_does_not_come_back_when_the_map_is_renamed() {
+    let (from, to) = (a("CKA_WRAP_TEMPLATE"), a("CKA_UNWRAP_TEMPLATE"));
+    let fresh = format!("{from}/CKA_KEY_TYPE");
+    found(&[
+        unlink(&format!("{from}/CKA_LABEL")),
+        open(0, &fresh, "write create"),
+        rename(&from, &to),
+        list(&to),
+        mkdir(&from),
+        list(&from),
+    ]);
+}

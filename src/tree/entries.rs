@@ -409,6 +409,7 @@ impl Tree {
         self.with_drafts(&key, patience, |drafts| {
             let draft = drafts.entry(&key);
             let was_fresh = draft.fresh.remove(&slot).is_some();
+            draft.fresh.retain(|held, _| !held.is_in(slot));
             match &mut draft.new {
                 Some(new) => {
                     slot.remove(&mut new.attributes);

@@ -126,6 +126,7 @@ impl Tree {
                     lock(&self.scratch).remove(to.directory, to.name);
                     return Err(error);
                 }
+                lock(&self.scratch).clear(&node);
                 self.rebind(ino, &Node::Scratch(made), to_parent, patience);
             }
             (
@@ -136,7 +137,7 @@ impl Tree {
                     return Err(other_device());
                 }
                 self.rename_object(token, object, &to_object, patience)?;
-                lock(&self.scratch).clear(&Node::Object(token.clone(), id.clone()));
+                lock(&self.scratch).clear_object(&(token.clone(), id.clone()));
                 let target = Node::Object(to_token, ObjectId::Object(to_object));
                 self.rebind(ino, &target, to_parent, patience);
             }
@@ -150,7 +151,8 @@ impl Tree {
                     lock(&self.scratch).remove(to.directory, to.name);
                     return Err(error);
                 }
-                lock(&self.scratch).clear(&node);
+                let id = ObjectId::Object(object.clone());
+                lock(&self.scratch).clear_object(&(token.clone(), id));
                 self.rebind(ino, &Node::Scratch(made), to_parent, patience);
             }
             // mv(1) copies what has to be copied.
@@ -326,7 +328,7 @@ impl Tree {
             ));
         }
         let content = view::content(from, &object)?;
-        self.change(from, None, patience, &mut |attributes| {
+        self.replacing_all(&[from, to], None, patience, &mut |attributes| {
             let Some(value) = source.remove(attributes) else {
                 return Err(Error::not_found("the attribute is gone"));
             };
@@ -344,7 +346,13 @@ impl Tree {
         })?;
         self.cut_off(from);
         self.cut_off(to);
-        lock(&self.drafts).touch(&(token.clone(), id.clone()));
+        let mut drafts = lock(&self.drafts);
+        if let Some(draft) = drafts.get_mut(&(token.clone(), id.clone())) {
+            draft.move_map(source, target);
+        }
+        drafts.touch(&(token.clone(), id.clone()));
+        drop(drafts);
+        lock(&self.scratch).clear(from);
         Ok(())
     }
 

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Instant, SystemTime};
 
-use super::draft::Bytes;
+use super::draft::{Bytes, Key};
 use super::handle::{Handle, HandleId, State, Writer};
 use super::node::{Ino, Node};
 use super::scratch::{Content, ScratchId};
@@ -578,12 +578,35 @@ impl Tree {
         patience: Patience,
         edit: &mut dyn FnMut(&mut crate::store::attribute::Attributes) -> Result<()>,
     ) -> Result<()> {
+        self.replacing_all(&[node], mtime, patience, edit)
+    }
+
+    /// A change that gives some of `nodes`, all in one object, a value, and takes it from others.
+    pub(super) fn replacing_all(
+        &self,
+        nodes: &[&Node],
+        mtime: Option<SystemTime>,
+        patience: Patience,
+        edit: &mut dyn FnMut(&mut crate::store::attribute::Attributes) -> Result<()>,
+    ) -> Result<()> {
+        let Some(first) = nodes.first() else {
+            return Ok(());
+        };
         // Before the value is there: nobody must take it for the one that was unlinked, and remove it.
-        let held = self.release_hold(node);
-        let outcome = self.change(node, mtime, patience, edit);
+        let held: Vec<Slot> = nodes
+            .iter()
+            .flat_map(|node| self.release_hold(node))
+            .collect();
+        let outcome = self.change(first, mtime, patience, &mut |attributes| {
+            // What the store has there still is not there for whoever unlinked it.
+            for slot in &held {
+                slot.remove(attributes);
+            }
+            edit(attributes)
+        });
         match &outcome {
-            Ok(()) => self.settled(node),
-            Err(_) => self.hold_again(node, &held),
+            Ok(()) => nodes.iter().for_each(|node| self.settled(node)),
+            Err(_) => self.hold_again(first, &held),
         }
         outcome
     }
@@ -657,11 +680,52 @@ impl Tree {
         if in_draft {
             return Ok(());
         }
-        self.token(token)?.update(id, edit, mtime, patience)?;
+        self.update_store(&key, mtime, patience, edit)?;
         if *id == ObjectId::Token
             && let Some(build) = lock(&self.drafts).build_mut(token)
         {
             build.own_filled = true;
+        }
+        Ok(())
+    }
+
+    /// Changes an object of the store. Where what was unlinked and is held back stands in the way, it goes in the same step: for whoever
+    /// unlinked it it is not there.
+    fn update_store(
+        &self,
+        key: &Key,
+        mtime: Option<SystemTime>,
+        patience: Patience,
+        edit: &mut dyn FnMut(&mut crate::store::attribute::Attributes) -> Result<()>,
+    ) -> Result<()> {
+        let (token, id) = key;
+        let held: Vec<Slot> = lock(&self.drafts)
+            .get(key)
+            .map(|draft| draft.removed.iter().copied().collect())
+            .unwrap_or_default();
+        let mut is_gone = false;
+        let mut edit_visible = |attributes: &mut crate::store::attribute::Attributes| {
+            is_gone = false;
+            let stored = attributes.clone();
+            let outcome =
+                edit(attributes).and_then(|()| validate::check(Some(&stored), attributes));
+            match outcome {
+                Err(error)
+                    if !held.is_empty()
+                        && matches!(error.kind(), ErrorKind::Exists | ErrorKind::Invalid) => {}
+                outcome => return outcome,
+            }
+            *attributes = stored;
+            for slot in &held {
+                slot.remove(attributes);
+            }
+            is_gone = true;
+            edit(attributes)
+        };
+        self.token(token)?
+            .update(id, &mut edit_visible, mtime, patience)?;
+        if is_gone && let Some(draft) = lock(&self.drafts).get_mut(key) {
+            draft.removed.retain(|slot| !held.contains(slot));
         }
         Ok(())
     }
