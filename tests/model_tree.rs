@@ -5,10 +5,10 @@ mod model_common;
 
 use std::time::Duration;
 
-use model_common::fixture::{Template, initial, leftovers, read, stored};
+use model_common::fixture::{Template, leftovers, read, stored};
 use model_common::model::{Content, Model};
 use model_common::ops::*;
-use model_common::run::{Pair, run};
+use model_common::run::{Pair, lasting, run};
 use model_common::tree::TreeWorld;
 use tokenfs::store::Backend;
 use tokenfs::store::attribute::{Attributes, Value};
@@ -41,7 +41,7 @@ fn check_values(what: &str, wanted: &Attributes, stored: &Attributes) {
 
 fn sequence(template: &Template, ops: &[Op]) {
     let mut world = TreeWorld::new(template);
-    let mut model = Model::new(template.backend == Backend::Db, 0o077, &initial());
+    let mut model = Model::new(template.backend == Backend::Db, 0o077, &template.content);
     let (mut logged, mut calls) = (0, 0);
     let mut after = |model: &Model, world: &mut TreeWorld, refused: Option<i32>| {
         let now = world.logged();
@@ -74,16 +74,6 @@ fn sequence(template: &Template, ops: &[Op]) {
         "left is what is stored, right what the model says"
     );
     assert_eq!(leftovers(tokendir), [] as [std::path::PathBuf; 0]);
-}
-
-fn lasting() -> Duration {
-    let full = std::env::var_os("TOKENFS_TEST_FULL").is_some_and(|value| value == "1");
-    let seconds = match std::env::var("TOKENFS_TEST_SECONDS") {
-        Ok(seconds) => seconds.parse().expect("TOKENFS_TEST_SECONDS"),
-        Err(_) if full => 300,
-        Err(_) => 15,
-    };
-    Duration::from_secs(seconds)
 }
 
 fn random(backend: Backend) {

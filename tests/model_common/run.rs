@@ -156,6 +156,13 @@ impl<W: World> Pair<'_, W> {
 
     /// The mount ends, and there is another one.
     pub fn remount(&mut self) {
+        self.prepare_end();
+        self.world.remount();
+        (self.after)(self.model, self.world, None);
+    }
+
+    /// Closes everything: the mount is going to end.
+    pub fn prepare_end(&mut self) {
         for fd in 0..DESCRIPTORS {
             self.close(fd);
         }
@@ -166,8 +173,6 @@ impl<W: World> Pair<'_, W> {
             let _ = self.compare(&("unlink", path), model, world);
         }
         self.model.remount();
-        self.world.remount();
-        (self.after)(self.model, self.world, None);
     }
 
     fn open(&mut self, op: &Op, fd: usize, path: &str, how: How) -> Answer {
@@ -404,4 +409,15 @@ pub fn run(
         "{name}: {sequences_run} sequences, {ops_run} operations in {:?}",
         started.elapsed()
     );
+}
+
+/// How long random sequences are run: 15 s, five minutes with `scripts/test --full`, or `TOKENFS_TEST_SECONDS`.
+pub fn lasting() -> Duration {
+    let full = std::env::var_os("TOKENFS_TEST_FULL").is_some_and(|value| value == "1");
+    let seconds = match std::env::var("TOKENFS_TEST_SECONDS") {
+        Ok(seconds) => seconds.parse().expect("TOKENFS_TEST_SECONDS"),
+        Err(_) if full => 300,
+        Err(_) => 15,
+    };
+    Duration::from_secs(seconds)
 }
