@@ -31,6 +31,8 @@ struct MountWorld {
     /// The store.
     tokendir: TempDir,
     open: Vec<Option<OwnedFd>>,
+    /// How many lines its log had.
+    logged: usize,
 }
 
 fn errno<T>(outcome: nix::Result<T>) -> Answer<T> {
@@ -52,6 +54,7 @@ impl MountWorld {
             softhsm,
             tokendir,
             open: (0..=DESCRIPTORS).map(|_| None).collect(),
+            logged: 0,
         }
     }
 
@@ -64,7 +67,7 @@ impl MountWorld {
     }
 
     /// How many lines the log has had.
-    fn logged(&self) -> usize {
+    fn count_logged(&self) -> usize {
         let text = fs::read_to_string(self.at(".tokenfs/log")).unwrap();
         let times = |line: &str| {
             let counted = line.rsplit_once('(')?.1.strip_suffix(" times)")?;
@@ -217,6 +220,7 @@ impl World for MountWorld {
     fn remount(&mut self) {
         self.mount.take().unwrap().unmount();
         self.mount = Some(Mount::new(&self.softhsm));
+        self.logged = 0;
     }
 }
 
@@ -266,12 +270,11 @@ fn ask_softhsm(world: &MountWorld, model: &Model) {
 fn sequence(template: &Template, backend: Backend, ops: &[Op], ask: bool) {
     let mut world = MountWorld::new(template, backend);
     let mut model = Model::new(backend == Backend::Db, 0o077, &template.content);
-    let mut logged = 0;
     let mut after = |_: &Model, world: &mut MountWorld, refused: Option<i32>| {
         if refused == Some(Errno::EINVAL as i32) {
-            let now = world.logged();
-            assert!(now > logged, "the log says nothing of it");
-            logged = now;
+            let now = world.count_logged();
+            assert!(now > world.logged, "the log says nothing of it");
+            world.logged = now;
         }
     };
     let mut pair = Pair {

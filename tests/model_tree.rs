@@ -236,3 +236,16 @@ fn what_was_unlinked_in_a_map_does_not_come_back_when_the_map_is_renamed() {
         list(&from),
     ]);
 }
+
+#[test]
+fn what_is_open_goes_with_its_object_when_that_is_renamed() {
+    found(&[
+        open(2, &a("CKA_START_DATE"), "write create"),
+        rename(A, C),
+        mkdir(A),
+        Op::Write(2, b"20261123"),
+        Op::Close(2),
+        list(A),
+        content(&format!("{C}/CKA_START_DATE")),
+    ]);
+}

@@ -190,7 +190,7 @@ impl Tree {
             }
             Err(error) => {
                 // Nothing is left, so that it can be tried again.
-                lock(&self.handles).remove(handle);
+                self.discard(handle);
                 if is_new {
                     match node {
                         Node::Scratch(_) => lock(&self.scratch).remove(&directory, name),
@@ -272,7 +272,7 @@ impl Tree {
             ..Creation::default()
         };
         let (entry, handle) = self.create(parent, name, how, caller, patience)?;
-        lock(&self.handles).remove(handle);
+        self.discard(handle);
         Ok(entry)
     }
 

@@ -137,6 +137,11 @@ impl Tree {
                     return Err(other_device());
                 }
                 self.rename_object(token, object, &to_object, patience)?;
+                let to_id = ObjectId::Object(to_object.clone());
+                self.moved(&(token.clone(), id.clone()), |slot| {
+                    let now = slot.node(token, &to_id);
+                    Some(super::handle::Place::Moved(now))
+                });
                 lock(&self.scratch).clear_object(&(token.clone(), id.clone()));
                 let target = Node::Object(to_token, ObjectId::Object(to_object));
                 self.rebind(ino, &target, to_parent, patience);
@@ -151,8 +156,9 @@ impl Tree {
                     lock(&self.scratch).remove(to.directory, to.name);
                     return Err(error);
                 }
-                let id = ObjectId::Object(object.clone());
-                lock(&self.scratch).clear_object(&(token.clone(), id));
+                let key = (token.clone(), ObjectId::Object(object.clone()));
+                self.moved(&key, |_| Some(super::handle::Place::Gone));
+                lock(&self.scratch).clear_object(&key);
                 self.rebind(ino, &Node::Scratch(made), to_parent, patience);
             }
             // mv(1) copies what has to be copied.
@@ -344,8 +350,18 @@ impl Tree {
             };
             target.set(attributes, value)
         })?;
-        self.cut_off(from);
         self.cut_off(to);
+        self.moved(&(token.clone(), id.clone()), |slot| {
+            let now = match slot {
+                slot if slot == source => target,
+                slot if slot.is_in(source) => Slot {
+                    map: Some(target.key.attribute_type),
+                    ..slot
+                },
+                _ => return None,
+            };
+            Some(super::handle::Place::Moved(now.node(token, id)))
+        });
         let mut drafts = lock(&self.drafts);
         if let Some(draft) = drafts.get_mut(&(token.clone(), id.clone())) {
             draft.move_map(source, target);

@@ -4,12 +4,11 @@
 //! first flush after a write commits; a flush with nothing written commits nothing (a shell's `echo x > f` duplicates its descriptor and
 //! closes the first one before it writes); that a file was opened with `O_TRUNC` alone is committed with the last close.
 
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Instant, SystemTime};
 
 use super::draft::{Bytes, Key};
-use super::handle::{Handle, HandleId, State, Writer};
+use super::handle::{Handle, HandleId, Place, State, Writer};
 use super::node::{Ino, Node};
 use super::scratch::{Content, ScratchId};
 use super::slot::Slot;
@@ -108,7 +107,7 @@ impl Tree {
             append,
             content,
             state: Mutex::new(state),
-            gone: AtomicBool::new(false),
+            place: Mutex::default(),
         };
         self.open_handle(Handle::Writer(Arc::new(writer)))
     }
@@ -149,7 +148,7 @@ impl Tree {
             append: how.append,
             content: bytes,
             state: Mutex::default(),
-            gone: AtomicBool::new(false),
+            place: Mutex::default(),
         }))))
     }
 
@@ -188,6 +187,7 @@ impl Tree {
         }
         let more = data.len() as u64;
         let is_scratch = matches!(writer.node, Node::Scratch(_));
+        let node = self.committed_as(writer);
         if is_scratch {
             lock(&self.scratch).check_room(more)?;
         }
@@ -212,8 +212,8 @@ impl Tree {
             place.copy_from_slice(data);
         }
         // Programs ignore what close says, so a wrong word is refused here if it can be told already.
-        if !is_scratch
-            && let Some((_, _, slot)) = Slot::of(&writer.node)
+        if let Some((_, _, slot)) = node.as_ref().and_then(Slot::of)
+            && !is_scratch
             && slot.key.kind != Kind::Bytes
             && content.ends_with(b"\n")
             && let Err(error) = text::parse(slot.key, &content, Context::default())
@@ -241,7 +241,7 @@ impl Tree {
         state.written = true;
         state.version += 1;
         drop(state);
-        self.touch(&writer.node);
+        self.touch(node.as_ref().unwrap_or(&writer.node));
         Ok(())
     }
 
@@ -379,7 +379,9 @@ impl Tree {
             let content = lock(&writer.content);
             (content.clone(), lock(&writer.state).clone())
         };
-        let text = match state.appended {
+        let is_scratch = matches!(writer.node, Node::Scratch(_));
+        let text = match state.appended.filter(|_| !is_scratch) {
+            // What was scratch has one content, whoever has it open, and was committed with that.
             Some(appended) => {
                 let start = content.len().saturating_sub(appended);
                 Text::Appended(content.get(start..).unwrap_or_default())
@@ -402,26 +404,40 @@ impl Tree {
 
     /// What is open of `node`, and of what is in it, has no name any more: it must not come back when it is closed.
     pub(super) fn cut_off(&self, node: &Node) {
-        let Some((token, id, slot)) = Slot::of(node) else {
-            return;
-        };
+        if let Some((token, id, slot)) = Slot::of(node) {
+            self.moved(&(token.clone(), id.clone()), |other| {
+                (other == slot || other.is_in(slot)).then_some(Place::Gone)
+            });
+        }
+    }
+
+    /// Something in the object `key` was renamed or removed: `place` says what becomes of those who have a file open that is in the
+    /// place that it is asked for.
+    pub(super) fn moved(&self, key: &Key, place: impl Fn(Slot) -> Option<Place>) {
         let writers = lock(&self.handles).writers();
         for writer in writers {
-            let is_in = self.committed_as(&writer).is_some_and(|of| {
-                Slot::of(&of).is_some_and(|(other_token, other_id, other)| {
-                    (other_token, other_id) == (token, id) && (other == slot || other.is_in(slot))
-                })
-            });
-            if is_in {
-                writer.gone.store(true, Ordering::Release);
+            let Some(node) = self.committed_as(&writer) else {
+                continue;
+            };
+            let now = match Slot::of(&node) {
+                Some((token, id, slot)) if (token, id) == (&key.0, &key.1) => place(slot),
+                _ => None,
+            };
+            if let Some(now) = now {
+                if now == Place::Gone && !matches!(writer.node, Node::Scratch(_)) {
+                    self.count_writers(&node, |writers| writers.saturating_sub(1));
+                }
+                *lock(&writer.place) = now;
             }
         }
     }
 
     /// The attribute that a writer's content is to become, if it is to become one.
     fn committed_as(&self, writer: &Writer) -> Option<Node> {
-        if writer.gone.load(Ordering::Acquire) {
-            return None;
+        match &*lock(&writer.place) {
+            Place::There => {}
+            Place::Moved(node) => return Some(node.clone()),
+            Place::Gone => return None,
         }
         match &writer.node {
             Node::Scratch(id) => lock(&self.scratch)
@@ -452,9 +468,25 @@ impl Tree {
         }
         lock(&self.closing).remove(&writer.node);
         lock(&self.handles).remove(handle);
-        self.count_writers(&writer.node, |writers| writers.saturating_sub(1));
+        self.uncount(&writer);
         self.wake();
         outcome
+    }
+
+    /// Closes a file that nothing was written into.
+    pub(super) fn discard(&self, handle: HandleId) {
+        let removed = lock(&self.handles).remove(handle);
+        if let Some(Handle::Writer(writer)) = removed {
+            self.uncount(&writer);
+        }
+    }
+
+    fn uncount(&self, writer: &Writer) {
+        if !matches!(writer.node, Node::Scratch(_))
+            && let Some(node) = self.committed_as(writer)
+        {
+            self.count_writers(&node, |writers| writers.saturating_sub(1));
+        }
     }
 
     /// Waits until what was done through a descriptor that is closed already is committed.
@@ -471,12 +503,15 @@ impl Tree {
     /// What a descriptor has not committed by the time that it is closed for good.
     fn commit_at_last(&self, writer: &Writer, patience: Patience) -> Result<()> {
         let state = lock(&writer.state).clone();
-        if writer.gone.load(Ordering::Acquire) {
+        let Some(node) = self.committed_as(writer) else {
             return Ok(());
-        }
+        };
+        let is_scratch = matches!(writer.node, Node::Scratch(_));
         if state.refused {
             // Nobody can be told, and nothing was meant to be kept but what was refused.
-            self.drop_fresh(&writer.node);
+            if !is_scratch {
+                self.drop_fresh(&node);
+            }
             return Ok(());
         }
         if state.written || state.resized {
@@ -484,8 +519,9 @@ impl Tree {
         }
         // Created and never written, by touch(1) say: an empty value where there is such a thing, else a file without a value, which
         // stays for whoever is going to write it.
-        if let Some((_, _, slot)) = Slot::of(&writer.node)
-            && self.is_fresh(&writer.node)
+        if let Some((_, _, slot)) = Slot::of(&node)
+            && !is_scratch
+            && self.is_fresh(&node)
             && text::parse(slot.key, &lock(&writer.content), Context::default()).is_ok()
         {
             return self.commit_writer(writer, patience);

@@ -736,7 +736,7 @@ impl Model {
                     return Err(EXDEV);
                 }
                 self.check_object_name(to_name)?;
-                self.take_away(from_directory, from_name);
+                self.names_mut(from_directory).remove(from_name);
                 self.drop_scratch(id);
                 self.put_at(to_directory, to_name, id);
             }
@@ -784,7 +784,7 @@ impl Model {
 
     fn move_value(&mut self, id: Id, to_directory: Id, to_name: &str) -> Answer {
         let (from_directory, from_name) = (self.parents[id].unwrap(), self.name_of(id));
-        let (source, target) = (key(&from_name).unwrap(), key(to_name).unwrap());
+        let target = key(to_name).unwrap();
         let value = match &self.nodes[id] {
             // A name is all that it would be.
             Node::Attribute { value: None, .. } => return Err(EINVAL),
@@ -812,8 +812,6 @@ impl Model {
             *self = before;
             return outcome;
         }
-        let _ = source;
-        self.detach(id);
         self.drop_scratch(id);
         self.put_at(to_directory, to_name, id);
         if let Node::Attribute { value: old, .. } = &mut self.nodes[id] {
