@@ -10,6 +10,7 @@ use std::fs;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use model_common::Answer;
@@ -233,6 +234,7 @@ const fn of(backend: Backend) -> tokenfs::store::Backend {
 
 /// Two tokens that a SoftHSM has made.
 fn template(backend: Backend) -> Template {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let directory = temporary();
     let mut softhsm = Softhsm::new(backend);
     softhsm.tokendir = directory.path().to_owned();
@@ -267,7 +269,11 @@ fn ask_softhsm(world: &MountWorld, model: &Model) {
     }
 }
 
+/// One at a time: a process that another thread starts has all descriptors for a moment, and the kernel flushes them when it closes them.
+static ALONE: Mutex<()> = Mutex::new(());
+
 fn sequence(template: &Template, backend: Backend, ops: &[Op], ask: bool) {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let mut world = MountWorld::new(template, backend);
     let mut model = Model::new(backend == Backend::Db, 0o077, &template.content);
     let mut after = |_: &Model, world: &mut MountWorld, refused: Option<i32>| {
@@ -304,7 +310,7 @@ fn random(backend: Backend) {
     let template = template(backend);
     let count = Cell::new(0_u32);
     let name = format!("a mount, {backend} backend");
-    run(&name, 10, lasting(), 60, 300, |ops| {
+    run(&name, 10, lasting(), 60, 2000, |ops| {
         count.set(count.get() + 1);
         sequence(&template, backend, ops, count.get() % 8 == 1);
     });
@@ -327,4 +333,36 @@ fn found(ops: &[Op]) {
         println!("--- {backend} backend");
         sequence(&template(backend), backend, ops, true);
     }
+}
+
+const A: &str = "token-1/00000000-0000-4000-8000-00000000000a";
+const C: &str = "token-1/00000000-0000-4000-8000-00000000000c";
+
+fn a(name: &str) -> String {
+    format!("{A}/{name}")
+}
+
+/// What was found on the layers below, once more with the kernel's part in it.
+#[test]
+fn what_is_open_goes_where_its_file_goes() {
+    found(&[
+        open(0, &a("CKA_START_DATE"), "write create"),
+        rename(A, C),
+        mkdir(A),
+        Op::Write(0, b"20261123"),
+        Op::Close(0),
+        list(A),
+        content(&format!("{C}/CKA_START_DATE")),
+        open(0, &format!("{C}/CKA_ID"), "write"),
+        Op::Write(0, b"unlinked"),
+        unlink(&format!("{C}/CKA_ID")),
+        Op::Close(0),
+        list(C),
+        open(0, &format!("{C}/.x"), "write create append"),
+        Op::SetLength(0, 3),
+        Op::Write(0, b"once"),
+        rename(&format!("{C}/.x"), &format!("{C}/CKA_ID")),
+        Op::Close(0),
+        content(&format!("{C}/CKA_ID")),
+    ]);
 }

@@ -3,7 +3,6 @@
 
 mod model_common;
 
-use std::time::Duration;
 
 use model_common::fixture::{Template, leftovers, read, stored};
 use model_common::model::{Content, Model};
@@ -247,5 +246,28 @@ fn what_is_open_goes_with_its_object_when_that_is_renamed() {
         Op::Close(2),
         list(A),
         content(&format!("{C}/CKA_START_DATE")),
+    ]);
+}
+
+#[test]
+fn a_file_that_one_could_not_give_a_value_stays_for_another_who_has_it_open() {
+    found(&[
+        open(0, &a("CKA_SIGN"), "write create"),
+        Op::Write(0, b"1"),
+        put(&a("CKA_SIGN"), b"2048\n"),
+        list(A),
+        Op::Close(0),
+        content(&a("CKA_SIGN")),
+    ]);
+}
+
+#[test]
+fn what_is_renamed_while_it_is_appended_to_is_not_written_twice() {
+    found(&[
+        open(0, &a(".x"), "write create append"),
+        Op::Write(0, b"once"),
+        rename(&a(".x"), &a("CKA_ID")),
+        Op::Close(0),
+        content(&a("CKA_ID")),
     ]);
 }

@@ -509,7 +509,13 @@ impl Tree {
         let is_scratch = matches!(writer.node, Node::Scratch(_));
         if state.refused {
             // Nobody can be told, and nothing was meant to be kept but what was refused.
-            if !is_scratch {
+            // Others who have it open may have more luck.
+            let writers = lock(&self.handles).writers();
+            let is_last = !writers.iter().any(|other| {
+                !std::ptr::eq(&raw const **other, writer)
+                    && self.committed_as(other).as_ref() == Some(&node)
+            });
+            if !is_scratch && is_last {
                 self.drop_fresh(&node);
             }
             return Ok(());

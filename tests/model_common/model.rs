@@ -565,7 +565,13 @@ impl Model {
         if open.how.write && !open.detached {
             let fresh = matches!(self.nodes[open.node], Node::Attribute { value: None, .. });
             if open.refused {
-                if fresh && !open.shared {
+                let others = self.fds.iter().enumerate().any(|(other, opened)| {
+                    let same = |opened: &Fd| {
+                        opened.node == open.node && !opened.detached && opened.how.write
+                    };
+                    other != fd && opened.as_ref().is_some_and(same)
+                });
+                if fresh && !open.shared && !others {
                     let (directory, name) = (self.parents[open.node], self.name_of(open.node));
                     self.take_away(directory.unwrap(), &name);
                 }

@@ -369,7 +369,7 @@ pub fn run(
             cases: 1,
             failure_persistence: None,
             max_shrink_iters: shrinks,
-            max_shrink_time: 20_000,
+            max_shrink_time: 60_000,
             ..Config::default()
         };
         let mut runner = TestRunner::new_with_rng(config, rng(seed));
