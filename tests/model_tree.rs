@@ -3,7 +3,6 @@
 
 mod model_common;
 
-
 use model_common::fixture::{Template, leftovers, read, stored};
 use model_common::model::{Content, Model};
 use model_common::ops::*;
@@ -22,7 +21,11 @@ fn check_stored(model: &Model, stored: &Content) {
         let names = |objects: &std::collections::BTreeMap<String, Attributes>| {
             objects.keys().cloned().collect::<Vec<_>>()
         };
-        assert_eq!(names(there), names(objects), "the objects in the store of {token}");
+        assert_eq!(
+            names(there),
+            names(objects),
+            "the objects in the store of {token}"
+        );
         for (object, attributes) in objects {
             check_values(object, attributes, &there[object]);
         }
@@ -125,7 +128,10 @@ fn a_scratch_file_that_is_made_longer_does_not_wait_for_itself() {
 
 #[test]
 fn a_file_that_was_unlinked_does_not_come_back_when_it_is_closed() {
-    for (how, op) in [("write", Op::Write(0, b"x")), ("write truncate", Op::Read(0))] {
+    for (how, op) in [
+        ("write", Op::Write(0, b"x")),
+        ("write truncate", Op::Read(0)),
+    ] {
         found(&[
             open(0, &a("CKA_ID"), how),
             op.clone(),

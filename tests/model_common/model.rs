@@ -24,9 +24,14 @@ type Id = usize;
 #[derive(Clone, Debug)]
 enum Node {
     /// A file that is an attribute: it has a value, or, just created, the bytes of whoever created it.
-    Attribute { value: Option<Value>, bytes: usize },
+    Attribute {
+        value: Option<Value>,
+        bytes: usize,
+    },
     /// A file that is none.
-    Scratch { bytes: usize },
+    Scratch {
+        bytes: usize,
+    },
     Directory(Role, BTreeMap<String, Id>),
 }
 

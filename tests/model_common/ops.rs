@@ -213,8 +213,7 @@ fn in_object() -> impl Strategy<Value = String> {
 
 fn in_map() -> impl Strategy<Value = String> {
     let name = prop_oneof![3 => select(&IN_MAP[..3]), 1 => select(IN_MAP)];
-    (object(), select(MAPS), name)
-        .prop_map(|(object, map, name)| format!("{object}/{map}/{name}"))
+    (object(), select(MAPS), name).prop_map(|(object, map, name)| format!("{object}/{map}/{name}"))
 }
 
 /// What a file could be.

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Debug;
 use std::time::{Duration, Instant};
 
+use proptest::strategy::Strategy;
 use proptest::test_runner::{Config, RngAlgorithm, TestCaseError, TestError, TestRng, TestRunner};
 
 use super::Answer;
@@ -177,7 +178,12 @@ impl<W: World> Pair<'_, W> {
 
     fn open(&mut self, op: &Op, fd: usize, path: &str, how: How) -> Answer {
         // A directory can be opened for reading, and that is no file.
-        if !how.write && self.model.stat(path).is_ok_and(|(is_directory, _)| is_directory) {
+        if !how.write
+            && self
+                .model
+                .stat(path)
+                .is_ok_and(|(is_directory, _)| is_directory)
+        {
             return Ok(());
         }
         let model = self.model.open(fd, path, how);
@@ -222,10 +228,18 @@ impl<W: World> Pair<'_, W> {
         let Ok(names) = self.model.list(path) else {
             return;
         };
-        same(&("rm -r lists", path), &Ok(names.clone()), &self.world.list(path));
+        same(
+            &("rm -r lists", path),
+            &Ok(names.clone()),
+            &self.world.list(path),
+        );
         for name in names {
             let path = format!("{path}/{name}");
-            if self.model.stat(&path).is_ok_and(|(is_directory, _)| is_directory) {
+            if self
+                .model
+                .stat(&path)
+                .is_ok_and(|(is_directory, _)| is_directory)
+            {
                 self.remove_all(&path);
             } else {
                 let (model, world) = (self.model.unlink(&path), self.world.unlink(&path));
@@ -348,14 +362,33 @@ pub fn run(
     shrinks: u32,
     mut test: impl FnMut(&[Op]),
 ) {
+    let strategy = sequences(most);
+    let test = |ops: &Vec<Op>| test(ops);
+    run_with(name, fixed, lasting, &strategy, shrinks, test, Vec::len);
+}
+
+/// The same with sequences of another sort, whose length is what `length` says.
+pub fn run_with<S: Strategy>(
+    name: &str,
+    fixed: u64,
+    lasting: Duration,
+    strategy: &S,
+    shrinks: u32,
+    mut test: impl FnMut(&S::Value),
+    length: impl Fn(&S::Value) -> usize,
+) where
+    S::Value: Debug,
+{
     let started = Instant::now();
     let base: u64 = match std::env::var("TOKENFS_TEST_SEED") {
         Ok(seed) => seed.parse().expect("TOKENFS_TEST_SEED"),
-        Err(_) => std::time::SystemTime::now()
-            .duration_since(std::time::UNIX_EPOCH)
-            .unwrap()
-            .as_secs()
-            << 20,
+        Err(_) => {
+            std::time::SystemTime::now()
+                .duration_since(std::time::UNIX_EPOCH)
+                .unwrap()
+                .as_secs()
+                << 20
+        }
     };
     println!("{name}: TOKENFS_TEST_SEED={base}");
     let (mut sequences_run, mut ops_run) = (0_u64, 0_u64);
@@ -373,13 +406,12 @@ pub fn run(
             ..Config::default()
         };
         let mut runner = TestRunner::new_with_rng(config, rng(seed));
-        let strategy = sequences(most);
         let counts = RefCell::new((&mut sequences_run, &mut ops_run));
-        let outcome = runner.run(&strategy, |ops| {
+        let outcome = runner.run(strategy, |ops| {
             {
                 let mut counts = counts.borrow_mut();
                 *counts.0 += 1;
-                *counts.1 += ops.len() as u64;
+                *counts.1 += length(&ops) as u64;
             }
             if std::env::var_os("TOKENFS_MODEL_SHOW").is_some() {
                 eprintln!("{:?} seed {seed}: {ops:?}", started.elapsed());
@@ -399,8 +431,7 @@ pub fn run(
         match outcome {
             Ok(()) => {}
             Err(TestError::Fail(why, ops)) => {
-                let spelled: Vec<String> = ops.iter().map(|op| format!("    {op:?},")).collect();
-                panic!("{name}: seed {seed}: {why}\n&[\n{}\n]", spelled.join("\n"));
+                panic!("{name}: seed {seed}: {why}\n{ops:#?}");
             }
             Err(error) => panic!("{name}: seed {seed}: {error}"),
         }
