@@ -16,6 +16,9 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 pub enum ErrorKind {
     /// There is no such token, object, attribute or file.
     NotFound,
+    /// What an inode stood for is gone. The kernel takes that for a reason to look its name up anew, and tells the program what comes
+    /// of that (`ESTALE`).
+    Stale,
     /// A directory was needed.
     NotADirectory,
     /// A file was needed.
@@ -59,6 +62,7 @@ impl ErrorKind {
     pub fn errno(self) -> i32 {
         match self {
             Self::NotFound => libc::ENOENT,
+            Self::Stale => libc::ESTALE,
             Self::NotADirectory => libc::ENOTDIR,
             Self::IsADirectory => libc::EISDIR,
             Self::PermissionDenied => libc::EACCES,
@@ -86,6 +90,7 @@ impl ErrorKind {
     pub fn from_errno(errno: i32) -> Self {
         match errno {
             libc::ENOENT => Self::NotFound,
+            libc::ESTALE => Self::Stale,
             libc::ENOTDIR => Self::NotADirectory,
             libc::EISDIR => Self::IsADirectory,
             libc::EACCES => Self::PermissionDenied,
@@ -222,6 +227,7 @@ mod tests {
     fn every_kind_has_its_errno() {
         let table = [
             (ErrorKind::NotFound, libc::ENOENT),
+            (ErrorKind::Stale, libc::ESTALE),
             (ErrorKind::NotADirectory, libc::ENOTDIR),
             (ErrorKind::IsADirectory, libc::EISDIR),
             (ErrorKind::PermissionDenied, libc::EACCES),

@@ -49,6 +49,7 @@ struct Counts {
     made_by_softhsm: AtomicU64,
     removed: AtomicU64,
     removed_by_softhsm: AtomicU64,
+    seen_late: AtomicU64,
 }
 
 /// What both sides have agreed that there is.
@@ -110,7 +111,21 @@ impl Scene {
                 11 => {
                     // Each label has one taker, so that both do not remove the same.
                     let Some(label) = self.take() else { continue };
-                    let found = client.find_label(&label).unwrap();
+                    // A SoftHSM that raises the token's generation itself steps over a change of it that it has not seen yet,
+                    // and lists the token again only at the next one (Generation::commit).
+                    let mut found = Vec::new();
+                    let deadline = Instant::now() + SOON;
+                    while found.is_empty() && Instant::now() < deadline && self.goes_on() {
+                        found = client.find_label(&label).unwrap();
+                        if found.is_empty() {
+                            self.counts.seen_late.fetch_add(1, Relaxed);
+                            std::thread::sleep(Duration::from_millis(20));
+                        }
+                    }
+                    if found.is_empty() && !self.goes_on() {
+                        self.ledger.lock().unwrap().present.insert(label);
+                        continue;
+                    }
                     assert_eq!(
                         found.len(),
                         1,
@@ -294,7 +309,10 @@ both_backends! {
         let more: Vec<_> = found.difference(&wanted).collect();
         assert!(lost.is_empty() && more.is_empty(), "{backend}: lost {lost:?}, came back or were never agreed on {more:?}");
         assert_eq!(stored.objects.len(), wanted.len(), "objects with the same label");
-        agree(&softhsm, name.file_name().unwrap().to_str().unwrap(), &mut client);
+        // A live session on db has what PKCS #11 calls not modifiable from its cache.
+        let mut fresh = softhsm.p11();
+        fresh.open("test", Some(PIN)).unwrap();
+        agree(&softhsm, name.file_name().unwrap().to_str().unwrap(), &mut fresh);
         eventually(SOON, "the log has all that was overwritten", || logged(&log()) >= overwritten);
         if backend == Backend::Db {
             assert_eq!((overwritten, logged(&log())), (0, 0), "{}", log());
@@ -317,7 +335,18 @@ both_backends! {
             let theirs = text('s', round);
             bench.client.set_label(data, &theirs).unwrap();
             assert_eq!(bench.stored_or_locked("CKA_LABEL"), theirs.as_bytes(), "round {round}: SoftHSM's change in the store");
-            eventually(SOON, "SoftHSM's change in the mount", || fs::read(bench.of_data("CKA_LABEL")).unwrap() == theirs.as_bytes());
+            let deadline = Instant::now() + SOON;
+            let path = bench.of_data("CKA_LABEL");
+            while fs::read(&path).unwrap() != theirs.as_bytes() {
+                let shown = fs::read(&path).unwrap();
+                let stored = bench.stored_or_locked("CKA_LABEL");
+                assert!(
+                    Instant::now() < deadline,
+                    "round {round}: SoftHSM set {theirs:?}, the store has {}, and after {SOON:?} the mount shows {}",
+                    stored.escape_ascii(), shown.escape_ascii()
+                );
+                std::thread::sleep(Duration::from_millis(1));
+            }
         }
         // A usage flag takes effect in a live session.
         fs::write(bench.at(&bench.private).join("CKA_SIGN"), "false\n").unwrap();
@@ -352,11 +381,17 @@ both_backends! {
                 label.is_ok_and(|label| Ok(label) != fs::read(bench.at(&bench.private).join("CKA_LABEL")).map_err(|_| ()))
             });
             bench.assert_signs(copy);
-            let another = bench.client.copy(copy, &[bytes(3, "copied by softhsm")]).unwrap();
-            bench.assert_signs(another);
+            // On db SoftHSM copies nothing but the class (DBObject::nextAttributeType).
+            let another = (backend == Backend::File)
+                .then(|| bench.client.copy(copy, &[bytes(3, "copied by softhsm")]).unwrap());
+            if let Some(another) = another {
+                bench.assert_signs(another);
+            }
             bench.client.destroy(copy).unwrap();
             eventually(SOON, "its end in the mount", || !bench.at(&name).exists());
-            bench.client.destroy(another).unwrap();
+            if let Some(another) = another {
+                bench.client.destroy(another).unwrap();
+            }
             bench.assert_signs(bench.handles.2);
             let left = leftovers(&bench.softhsm.tokendir);
             assert!(left.is_empty(), "round {round}: {left:?}");

@@ -43,10 +43,16 @@ fn die_everywhere(
     run(&mut stage.step(&tracing(&output), operations));
     let calls = calls_after(&fs::read_to_string(&output).unwrap(), READY);
     let (mut deaths, mut wrong) = (0, Vec::new());
-    for call in calls
+    let chosen: Vec<&Call> = calls
         .iter()
         .filter(|call| full() || call.changes_something())
-    {
+        .collect();
+    for (index, call) in chosen.iter().enumerate() {
+        // Long stories, such as the building of a token, repeat themselves in the middle.
+        let inside = index > 15 && index + 15 < chosen.len();
+        if !full() && inside && index % (chosen.len() / 30).max(1) != 0 {
+            continue;
+        }
         if [
             "exit_group",
             "exit",
@@ -192,11 +198,12 @@ both_backends! {
 }
 
 fn shell(stage: &Stage, mount: &Mount, line: &str) -> std::process::Output {
+    // The mount may be dead already: then the shell says so.
+    let directory = mount.join(&stage.token);
     let mut shell = tool("bash");
     shell
         .arg("-c")
-        .arg(line)
-        .current_dir(mount.join(&stage.token));
+        .arg(format!("cd {} && {{ {line}; }}", directory.display()));
     shell.env("o", &stage.data).env("k", &stage.private);
     shell.output().unwrap()
 }
@@ -216,7 +223,10 @@ fn attach(pid: u32, name: &str, number: usize) -> std::process::Child {
     strace.args(["-e", &format!("inject={name}:signal=KILL:when={number}")]);
     let child = strace.stderr(Stdio::null()).spawn().unwrap();
     let tracer = || {
-        let tasks = fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten();
+        let tasks = fs::read_dir(format!("/proc/{pid}/task"))
+            .into_iter()
+            .flatten()
+            .flatten();
         let traced: BTreeSet<bool> = tasks
             .map(|task| {
                 let status = fs::read_to_string(task.path().join("status")).unwrap_or_default();
@@ -225,7 +235,7 @@ fn attach(pid: u32, name: &str, number: usize) -> std::process::Child {
                     .any(|line| line.starts_with("TracerPid:") && !line.ends_with("\t0"))
             })
             .collect();
-        traced == BTreeSet::from([true])
+        traced.is_empty() || traced == BTreeSet::from([true])
     };
     eventually(Duration::from_secs(5), "strace on the mount", tracer);
     child

@@ -376,3 +376,16 @@ fn a_database_without_the_unused_tables_is_written_as_far_as_that_goes() {
     agree(&made, &token);
     assert_eq!(names(&token).len(), 3);
 }
+
+#[test]
+fn nothing_but_what_was_asked_for_is_changed() {
+    let made = made(
+        "create trigger odd after insert on object begin delete from object where id = 3; end",
+    );
+    let token = made.token();
+    token
+        .create(&name(FOREIGN), &new("new"), patient())
+        .unwrap();
+    assert_eq!(label(&token, 3), b"l3");
+    agree(&made, &token);
+}

@@ -6,15 +6,17 @@ mod db_write_common;
 mod support;
 
 use std::collections::BTreeSet;
+use std::io::Write;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
+use std::process::Stdio;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use db_common::*;
 use db_write_common::*;
 use tokenfs::error::ErrorKind;
-use tokenfs::store::attribute::Value;
+use tokenfs::store::attribute::{Attributes, Value};
 use tokenfs::store::db::times::CKA_TOKENFS_TIMES;
 use tokenfs::store::db::uuid::derived;
 use tokenfs::store::db::{DATABASE, DbToken};
@@ -34,7 +36,9 @@ fn times_hold_until_the_content_changes() {
         .update(&id, &mut |_| Ok(()), Some(old), patient())
         .unwrap();
     assert_eq!(mtime(&token, &id), old);
-    assert_eq!(mtime(&token, &of_row(&token, 3)), file());
+    // Another one keeps the time at which it was last seen to change, and has that of the file for who has just come.
+    assert!(mtime(&token, &of_row(&token, 3)) < file());
+    assert_eq!(mtime(&made.token(), &of_row(&token, 3)), file());
     agree(&made, &token);
 
     // Changes of another object leave it; so does a change of the file's mode.
@@ -369,4 +373,79 @@ fn the_schema_is_softhsms() {
         }
         assert_eq!(seen, 4);
     }
+}
+
+#[test]
+fn threads_that_write_at_once_take_turns() {
+    let made = made("");
+    let token = made.token();
+    let id = of_row(&token, 2);
+    set(&token, &id, 5, Value::Ulong(0)).unwrap();
+    std::thread::scope(|scope| {
+        for thread in 0..4 {
+            let (token, id) = (&token, &id);
+            scope.spawn(move || {
+                for n in 0..25 {
+                    let count = &mut |attributes: &mut Attributes| {
+                        let old = attributes.ulong(5).unwrap();
+                        attributes.insert(5, Value::Ulong(old + 1));
+                        Ok(())
+                    };
+                    token.update(id, count, None, patient()).unwrap();
+                    let text = format!("{thread:08x}-0000-4000-8000-{n:012x}");
+                    token.create(&name(&text), &new(&text), patient()).unwrap();
+                    assert!(token.object(&named(&text), patient()).is_ok());
+                }
+            });
+        }
+    });
+    assert_eq!(get(&token, &id).ulong(5), Some(100));
+    assert_eq!(names(&token).len(), 103);
+    agree(&made, &token);
+}
+
+#[test]
+fn a_lock_of_another_process_is_waited_for_and_no_longer_than_that() {
+    let made = made("");
+    let token = made.token();
+    relabel(&token, 2, "old").unwrap();
+    let locked = made.path.with_file_name("locked");
+    let mut other = support::tool("sqlite3")
+        .arg("-batch")
+        .arg(&made.path)
+        .stdin(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut input = other.stdin.take().unwrap();
+    let locking = format!(
+        "begin immediate;\nupdate attribute_binary set value = 'theirs' where object_id = 3;\n.shell touch {}\n",
+        locked.display()
+    );
+    input.write_all(locking.as_bytes()).unwrap();
+    support::eventually(Duration::from_secs(10), "the lock", || locked.exists());
+    let edit = &mut |attributes: &mut Attributes| {
+        attributes.insert(LABEL, Value::Bytes(b"new".to_vec()));
+        Ok(())
+    };
+    let short = Patience::at_most(Duration::from_millis(100));
+    let error = token
+        .update(&of_row(&token, 2), edit, None, short)
+        .unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Busy);
+    let error = token.create(&name(FOREIGN), &new("x"), short).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Busy);
+    assert_eq!(label(&token, 2), b"old");
+    std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| relabel(&token, 2, "new"));
+        std::thread::sleep(Duration::from_millis(100));
+        assert_eq!(label(&token, 2), b"old");
+        input.write_all(b"update attribute_binary set value = x'7468656972' where object_id = 3;\ncommit;\n").unwrap();
+        waiting.join().unwrap().unwrap();
+    });
+    drop(input);
+    assert!(other.wait().unwrap().success());
+    assert_eq!(label(&token, 2), b"new");
+    assert_eq!(label(&token, 3), b"their");
+    std::fs::remove_file(locked).unwrap();
+    agree(&made, &token);
 }

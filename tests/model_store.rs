@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use model_common::fixture::{
-    Template, access, leftovers, object_id, patient, read, store, stored, token_name,
+    Template, access, leftovers, object_id, patient, read, store, store as store_of, stored, token_name,
 };
 use model_common::model::{Content, OWN};
 use model_common::ops::{OBJECTS, TOKENS};
@@ -386,10 +386,13 @@ impl Run<'_> {
         // The one that was there lets go of what it has first, as when its process ends.
         let elsewhere = std::env::temp_dir();
         self.store = store(&elsewhere, self.backend, &self.log);
-        self.store = store(self.tokendir, self.backend, &self.log);
-        assert_eq!(read(&self.store), self.model);
-        self.log = Arc::new(Diagnostics::new());
-        self.store = store(self.tokendir, self.backend, &self.log);
+        let store = store(self.tokendir, self.backend, &self.log);
+        // It may say what it has put right.
+        let log = std::mem::replace(&mut self.log, Arc::new(Diagnostics::new()));
+        store.recover();
+        drop(log);
+        assert_eq!(read(&store), self.model);
+        self.store = store_of(self.tokendir, self.backend, &self.log);
     }
 }
 
@@ -410,6 +413,7 @@ fn sequence(template: &Template, ops: &[Op]) {
         }
     }
     assert_eq!(read(&run.store), run.model);
+    run.reopen();
     let model = run.model.clone();
     drop(run);
     assert_eq!(stored(tokendir.path(), template.backend), model);

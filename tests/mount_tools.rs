@@ -156,7 +156,7 @@ print(count)
         let object = labelled(&softhsm, "data-public");
         let token = object.parent().unwrap().display().to_string();
         let object = object.display().to_string();
-        for options in [MountOptions::new(), MountOptions::new().option("rw"), MountOptions::new().option("ro")] {
+        for options in [MountOptions::new().option("ro"), MountOptions::new().option("rw,ro,noinotify")] {
             let mount = options.mount(&softhsm);
             let tree = seen(&mount);
             for line in [

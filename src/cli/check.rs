@@ -59,7 +59,7 @@ fn report(args: &CheckArgs) -> Result<u8> {
             .iter()
             .any(|finding| finding.remedy.is_some())
     {
-        let repaired = repair(&store, &settings, &found);
+        let repaired = repair(&store, &found);
         for line in repaired.log.lines() {
             eprintln!("tokenfs: {line}");
         }

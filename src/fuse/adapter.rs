@@ -17,7 +17,7 @@ use fuser::{
     ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 
-use super::reply::{self, GENERATION, attributes, errno, file_type, fill};
+use super::reply::{self, GENERATION, attributes, by_inode, errno, file_type, fill};
 use super::wait::Waiting;
 use crate::store::{MetadataChange, Patience, Time};
 use crate::tree::{
@@ -113,16 +113,18 @@ impl Filesystem for Adapter {
     ) {
         self.waiting.answer(
             reply,
-            move |tree, patience| match handle {
-                Some(handle) => tree.open_attributes(ino.0, HandleId(handle.0), patience),
-                None => tree.attributes(ino.0, patience),
+            move |tree, patience| {
+                by_inode(match handle {
+                    Some(handle) => tree.open_attributes(ino.0, HandleId(handle.0), patience),
+                    None => tree.attributes(ino.0, patience),
+                })
             },
             reply::attr,
         );
     }
 
     fn readlink(&self, _request: &Request, ino: INodeNo, reply: ReplyData) {
-        match self.tree.read_link(ino.0) {
+        match by_inode(self.tree.read_link(ino.0)) {
             Ok(target) => reply.data(target.as_bytes()),
             Err(error) => reply.error(errno(&error)),
         }
@@ -134,11 +136,11 @@ impl Filesystem for Adapter {
         self.waiting.answer(
             reply,
             move |tree, patience| {
-                if is_read && !how.truncate {
+                by_inode(if is_read && !how.truncate {
                     tree.open(ino.0, patience)
                 } else {
                     tree.open_for_writing(ino.0, how, patience)
-                }
+                })
             },
             move |_, reply, answer| match answer {
                 Ok(handle) => {
@@ -222,7 +224,7 @@ impl Filesystem for Adapter {
     fn opendir(&self, _request: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
         self.waiting.answer(
             reply,
-            move |tree, patience| tree.open_dir(ino.0, patience),
+            move |tree, patience| by_inode(tree.open_dir(ino.0, patience)),
             |_, reply, answer| match answer {
                 Ok(handle) => reply.opened(FileHandle(handle.0), FopenFlags::empty()),
                 Err(error) => reply.error(errno(&error)),
@@ -376,7 +378,7 @@ impl Filesystem for Adapter {
         let handle = handle.map(|handle| HandleId(handle.0));
         self.waiting.answer(
             reply,
-            move |tree, patience| tree.set_attributes(ino.0, handle, &change, patience),
+            move |tree, patience| by_inode(tree.set_attributes(ino.0, handle, &change, patience)),
             reply::attr,
         );
     }

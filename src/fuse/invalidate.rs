@@ -169,7 +169,6 @@ fn notify(notifier: &Notifier, stale: &[Stale]) {
         let sent = match stale {
             Stale::Content(ino) => notifier.inval_inode(INodeNo(*ino), 0, 0),
             Stale::Attributes(ino) => notifier.inval_inode(INodeNo(*ino), -1, 0),
-            Stale::Entry(parent, name) => notifier.inval_entry(INodeNo(*parent), name),
         };
         if let Err(error) = sent {
             log::debug!("notification: {error}");

@@ -17,6 +17,16 @@ pub(super) const GENERATION: Generation = Generation(0);
 /// The size that directories and files are read in best.
 const BLOCK_SIZE: u32 = 4096;
 
+/// What the kernel is told of something that it came to by an inode that it remembers. If it is gone the name has to be looked up anew,
+/// which `ESTALE` makes it do (`retry_estale` in fs/namei.c); the program hears what comes of that. Telling it beforehand, when the entry
+/// vanishes, would take the lock of the directory, see [`crate::tree::Stale`].
+pub(super) fn by_inode<T>(answer: Result<T>) -> Result<T> {
+    answer.map_err(|error| match error.kind() {
+        ErrorKind::NotFound => Error::new(ErrorKind::Stale, error.to_string()),
+        _ => error,
+    })
+}
+
 pub(super) fn empty(_: &Tree, reply: ReplyEmpty, answer: Result<()>) {
     match answer {
         Ok(()) => reply.ok(),

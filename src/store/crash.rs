@@ -1,7 +1,7 @@
 //! Crash points: named places between two steps of a write where a test can make the process die.
 //!
 //! `TOKENFS_CRASH_POINT=NAME` kills the process when it gets to the point of that name, `NAME:3` when it gets there for the
-//! third time. The kill is a `SIGKILL`: nothing is cleaned up, as in a real crash. In a release build there are no points.
+//! third time. `?` says on the standard error which points it gets to. The kill is a `SIGKILL`: nothing is cleaned up, as in a real crash. In a release build there are no points.
 
 /// All points, so that a test can go through them.
 pub const POINTS: &[&str] = &[
@@ -40,7 +40,6 @@ pub const POINTS: &[&str] = &[
     "file.generation.begun",
     "file.generation.made",
     "file.generation.raised",
-    "file.lock.made",
     "file.lock.ready",
     "file.metadata.dated",
     "file.metadata.moded",
@@ -113,6 +112,9 @@ pub(crate) fn point(name: &str) {
             None => (text, 1),
         })
     });
+    if matches!(wanted, Some((wanted, _)) if wanted == "?") {
+        eprintln!("crash point {name}");
+    }
     if let Some((wanted, times)) = wanted
         && wanted == name
         && PASSED.fetch_add(1, Ordering::Relaxed) + 1 == *times

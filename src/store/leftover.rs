@@ -10,8 +10,10 @@
 //! | `.tokenfs-building` | in a directory that is going to be a token and is none yet | the file itself |
 //! | `.tokenfs-removing` | in a directory that was a token and is being deleted | the file itself |
 //!
-//! `sqlite3.db.tokenfs-new` and `token.tokenfs-new` are the last file of a token that is being built, under the name that it
-//! has until then.
+//! `sqlite3.db.tokenfs-new` and `token.tokenfs-new` are `sqlite3.db` and `token.object` under the name that they have as long as
+//! there is no token: until it is published, and from the moment that it is being removed. The mark of the directory says which.
+//!
+//! A file that was being rewritten in place can have an attribute more, which fills it up: `file::CKA_TOKENFS_FILLER`.
 
 /// What the name of the next or the previous version of an object's file ends in, in the place of `.object`.
 pub const NEW_SUFFIX: &str = ".tokenfs-new";

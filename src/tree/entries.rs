@@ -1,6 +1,6 @@
 //! What is made and removed: files, directories, and with them attributes, maps, objects and tokens.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 use std::sync::{Arc, Mutex};
 
@@ -50,6 +50,15 @@ pub(super) enum Place {
     Token(TokenName),
     /// Nothing of the store's.
     Scratch,
+}
+
+/// What is in a scratch directory.
+#[derive(Clone, Debug)]
+pub(super) struct ScratchFile {
+    pub name: OsString,
+    /// Nothing if it is a directory.
+    pub content: Option<Vec<u8>>,
+    pub node: Node,
 }
 
 impl Tree {
@@ -470,12 +479,12 @@ impl Tree {
                     Ok(is_new)
                 })?;
                 if !was_new {
-                    self.token(token)?.remove(object, patience)?;
+                    self.ask(token, patience, |token| token.remove(object, patience))?;
                     lock(&self.drafts).remove(&key);
                 }
             }
             Node::Token(token) => {
-                self.store.remove_token(token, patience)?;
+                self.end_building(token, patience, || self.store.remove_token(token, patience))?;
                 let mut drafts = lock(&self.drafts);
                 for key in drafts.keys(Some(token)) {
                     drafts.remove(&key);
@@ -502,10 +511,7 @@ impl Tree {
     }
 
     /// The files in a scratch directory with their content, and the directories in it.
-    pub(super) fn scratch_files(
-        &self,
-        node: &Node,
-    ) -> Result<Vec<(std::ffi::OsString, Option<Vec<u8>>, Node)>> {
+    pub(super) fn scratch_files(&self, node: &Node) -> Result<Vec<ScratchFile>> {
         let scratch = lock(&self.scratch);
         let names = scratch
             .names(node)
@@ -517,7 +523,11 @@ impl Tree {
                     Content::File(bytes) => Some(lock(bytes).clone()),
                     Content::Directory(_) => None,
                 };
-                Ok((name.clone(), content, Node::Scratch(*id)))
+                Ok(ScratchFile {
+                    name: name.clone(),
+                    content,
+                    node: Node::Scratch(*id),
+                })
             })
             .collect()
     }

@@ -10,6 +10,7 @@
 //! Locks: the inode table, the handles and the label index each have one. None is held while the store is asked, and none while
 //! another is taken.
 
+mod building;
 mod by_label;
 mod draft;
 mod entries;
@@ -159,6 +160,7 @@ pub struct Tree {
     labels: Mutex<by_label::Index>,
     drafts: Mutex<Drafts>,
     scratch: Mutex<Scratch>,
+    gates: Mutex<building::Gates>,
     /// Files whose last descriptor is closed and whose content is still being committed, and how long that may take.
     closing: Mutex<HashMap<Node, Instant>>,
     /// Whether there may be something to settle, and the signal for it.
@@ -182,6 +184,7 @@ impl Tree {
             labels: Mutex::default(),
             drafts: Mutex::default(),
             scratch: Mutex::default(),
+            gates: Mutex::default(),
             closing: Mutex::default(),
             work: (Mutex::default(), Condvar::new()),
             changes: AtomicU64::new(0),
@@ -423,6 +426,9 @@ impl Tree {
     /// What `node` is called in the mount, from its root, for messages.
     fn path_of(&self, node: &Node) -> PathBuf {
         let mut path = PathBuf::new();
+        if *node == Node::Root {
+            path.push("/");
+        }
         if let Some(token) = node.token() {
             path.push(token.as_os_str());
         }

@@ -3,7 +3,7 @@
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 
-use super::entries::{Place, check_uuid, exists};
+use super::entries::{Place, ScratchFile, check_uuid, exists};
 use super::name::{self, Name};
 use super::node::{Ino, Node};
 use super::scratch::{Content, ScratchId};
@@ -79,12 +79,13 @@ impl Tree {
                 return Ok(());
             }
             match (kind, replaced_kind) {
-                (FileKind::Directory, FileKind::Directory) => {
-                    if !self.children(&replaced, patience)?.is_empty() {
-                        let detail = "there is something in the directory of that name still";
-                        return Err(Error::new(ErrorKind::NotEmpty, detail));
-                    }
+                (FileKind::Directory, FileKind::Directory)
+                    if !self.children(&replaced, patience)?.is_empty() =>
+                {
+                    let detail = "there is something in the directory of that name still";
+                    return Err(Error::new(ErrorKind::NotEmpty, detail));
                 }
+                (FileKind::Directory, FileKind::Directory) => {}
                 (FileKind::Directory, _) => {
                     return Err(Error::new(ErrorKind::NotADirectory, "a file has that name"));
                 }
@@ -280,7 +281,9 @@ impl Tree {
             access,
             mtime,
         };
-        self.token(token)?.create(object, &new, patience)
+        self.ask(token, patience, |token| {
+            token.create(object, &new, patience)
+        })
     }
 
     /// The attributes that the files in a scratch directory are.
@@ -289,7 +292,12 @@ impl Tree {
         let files = self.scratch_files(node)?;
         // What others depend on comes first: CKA_PARAMETER_SET is spelled by the CKA_KEY_TYPE beside it.
         for with_context in [false, true] {
-            for (file, content, child) in &files {
+            for ScratchFile {
+                name: file,
+                content,
+                node: child,
+            } in &files
+            {
                 let key = match name::parse(file.as_bytes()) {
                     Name::Attribute(key) => key,
                     Name::Scratch => continue,
@@ -431,8 +439,7 @@ impl Tree {
     ) -> Result<()> {
         let from_key = (token.clone(), ObjectId::Object(from.clone()));
         let to_key = (token.clone(), ObjectId::Object(to.clone()));
-        let opened = self.token(token)?;
-        if opened.backend() == Backend::Db {
+        if self.token(token)?.backend() == Backend::Db {
             check_uuid(to)?;
         }
         let was_new = self.with_drafts(&from_key, patience, |drafts| {
@@ -452,7 +459,7 @@ impl Tree {
         }
         // What was unlinked stays unlinked.
         self.write_draft(&from_key, patience)?;
-        let object = opened.object(&from_key.1, patience)?;
+        let object = self.ask(token, patience, |token| token.object(&from_key.1, patience))?;
         let new = NewObject {
             attributes: object.attributes.clone(),
             access: Access {
@@ -462,8 +469,10 @@ impl Tree {
             },
             mtime: Some(object.metadata.mtime),
         };
-        opened.create(to, &new, patience)?;
-        opened.remove(from, patience)?;
+        self.ask(token, patience, |token| {
+            token.create(to, &new, patience)?;
+            token.remove(from, patience)
+        })?;
         let mut drafts = lock(&self.drafts);
         // An empty directory that was just made there is replaced.
         drafts.remove(&to_key);
@@ -492,7 +501,7 @@ impl Tree {
             Ok(is_new)
         })?;
         if !was_new {
-            self.token(token)?.remove(object, patience)?;
+            self.ask(token, patience, |token| token.remove(object, patience))?;
             lock(&self.drafts).remove(&key);
         }
         Ok(())

@@ -95,14 +95,15 @@ impl Tree {
                 Ok(())
             }
             Node::Root => {
-                let change = self.masked(metadata, 0o7777);
-                self.store.set_metadata(&change)
+                // It is the tokendir's own, which no mask is about.
+                self.store.set_metadata(metadata)
             }
             Node::Token(token) => {
                 let change = self.masked(metadata, 0o7777);
                 let times = change.mtime.map(|mtime| moment(mtime, SystemTime::now()));
-                self.token(token)?
-                    .set_metadata(&Target::Directory, &change, patience)?;
+                self.ask(token, patience, |token| {
+                    token.set_metadata(&Target::Directory, &change, patience)
+                })?;
                 if change.mtime.is_some() {
                     self.finish_build(token, times, patience)?;
                     let mut drafts = lock(&self.drafts);
@@ -171,7 +172,9 @@ impl Tree {
         })?;
         if !in_draft {
             let target = Target::Object(id.clone());
-            self.token(token)?.set_metadata(&target, change, patience)?;
+            self.ask(token, patience, |token| {
+                token.set_metadata(&target, change, patience)
+            })?;
             if is_directory && change.mtime.is_some() && *id == ObjectId::Token {
                 self.finish_object(&key, mtime, patience)?;
             }
@@ -206,7 +209,7 @@ impl Tree {
 
     /// Says which bits of a mode that somebody asked for cannot be had.
     fn note_dropped(&self, node: &Node, wanted: Option<u32>) {
-        let Some(wanted) = wanted else {
+        let Some(wanted) = wanted.filter(|_| *node != Node::Root) else {
             return;
         };
         let mask = self.settings.mask & 0o777;

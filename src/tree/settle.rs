@@ -191,7 +191,9 @@ impl Tree {
             access: new.access,
             mtime: new.mtime,
         };
-        self.token(token)?.create(name, &object, patience)
+        self.ask(token, patience, |token| {
+            token.create(name, &object, patience)
+        })
     }
 
     fn write_unlinked(&self, key: &Key, draft: &Draft, patience: Patience) -> Result<()> {
@@ -217,7 +219,14 @@ impl Tree {
 
     /// Makes a token that is being built one, if it has its own attributes.
     pub(super) fn publish(&self, token: &TokenName, patience: Patience) -> Result<()> {
-        let outcome = self.store.publish_token(token, patience);
+        let outcome = self.end_building(token, patience, || {
+            // Somebody else may have found it finished at the same time.
+            if self.store.is_building(token) {
+                self.store.publish_token(token, patience)
+            } else {
+                Ok(())
+            }
+        });
         match &outcome {
             Ok(()) => {
                 let build = lock(&self.drafts).remove_build(token);
@@ -241,9 +250,9 @@ impl Tree {
             mtime: Some(Time::At(mtime)),
             ..MetadataChange::default()
         };
-        let done = self
-            .token(token)
-            .and_then(|token| token.set_metadata(&Target::Directory, &change, patience));
+        let done = self.ask(token, patience, |token| {
+            token.set_metadata(&Target::Directory, &change, patience)
+        });
         if let Err(error) = done {
             self.diagnostics.error(&error);
         }
@@ -328,7 +337,7 @@ impl Tree {
         if self.store.options().read_only || self.store.is_building(token) {
             return Ok(());
         }
-        self.token(token)?.sync(patience)
+        self.ask(token, patience, |token| token.sync(patience))
     }
 
     /// The times of a new object's directory were set, so it is finished, unless nothing was put into it yet (rsync sets the times of

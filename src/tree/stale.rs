@@ -1,15 +1,17 @@
 //! What becomes of answers that somebody remembers when the store changes.
-
-use std::ffi::OsString;
+//!
+//! Only attributes and contents are taken back, never that a directory has an entry. For the latter the kernel would take the lock of the
+//! directory, which it holds over every request that makes or removes something there; who waits for it cannot be killed, so that a
+//! server that is killed at that moment would never be gone, and neither would its clients. It is not needed either: what is gone is
+//! [`crate::error::ErrorKind::Stale`] to whoever comes by a remembered name, and the kernel then looks that up anew.
 
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::node::{Ino, Node, ROOT};
-use super::{Tree, lock, name, view};
-use crate::error::ErrorKind;
+use super::{Tree, lock, view};
 use crate::store::watch::Change;
-use crate::store::{Object, ObjectId, Patience, TokenName};
+use crate::store::{ObjectId, Patience, TokenName};
 
 /// Something that was answered and is not true any more.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -18,8 +20,6 @@ pub enum Stale {
     Content(Ino),
     /// The attributes of an inode, and not its content.
     Attributes(Ino),
-    /// That a directory has this entry.
-    Entry(Ino, OsString),
 }
 
 impl Tree {
@@ -40,7 +40,9 @@ impl Tree {
                     );
                 }
                 Change::Token(token) => self.stale_token(token, &mut stale),
-                Change::Object(token, id) => self.stale_object(token, id, patience, &mut stale),
+                Change::Object(token, id) => {
+                    self.stale_below(&Node::Object(token.clone(), id.clone()), &mut stale);
+                }
                 Change::Database(token) => self.stale_database(token, patience, &mut stale),
                 Change::Everything => {
                     stale.push(Stale::Attributes(ROOT));
@@ -58,7 +60,6 @@ impl Tree {
         stale.retain(|stale| match stale {
             Stale::Content(ino) => said.insert(*ino),
             Stale::Attributes(ino) => !said.contains(ino),
-            Stale::Entry(..) => true,
         });
         let recent = self.recent(&stale);
         (stale, recent)
@@ -75,7 +76,6 @@ impl Tree {
                 Stale::Content(ino) | Stale::Attributes(ino) => inodes
                     .get(*ino)
                     .is_some_and(|inode| now.duration_since(inode.told_at) < ON_THE_WAY),
-                Stale::Entry(..) => true,
             })
             .cloned()
             .collect()
@@ -85,61 +85,17 @@ impl Tree {
         lock(&self.inodes).find(node)
     }
 
-    /// All that is known of a token, and the token itself if there is none any more.
+    /// All that is known of a token.
     fn stale_token(&self, token: &TokenName, stale: &mut Vec<Stale>) {
-        let node = Node::Token(token.clone());
-        if let Some(ino) = self.known(&node) {
+        self.stale_below(&Node::Token(token.clone()), stale);
+    }
+
+    /// `node` and all that is known below it.
+    fn stale_below(&self, node: &Node, stale: &mut Vec<Stale>) {
+        if let Some(ino) = self.known(node) {
             stale.push(Stale::Content(ino));
-            stale.extend(
-                lock(&self.inodes)
-                    .below(ino)
-                    .into_iter()
-                    .map(Stale::Content),
-            );
-            if self.token(token).is_err() {
-                stale.push(Stale::Entry(ROOT, token.as_os_str().into()));
-            }
-        }
-    }
-
-    fn stale_object(
-        &self,
-        token: &TokenName,
-        id: &ObjectId,
-        patience: Patience,
-        stale: &mut Vec<Stale>,
-    ) {
-        let Some(ino) = self.known(&Node::Object(token.clone(), id.clone())) else {
-            return;
-        };
-        stale.push(Stale::Content(ino));
-        let below = lock(&self.inodes).below(ino);
-        stale.extend(below.iter().copied().map(Stale::Content));
-        let current = self
-            .token(token)
-            .and_then(|token| token.object(id, patience));
-        match (current, id) {
-            (Ok(object), _) => self.vanished(&below, &object, stale),
-            (Err(error), ObjectId::Object(object)) if error.kind() == ErrorKind::NotFound => {
-                if let Some(parent) = self.known(&Node::Token(token.clone())) {
-                    stale.push(Stale::Entry(parent, object.as_os_str().into()));
-                }
-            }
-            // Whoever asks for it will be told.
-            (Err(_), _) => {}
-        }
-    }
-
-    /// The entries of an object's directory, and of its maps', that the present version does not have.
-    fn vanished(&self, below: &[Ino], object: &Object, stale: &mut Vec<Stale>) {
-        let inodes = lock(&self.inodes);
-        for inode in below.iter().filter_map(|ino| inodes.get(*ino)) {
-            if let Node::Attribute(_, _, key) | Node::MapEntry(_, _, _, key) = &inode.node
-                && view::value(&inode.node, object).is_none()
-            {
-                let name = OsString::from(&*name::file_name(*key));
-                stale.push(Stale::Entry(inode.parent, name));
-            }
+            let below = lock(&self.inodes).below(ino);
+            stale.extend(below.into_iter().map(Stale::Content));
         }
     }
 
@@ -166,10 +122,10 @@ impl Tree {
         // Attributes of one object come in a row.
         let mut latest = None;
         for child in below {
-            let (node, parent, seen) = {
+            let (node, seen) = {
                 let inodes = lock(&self.inodes);
                 match inodes.get(child) {
-                    Some(inode) => (inode.node.clone(), inode.parent, inode.seen.clone()),
+                    Some(inode) => (inode.node.clone(), inode.seen.clone()),
                     None => continue,
                 }
             };
@@ -177,42 +133,30 @@ impl Tree {
                 Node::Object(_, ObjectId::Object(object)) => {
                     if listing.binary_search(object).is_err() {
                         stale.push(Stale::Content(child));
-                        stale.push(Stale::Entry(ino, object.as_os_str().into()));
                     } else {
                         rest.push(Stale::Attributes(child));
                     }
                     continue;
                 }
-                Node::Attribute(_, id, key) | Node::MapEntry(_, id, _, key) => (id, key),
+                Node::Attribute(_, id, _) | Node::MapEntry(_, id, _, _) => id,
                 _ => {
                     rest.push(Stale::Attributes(child));
                     continue;
                 }
             };
-            let (id, key) = id;
             let current = match latest.take() {
                 Some((known, current)) if known == *id => current,
                 _ => opened.object(id, patience),
             };
             latest = Some((id.clone(), current.clone()));
-            match current {
-                Ok(current)
-                    if seen
-                        .as_ref()
-                        .is_some_and(|seen| view::same_text(&node, seen, &current)) =>
-                {
-                    rest.push(Stale::Attributes(child));
-                }
-                Ok(current) => {
-                    stale.push(Stale::Content(child));
-                    if view::value(&node, &current).is_none() {
-                        stale.push(Stale::Entry(
-                            parent,
-                            OsString::from(&*name::file_name(*key)),
-                        ));
-                    }
-                }
-                Err(_) => stale.push(Stale::Content(child)),
+            let same = current.is_ok_and(|current| {
+                seen.as_ref()
+                    .is_some_and(|seen| view::same_text(&node, seen, &current))
+            });
+            if same {
+                rest.push(Stale::Attributes(child));
+            } else {
+                stale.push(Stale::Content(child));
             }
         }
         stale.extend(rest);

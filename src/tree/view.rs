@@ -92,7 +92,7 @@ impl Tree {
                 (directory(&metadata, metadata.mode), None)
             }
             Node::Token(token) => {
-                let metadata = self.token(token)?.metadata()?;
+                let metadata = self.ask(token, patience, |token| token.metadata())?;
                 let own = mode::of_token(metadata.mode, mask);
                 (directory(&metadata, own), None)
             }
@@ -272,7 +272,8 @@ impl Tree {
 
     /// The objects of a token, those that are not in the store yet included.
     pub(super) fn objects(&self, token: &TokenName, patience: Patience) -> Result<Vec<ObjectName>> {
-        let mut objects = self.token(token)?.list(patience)?.to_vec();
+        let listed = self.ask(token, patience, |token| token.list(patience))?;
+        let mut objects = listed.to_vec();
         let new = lock(&self.drafts).new_objects(token);
         if !new.is_empty() {
             objects.extend(new);
@@ -343,7 +344,7 @@ impl Tree {
             return Err(Error::not_found("the directory token is gone"));
         }
         let Some(draft) = draft else {
-            return self.token(token)?.object(id, patience);
+            return self.ask(token, patience, |token| token.object(id, patience));
         };
         if let Some(new) = &draft.new {
             return Ok(Arc::new(Object {
@@ -351,7 +352,7 @@ impl Tree {
                 ..new.object()
             }));
         }
-        let stored = self.token(token)?.object(id, patience)?;
+        let stored = self.ask(token, patience, |token| token.object(id, patience))?;
         if draft.removed.is_empty() {
             return Ok(stored);
         }
@@ -383,17 +384,19 @@ impl Tree {
                 ..self.new_metadata(token, &new, patience)?
             });
         }
-        self.token(token)?.object_metadata(id, patience)
+        self.ask(token, patience, |token| token.object_metadata(id, patience))
     }
 
     fn new_metadata(&self, token: &TokenName, new: &New, patience: Patience) -> Result<Metadata> {
-        let token = self.token(token)?;
         let own = new.metadata();
-        if token.backend() == Backend::File {
+        let shared = self.ask(token, patience, |token| match token.backend() {
+            Backend::File => Ok(None),
+            // All objects of a database have its mode and owner.
+            Backend::Db => token.object_metadata(&ObjectId::Token, patience).map(Some),
+        })?;
+        let Some(Metadata { mode, uid, gid, .. }) = shared else {
             return Ok(own);
-        }
-        // All objects of a database have its mode and owner.
-        let Metadata { mode, uid, gid, .. } = token.object_metadata(&ObjectId::Token, patience)?;
+        };
         Ok(Metadata {
             mode,
             uid,

@@ -52,7 +52,8 @@ impl Tree {
         patience: Patience,
     ) -> Result<HandleId> {
         let node = self.node(ino)?;
-        self.open_writer(&node, how, patience)
+        let opened = self.open_writer(&node, how, patience);
+        self.noted_write(&node, opened)
     }
 
     pub(super) fn open_writer(
@@ -764,8 +765,9 @@ impl Tree {
             is_gone = true;
             edit(attributes)
         };
-        self.token(token)?
-            .update(id, &mut edit_visible, mtime, patience)?;
+        self.ask(token, patience, |token| {
+            token.update(id, &mut edit_visible, mtime, patience)
+        })?;
         if is_gone && let Some(draft) = lock(&self.drafts).get_mut(key) {
             draft.removed.retain(|slot| !held.contains(slot));
         }

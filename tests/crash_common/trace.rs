@@ -111,7 +111,7 @@ pub fn tracing(output: &Path) -> Vec<OsString> {
 /// The arguments of `strace` that kill a process right before its `number`th call of a name, which does not happen.
 pub fn killing(name: &str, number: usize) -> Vec<OsString> {
     let mut arguments: Vec<OsString> = vec![tool("strace").get_program().to_owned()];
-    arguments.extend(["-f", "-qq", "--seccomp-bpf", "-o", "/dev/null", "-e"].map(OsString::from));
+    arguments.extend(["-f", "-qq", "-o", "/dev/null", "-e"].map(OsString::from));
     arguments.push(format!("trace={name}").into());
     arguments.push("-e".into());
     arguments.push(format!("inject={name}:signal=KILL:when={number}").into());

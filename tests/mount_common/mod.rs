@@ -328,7 +328,7 @@ pub fn tokens(mount: &Mount, backend: Backend) -> BTreeMap<String, Token> {
         .map(|name| {
             let directory = mount.join(&name);
             let mut inside = names(&directory);
-            assert_eq!(inside.remove(0), "token");
+            assert_eq!(inside.pop().as_deref(), Some("token"));
             assert!(inside.is_sorted(), "{inside:?}");
             let objects = inside
                 .iter()
@@ -337,6 +337,7 @@ pub fn tokens(mount: &Mount, backend: Backend) -> BTreeMap<String, Token> {
                 backend,
                 token: attributes(&directory.join("token")),
                 objects: objects.collect(),
+                rows: BTreeMap::new(),
                 damaged: BTreeMap::new(),
             };
             (name, token)

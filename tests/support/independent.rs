@@ -59,6 +59,8 @@ pub struct Token {
     pub token: Object,
     /// The objects, by the stem of the file; by the UUID that a row of text gives them, or else by the row id in decimal.
     pub objects: BTreeMap<String, Object>,
+    /// Those of a database by row, whatever they are called.
+    pub rows: BTreeMap<i64, Object>,
     /// What does not parse, and why.
     pub damaged: BTreeMap<String, String>,
 }
@@ -85,6 +87,7 @@ pub fn read_store(tokendir: &Path) -> BTreeMap<String, Token> {
 /// A token of the `file` backend.
 pub fn read_file_token(directory: &Path) -> Token {
     let mut token = Token {
+        rows: BTreeMap::new(),
         backend: Backend::File,
         token: Object::new(),
         objects: BTreeMap::new(),
@@ -253,11 +256,16 @@ pub fn read_db_token(directory: &Path) -> Token {
         }
     }
     // What was restored with a UUID of its own has it in a text that SoftHSM never looks at.
-    let given: BTreeMap<i64, String> =
+    let has_texts = !query("select 1 from sqlite_master where name = 'attribute_text'").is_empty();
+    let texts = if has_texts {
         query("select object_id, cast(value as text) from attribute_text order by id")
-            .iter()
-            .filter_map(|row| Some((row.first()?.parse().ok()?, uuid_in(row.get(1)?)?)))
-            .collect();
+    } else {
+        Vec::new()
+    };
+    let given: BTreeMap<i64, String> = texts
+        .iter()
+        .filter_map(|row| Some((row.first()?.parse().ok()?, uuid_in(row.get(1)?)?)))
+        .collect();
     let mut objects: BTreeMap<i64, Object> = rows
         .into_iter()
         .map(|(id, object)| {
@@ -273,6 +281,7 @@ pub fn read_db_token(directory: &Path) -> Token {
     Token {
         backend: Backend::Db,
         token: objects.remove(&1).unwrap_or_default(),
+        rows: objects.clone(),
         objects: objects
             .into_iter()
             .map(|(id, object)| {

@@ -147,6 +147,17 @@ pub fn temporary() -> TempDir {
     directory
 }
 
+/// The same in memory, where syncing costs nothing, if there is such a place.
+pub fn temporary_in_memory() -> TempDir {
+    let mut builder = tempfile::Builder::new();
+    let directory = builder.prefix("tokenfs-").tempdir_in("/dev/shm");
+    let Ok(directory) = directory else {
+        return temporary();
+    };
+    set_mode(directory.path(), 0o755);
+    directory
+}
+
 /// `chmod`.
 pub fn set_mode(path: &Path, mode: u32) {
     fs::set_permissions(path, fs::Permissions::from_mode(mode)).expect("chmod");
@@ -333,7 +344,11 @@ pub struct Softhsm {
 impl Softhsm {
     /// An empty store.
     pub fn new(backend: Backend) -> Self {
-        let directory = temporary();
+        Self::new_in(backend, temporary())
+    }
+
+    /// An empty store in that directory.
+    pub fn new_in(backend: Backend, directory: TempDir) -> Self {
         let tokendir = directory.path().join("tokens");
         fs::create_dir(&tokendir).expect("the tokendir");
         let softhsm = Self {

@@ -1,6 +1,6 @@
 //! A token of the `file` backend.
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsStr;
 use std::io::Read;
 use std::os::fd::AsFd;
 use std::path::Path;
@@ -192,7 +192,7 @@ fn lock_alone(look: &mut Look<'_>, file: &OsStr, stem: &OsStr) {
     let owned = look
         .entries
         .iter()
-        .any(|entry| owners.iter().any(|owner: &OsString| entry.name == *owner));
+        .any(|entry| owners.contains(&entry.name));
     if owned {
         return;
     }
@@ -201,7 +201,8 @@ fn lock_alone(look: &mut Look<'_>, file: &OsStr, stem: &OsStr) {
     match open_file(look, file) {
         Ok(open) => match lock::lock_shared(&open, Patience::Now) {
             Ok(()) => {
-                let detail = "a lock file without an object, which was deleted half-way";
+                let detail =
+                    "a lock file without an object, left when that was being made or deleted";
                 let finding =
                     Finding::new(Category::Leftover, detail).mended_by(Remedy::RemoveLock);
                 look.report.found(finding, &path);

@@ -7,6 +7,8 @@
 //! lock file without its object, an object that has the first of its attributes. So what looks wrong is looked at again a
 //! second later, and only what is still so is told ([`check`]).
 //!
+//! Lock order: that of the reader, `.lock` and then `.object`, both shared and for one read. No lock is held from one file to the next.
+//!
 //! - `object`: what attributes give away. `file`, `db`: a token of each backend. `place`: what is in a directory, and modes.
 //! - `repair`: mending.
 
@@ -29,6 +31,7 @@ use nix::fcntl::{AtFlags, OFlag, openat};
 use nix::sys::stat::{Mode, fstat, fstatat};
 
 use self::place::{Entry, Sort};
+use super::db::uuid::is_uuid;
 use super::file::TOKEN_OBJECT;
 use super::file::read::SETTLED;
 use super::tokendir::DATABASE;
@@ -79,6 +82,8 @@ pub enum Remedy {
     MakeLock,
     /// The file, which is a lock file, is removed.
     RemoveLock,
+    /// The directory, which is empty, is removed.
+    RemoveDirectory,
     /// The file, which is the token's generation, is made.
     MakeGeneration,
     /// These bits are taken away from the mode.
@@ -134,10 +139,12 @@ impl Finding {
         self
     }
 
-    /// Whether both are about the same thing, which may look a little different meanwhile.
+    /// Whether both are about the same thing. What is torn may be so in another way meanwhile; of what is suspicious in a database,
+    /// the sentence says which object it is.
     #[must_use]
     pub fn same(&self, other: &Self) -> bool {
         (self.category, &self.path) == (other.category, &other.path)
+            && (self.detail == other.detail || self.category == Category::Torn)
     }
 }
 
@@ -215,7 +222,7 @@ pub fn check(store: &Store, settings: &Settings) -> Result<Report> {
     let mut again = Vec::new();
     for name in &names {
         let looked = look(store, settings, name);
-        if looked.findings.iter().any(|finding| passes(finding)) || !looked.failures.is_empty() {
+        if looked.findings.iter().any(passes) || !looked.failures.is_empty() {
             again.push((name, looked));
         } else {
             report.append(looked);
@@ -239,10 +246,9 @@ pub fn check(store: &Store, settings: &Settings) -> Result<Report> {
     Ok(report)
 }
 
-/// Whether a finding may be a step on the way of a writer, which passes.
+/// Whether a finding may be a step on the way of a writer, which passes. Modes may, too: a file is made before it has its own.
 fn passes(finding: &Finding) -> bool {
-    // Modes, too: SQLite makes a journal, and tokenfs a file, before it has its mode.
-    !matches!(finding.category, Category::Unreadable)
+    finding.category != Category::Unreadable
 }
 
 /// The names in the tokendir that are to be looked at, in order.
@@ -410,6 +416,19 @@ fn second_token(look: &mut Look<'_>, backend: Backend) {
 /// A directory that is no token.
 fn no_token(look: &mut Look<'_>) {
     let path = look.path.clone();
+    if look.name.as_bytes() == b"lost+found" {
+        look.report.note(&path, "the file system's own");
+        return;
+    }
+    for name in [TOKEN_OBJECT, DATABASE] {
+        if look.entry(name).is_some() {
+            let detail =
+                "this is no regular file; SoftHSM would follow a link here, and tokenfs does not";
+            look.report
+                .found(Finding::new(Category::Suspicious, detail), &path.join(name));
+            return;
+        }
+    }
     let objects = look
         .entries
         .iter()
@@ -427,6 +446,10 @@ fn no_token(look: &mut Look<'_>) {
                 "the directory holds {objects} and no token.object, so that SoftHSM sees none of them"
             ),
         )
+    } else if look.entries.is_empty() && look.name.as_os_str().to_str().is_some_and(is_uuid) {
+        // Both SoftHSM and tokenfs begin with it.
+        let detail = "an empty directory, left when a token was being made or removed";
+        Finding::new(Category::Leftover, detail).mended_by(Remedy::RemoveDirectory)
     } else {
         Finding::new(
             Category::Foreign,

@@ -334,3 +334,103 @@ impl Finding {
         Self::new(Category::Suspicious, detail)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::file::{Decoded, decode, encode};
+    use std::collections::BTreeSet;
+
+    fn encoded(attributes: &Attributes) -> Vec<u8> {
+        encode(7, attributes)
+    }
+
+    /// One attribute of each kind, with a map of one of each kind.
+    fn each_kind() -> Attributes {
+        let mut map = Attributes::new();
+        map.insert(1, Value::Bool(true));
+        map.insert(2, Value::Ulong(2));
+        map.insert(3, Value::Bytes(b"three".to_vec()));
+        map.insert(4, Value::Mechs(BTreeSet::from([1, 2, 3])));
+        let mut all = map.clone();
+        all.insert(5, Value::Map(map));
+        all.insert(6, Value::Bool(false));
+        all
+    }
+
+    #[test]
+    fn places_are_where_the_decoder_sees_attributes() {
+        let attributes = each_kind();
+        let bytes = encoded(&attributes);
+        let places = places(&bytes);
+        assert_eq!(places.len(), attributes.len());
+        for (count, (attribute_type, at)) in places.iter().enumerate() {
+            let Decoded { attributes, .. } = decode(&bytes[..*at as usize]).unwrap();
+            assert_eq!(attributes.len(), count);
+            assert!(attributes.of_type(*attribute_type).is_none());
+        }
+        assert!(judge_order(&places).is_empty());
+        // Whatever is cut off, there is no panic, and no place that is not there.
+        for end in 0..bytes.len() {
+            let cut = super::places(&bytes[..end]);
+            assert_eq!(cut, places[..cut.len()]);
+        }
+    }
+
+    #[test]
+    fn a_mechanism_set_that_repeats_itself_counts_its_members_once_in_a_map() {
+        let mut map = Attributes::new();
+        map.insert(4, Value::Mechs(BTreeSet::from([1, 2])));
+        let mut attributes = Attributes::new();
+        attributes.insert(5, Value::Map(map));
+        attributes.insert(6, Value::Bool(false));
+        let mut bytes = encoded(&attributes);
+        let whole = places(&bytes);
+        // generation, type, kind, length; type, kind, count, 1, 2
+        let count = 8 + 24 + 16;
+        bytes[count + 7] = 3;
+        bytes.splice(count + 24..count + 24, 2u64.to_be_bytes());
+        assert!(decode(&bytes).is_ok());
+        assert_eq!(places(&bytes), [(5, 8), (6, whole[1].1 + 8)]);
+    }
+
+    #[test]
+    fn lengths_beyond_all_bounds_are_no_panic() {
+        for kind in 0..7u64 {
+            for length in [1, 8, 1 << 40, u64::MAX / 8, u64::MAX - 7, u64::MAX] {
+                let mut bytes = vec![0; 16];
+                bytes.extend(kind.to_be_bytes());
+                bytes.extend(u64::to_be_bytes(length));
+                bytes.extend([0; 40]);
+                let _ = places(&bytes);
+            }
+        }
+    }
+
+    #[test]
+    fn only_the_beginning_of_an_object_is_called_cut_off() {
+        let mut object = Attributes::new();
+        object.insert(CKA_CLASS, Value::Ulong(CKO_DATA));
+        assert!(cut(&object).is_some());
+        // Of what SoftHSM stores, a lower type is missing as well.
+        object.insert(pkcs11::CKA_LABEL, Value::Bytes(Vec::new()));
+        assert!(cut(&object).is_none());
+        object.insert(pkcs11::CKA_TOKEN, Value::Bool(true));
+        object.insert(CKA_PRIVATE, Value::Bool(false));
+        assert_eq!(cut(&object).unwrap().0, pkcs11::CKA_LABEL);
+        // An attribute of a vendor's comes last, and would be lost too.
+        object.insert(0x8000_0001, Value::Bool(true));
+        assert!(cut(&object).is_none());
+    }
+
+    #[test]
+    fn findings_hold_no_value() {
+        let mut object = Attributes::new();
+        object.insert(CKA_CLASS, Value::Ulong(CKO_DATA));
+        object.insert(CKA_PRIVATE, Value::Bool(true));
+        object.insert(pkcs11::CKA_LABEL, Value::Bytes(b"s3cr3t".to_vec()));
+        let findings = judge(&object, &[], None);
+        assert_eq!(findings.len(), 1);
+        assert!(!findings[0].detail.contains("s3cr3t"));
+    }
+}

@@ -105,8 +105,11 @@ fn is_free(look: &Look<'_>, name: &OsStr) -> Result<bool> {
 pub(super) fn marks(look: &mut Look<'_>) -> bool {
     let mut marked = false;
     for (mark, detail) in [
-        (BUILDING, "a crash left this token half made"),
-        (REMOVING, "a crash left this token half removed"),
+        (BUILDING, "left by a crash while this token was being made"),
+        (
+            REMOVING,
+            "left by a crash while this token was being removed",
+        ),
     ] {
         if look.entry(mark).is_none() {
             continue;
@@ -154,10 +157,13 @@ pub(super) fn strangers(look: &mut Look<'_>) {
             continue;
         }
         let written = [
-            (NEW_SUFFIX, "a crash left this version of an object behind"),
+            (
+                NEW_SUFFIX,
+                "left by a crash while a file was being written, made or removed",
+            ),
             (
                 JOURNAL_SUFFIX,
-                "a crash left this journal of a rewritten file behind",
+                "left by a crash while a file was being rewritten in place",
             ),
         ];
         let written = written

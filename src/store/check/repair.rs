@@ -10,22 +10,22 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use nix::errno::Errno;
-use nix::fcntl::{AtFlags, FcntlArg, OFlag, fcntl, openat};
+use nix::fcntl::{AtFlags, OFlag, openat};
 use nix::sys::stat::{FchmodatFlags, FileStat, Mode, fchmod, fchmodat, fstat, fstatat};
 use nix::unistd::{Gid, Uid, UnlinkatFlags, fchown, fsync, unlinkat};
 
 use super::place::{GENERATION, with};
-use super::{Finding, Remedy, Report, Settings};
+use super::{Finding, Remedy, Report};
 use crate::diagnostics::Diagnostics;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::db::DbToken;
 use crate::store::file::{LOCK_SUFFIX, OBJECT_SUFFIX, TOKEN_OBJECT};
 use crate::store::leftover::{JOURNAL_SUFFIX, NEW_SUFFIX};
 use crate::store::metadata::{Stamp, is_file};
-use crate::store::{Options, Patience, Store, Token, TokenName};
+use crate::store::{Options, Patience, Store, Token, TokenName, lock};
 
 /// What [`repair()`] came to.
 #[derive(Clone, Debug, Default)]
@@ -37,7 +37,7 @@ pub struct Repaired {
 }
 
 /// Mends what `report`, which is from [`super::check`], says can be mended. Afterwards one has to look again.
-pub fn repair(store: &Store, settings: &Settings, report: &Report) -> Repaired {
+pub fn repair(store: &Store, report: &Report) -> Repaired {
     let mut repaired = Repaired::default();
     let remedies = |wanted: fn(&Remedy) -> bool| {
         report
@@ -53,8 +53,11 @@ pub fn repair(store: &Store, settings: &Settings, report: &Report) -> Repaired {
     {
         repaired.failures.push(error);
     }
-    for finding in remedies(|remedy| !matches!(remedy, Remedy::Recover)) {
-        if let Err(error) = mend(store, settings, finding) {
+    // Then modes, which what is made takes over.
+    let modes = remedies(|remedy| matches!(remedy, Remedy::TakeBits(_)));
+    let others = remedies(|remedy| !matches!(remedy, Remedy::Recover | Remedy::TakeBits(_)));
+    for finding in modes.chain(others) {
+        if let Err(error) = mend(store, finding) {
             // What is gone needs no mending.
             if error.kind() != ErrorKind::NotFound {
                 repaired.failures.push(error.at(&finding.path));
@@ -78,7 +81,7 @@ fn recover(store: &Store, repaired: &mut Repaired) -> Result<()> {
     Ok(())
 }
 
-fn mend(store: &Store, settings: &Settings, finding: &Finding) -> Result<()> {
+fn mend(store: &Store, finding: &Finding) -> Result<()> {
     let Some(remedy) = finding.remedy else {
         return Ok(());
     };
@@ -89,11 +92,10 @@ fn mend(store: &Store, settings: &Settings, finding: &Finding) -> Result<()> {
     match remedy {
         Remedy::MakeLock => make_lock(&place),
         Remedy::RemoveLock => remove_lock(&place),
-        Remedy::MakeGeneration => make_generation(
-            &place,
-            settings,
-            Patience::at_most(store.options().lock_wait),
-        ),
+        Remedy::RemoveDirectory => remove_directory(&place),
+        Remedy::MakeGeneration => {
+            make_generation(&place, Patience::at_most(store.options().lock_wait))
+        }
         Remedy::TakeBits(bits) => take_bits(&place, bits),
         Remedy::Recover | Remedy::RollBack => Ok(()),
     }
@@ -226,29 +228,35 @@ fn remove_lock(place: &Place) -> Result<()> {
     place.sync()
 }
 
+/// Removes a directory if nothing is in it.
+fn remove_directory(place: &Place) -> Result<()> {
+    match unlinkat(&place.directory, &place.name, UnlinkatFlags::RemoveDir) {
+        Ok(()) => place.sync(),
+        // Somebody makes a token of it.
+        Err(Errno::ENOTEMPTY | Errno::EEXIST) => Ok(()),
+        Err(errno) => Err(Error::system("remove the directory", errno)),
+    }
+}
+
 /// Makes the token's counter, or a new one of one that was cut short. SoftHSM would begin at 1 again, which a session that is open may
-/// have seen before, and would then see nothing of what is made and deleted next. The number of seconds since 1970 is more than any
+/// have seen before, and would then see nothing of what is made and deleted next. The number of microseconds since 1970 is more than any
 /// that was ever counted to, and more than the one that an earlier repair has begun with.
-fn make_generation(place: &Place, settings: &Settings, patience: Patience) -> Result<()> {
+fn make_generation(place: &Place, patience: Patience) -> Result<()> {
     if place.name.as_os_str() != GENERATION {
         return Ok(());
     }
-    let mut like = place.stat(OsStr::new(TOKEN_OBJECT))?;
-    like.st_mode &= !settings.mask;
+    let like = place.stat(OsStr::new(TOKEN_OBJECT))?;
     let (file, made) = match place.make_like(&like) {
         Ok(file) => (file, true),
         Err(error) if error.kind() == ErrorKind::Exists => (place.open(OFlag::O_RDWR, 0)?, false),
         Err(error) => return Err(error),
     };
-    let pause = Duration::from_millis(2);
-    while !try_exclusive(&file)? {
-        patience.wait(pause, "another process holds a lock on the file")?;
-    }
+    lock::lock_exclusive(&file, patience)?;
     let stat = fstat(&file).map_err(|errno| Error::system("stat", errno))?;
     // A SoftHSM may have been faster.
     if is_file(&stat) && stat.st_size < 8 {
         let now = SystemTime::now().duration_since(UNIX_EPOCH);
-        let count = now.map_or(1, |since| since.as_secs());
+        let count = now.map_or(1, |since| u64::try_from(since.as_micros()).unwrap_or(1));
         file.write_all_at(&count.to_be_bytes(), 0)
             .and_then(|()| file.sync_all())
             .map_err(|error| Error::io("write", &error))?;
@@ -294,16 +302,9 @@ fn roll_back(store: &Store, path: &Path) -> Result<()> {
 
 /// Takes a write lock on all of a file until it is closed, if it is to be had.
 fn try_exclusive(file: &File) -> Result<bool> {
-    let whole_file = libc::flock {
-        l_type: libc::F_WRLCK as libc::c_short,
-        l_whence: libc::SEEK_SET as libc::c_short,
-        l_start: 0,
-        l_len: 0,
-        l_pid: 0,
-    };
-    match fcntl(file, FcntlArg::F_OFD_SETLK(&whole_file)) {
-        Ok(_) => Ok(true),
-        Err(Errno::EAGAIN | Errno::EACCES) => Ok(false),
-        Err(errno) => Err(Error::system("lock", errno)),
+    match lock::lock_exclusive(file, Patience::Now) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(false),
+        Err(error) => Err(error),
     }
 }

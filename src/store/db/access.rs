@@ -48,6 +48,17 @@ impl DbToken {
         }
     }
 
+    /// Sets the time of the directory's last modification, as far as that is possible: it is not worth failing for.
+    pub(super) fn restore_directory_time(&self, mtime: SystemTime) {
+        let change = MetadataChange {
+            mtime: Some(Time::At(mtime)),
+            ..MetadataChange::default()
+        };
+        if let Err(error) = change_times(&self.directory, &change) {
+            log::debug!("{error}");
+        }
+    }
+
     pub(super) fn sync_directory(&self) -> Result<()> {
         sync_directory(&self.directory)
     }

@@ -127,6 +127,10 @@ impl Database {
         connection
             .set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_FKEY, true)
             .map_err(fail)?;
+        // SoftHSM has no triggers, and nothing else than what is asked for may change with a commit.
+        connection
+            .set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_TRIGGER, false)
+            .map_err(fail)?;
         Ok(Self {
             connection,
             identity: Stamp::of(stat).identity,

@@ -77,6 +77,11 @@ pub(super) fn classify(error: &rusqlite::Error, path: &Path) -> Failure {
 /// What an error of SQLite means that happened while the database `path` was to be written.
 pub(super) fn classify_write(error: &rusqlite::Error, path: &Path) -> Failure {
     match error {
+        // Of reading, it would be a damage.
+        rusqlite::Error::SqliteFailure(failure, _) if failure.code == ErrorCode::TooBig => {
+            let detail = "the value is larger than SQLite allows";
+            Failure::Other(Error::new(ErrorKind::TooLarge, detail).at(path))
+        }
         // It was renamed or deleted since it was opened: what is at the path now is the one to write.
         rusqlite::Error::SqliteFailure(failure, _)
             if failure.extended_code == ffi::SQLITE_READONLY_DBMOVED =>
@@ -151,6 +156,29 @@ mod tests {
     fn classified(code: i32) -> Failure {
         let error = rusqlite::Error::SqliteFailure(ffi::Error::new(code), None);
         classify(&error, Path::new("/nowhere/sqlite3.db"))
+    }
+
+    #[test]
+    fn some_codes_mean_something_else_when_writing() {
+        let classified = |code| {
+            let error = rusqlite::Error::SqliteFailure(ffi::Error::new(code), None);
+            classify_write(&error, Path::new("/nowhere/sqlite3.db"))
+        };
+        let moved = classified(ffi::SQLITE_READONLY_DBMOVED);
+        assert_eq!(moved, Failure::Taken);
+        for (code, kind) in [
+            (ffi::SQLITE_TOOBIG, ErrorKind::TooLarge),
+            (ffi::SQLITE_READONLY, ErrorKind::NotFound),
+            (ffi::SQLITE_READONLY_DIRECTORY, ErrorKind::NotFound),
+            (ffi::SQLITE_CANTOPEN, ErrorKind::NotFound),
+            (ffi::SQLITE_FULL, ErrorKind::NoSpace),
+            (ffi::SQLITE_IOERR_FSYNC, ErrorKind::System(libc::EIO)),
+        ] {
+            match classified(code) {
+                Failure::Other(error) => assert_eq!(error.kind(), kind, "{code}"),
+                other => panic!("{code}: {other:?}"),
+            }
+        }
     }
 
     #[test]

@@ -236,9 +236,10 @@ impl DbToken {
         warned: &mut Vec<String>,
     ) -> Option<(Seen, Arc<Snapshot>)> {
         let (seen, snapshot) = match (outcome, known) {
-            (Outcome::New(seen, rows), _) => {
+            (Outcome::New(seen, rows), known) => {
                 let metadata = Metadata::of_path(&self.path, &seen.stat);
-                let snapshot = Snapshot::new(&self.name, &self.path, metadata, rows);
+                let previous = known.as_ref().map(|(_, snapshot)| snapshot.as_ref());
+                let snapshot = Snapshot::new(&self.name, &self.path, metadata, rows, previous);
                 self.warn(warned, &snapshot.warnings);
                 (seen, Arc::new(snapshot))
             }

@@ -65,6 +65,20 @@ impl Content {
         }
     }
 
+    /// This, or `previous` if it is the same object in the same state: what did not change keeps its times, although those of the
+    /// file are others with every commit.
+    fn or_previous(self, previous: Option<&Self>) -> Self {
+        if let (Ok(new), Some(previous)) = (&self.object, previous)
+            && let Ok(old) = &previous.object
+            && self.modified == previous.modified
+            && new.metadata.same_access(&old.metadata)
+            && new.attributes == old.attributes
+        {
+            return previous.clone();
+        }
+        self
+    }
+
     fn with_metadata(&self, file: Metadata) -> Self {
         match &self.object {
             Ok(object) => Self::new(object.attributes.clone(), self.modified, file),
@@ -96,8 +110,14 @@ pub(super) enum Change {
 }
 
 impl Snapshot {
-    /// What `rows` of the database at `path` mean.
-    pub fn new(name: &TokenName, path: &Path, metadata: Metadata, rows: Rows) -> Self {
+    /// What `rows` of the database at `path` mean; `previous` is what was known of it before.
+    pub fn new(
+        name: &TokenName,
+        path: &Path,
+        metadata: Metadata,
+        rows: Rows,
+        previous: Option<&Self>,
+    ) -> Self {
         let mut warnings = Vec::new();
         if !rows.stray.is_empty() {
             let tables: Vec<&str> = rows.stray.iter().map(|table| table.name()).collect();
@@ -136,7 +156,7 @@ impl Snapshot {
             },
             attributes_of,
         );
-        let token = finish(TOKEN_ROW, token);
+        let token = finish(TOKEN_ROW, token).or_previous(previous.map(|previous| &previous.token));
 
         let ids: Vec<i64> = by_object.keys().copied().collect();
         let mut names = uuid::assign(name, &ids, &rows.remembered);
@@ -145,8 +165,13 @@ impl Snapshot {
         let objects: HashMap<ObjectName, Entry> = by_object
             .into_iter()
             .filter_map(|(row, rows)| {
+                let name = names.of_row.remove(&row)?;
+                let known = previous
+                    .and_then(|previous| previous.objects.get(&name))
+                    .filter(|known| known.row == row);
                 let content = finish(row, attributes_of(rows));
-                Some((names.of_row.remove(&row)?, Entry { row, content }))
+                let content = content.or_previous(known.map(|known| &known.content));
+                Some((name, Entry { row, content }))
             })
             .collect();
         let mut names: Vec<ObjectName> = objects.keys().cloned().collect();
@@ -184,7 +209,19 @@ impl Snapshot {
 
     /// What a scan would find after `change`, if that can be told without one. `metadata` is that of the file now.
     pub fn after(&self, change: Change, metadata: Metadata) -> Option<Self> {
-        let mut next = self.with_metadata(metadata);
+        let mut next = if metadata.same_access(&self.metadata) {
+            Self {
+                metadata,
+                names: Arc::clone(&self.names),
+                warnings: self.warnings.clone(),
+                leftovers: self.leftovers,
+                contested: self.contested,
+                token: self.token.clone(),
+                objects: self.objects.clone(),
+            }
+        } else {
+            self.with_metadata(metadata)
+        };
         let (names_change, name) = match change {
             Change::Put {
                 id,
@@ -238,7 +275,11 @@ impl Snapshot {
     /// # Errors
     /// Of kind `NotFound` if there is no such object.
     pub fn metadata_of(&self, id: &ObjectId) -> Result<Metadata> {
-        Ok(own(self.metadata, self.content(id)?.modified))
+        let content = self.content(id)?;
+        Ok(match &content.object {
+            Ok(object) => object.metadata,
+            Err(_) => own(self.metadata, content.modified),
+        })
     }
 
     /// The id of the row of an object, damaged or not.

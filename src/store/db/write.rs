@@ -25,7 +25,7 @@ use super::{Cached, DbToken, PAUSES, REOPENINGS, Slot, TAKEN, read, scan, times}
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::attribute::Attributes;
 use crate::store::crash::point;
-use crate::store::{Metadata, NewObject, ObjectId, ObjectName, Patience, validate};
+use crate::store::{Metadata, NewObject, ObjectId, ObjectName, Patience, Token, validate};
 
 /// Why nothing is written.
 pub(super) enum Stop {
@@ -309,7 +309,11 @@ impl DbToken {
         point("db.begun");
         let known = self.known();
         let version = known.as_ref().map(|(version, _)| *version);
-        let outcome = read::look(open, &self.path, version, |_| true)?;
+        let outcome = match read::look(open, &self.path, version, |_| true) {
+            // Perhaps only SQLite's cache of pages is wrong.
+            Err(Failure::Content(_)) if !fresh => read::Outcome::Stale,
+            outcome => outcome?,
+        };
         let Some((seen, snapshot)) = self.absorb(outcome, known, warned) else {
             drop(transaction);
             *database = None;
@@ -322,11 +326,17 @@ impl DbToken {
             derived,
             has_text: scan::has_text(&open.connection).map_err(fail)?,
         };
+        // A journal comes and goes with each commit, which is no change of the directory that anybody wants to see: without this a
+        // backup of an unchanged token would find its directory changed.
+        let directory = self.metadata().map(|metadata| metadata.mtime);
         let change = act(&mut work)?;
         point("db.written");
         self.commit(&transaction, patience)?;
         drop(transaction);
         point("db.committed");
+        if let Ok(mtime) = directory {
+            self.restore_directory_time(mtime);
+        }
         self.replace(open, seen.version, &snapshot, change);
         point("db.replaced");
         Ok(true)

@@ -86,7 +86,7 @@ impl FileToken {
         match lock {
             Ok(fd) => {
                 point("file.publish.lock-made");
-                set_access(&File::from(fd), access)?;
+                set_access(File::from(fd), access)?;
             }
             // From an attempt that failed later on.
             Err(Errno::EEXIST) => {}

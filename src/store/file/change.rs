@@ -167,7 +167,7 @@ impl FileToken {
         mtime: Option<SystemTime>,
     ) -> Result<Attempt> {
         let directory = self.directory();
-        let mut new = Temporary::new(directory, names.new())?;
+        let mut new = Temporary::new(directory, names.next())?;
         point("file.update.made");
         if !copy(&reading.file, &reading.stat, &new.file) {
             return Ok(Attempt::InPlace);
@@ -187,7 +187,7 @@ impl FileToken {
         let exchange = || {
             renameat_with(
                 directory,
-                names.new(),
+                names.next(),
                 directory,
                 names.object(),
                 RenameFlags::EXCHANGE,
@@ -211,7 +211,7 @@ impl FileToken {
         // What has the temporary name now is the version before, if it is the file that is locked.
         let previous = fstatat(
             directory,
-            names.new(),
+            names.next(),
             nix::fcntl::AtFlags::AT_SYMLINK_NOFOLLOW,
         );
         if let Ok(previous) = previous
@@ -235,16 +235,16 @@ impl FileToken {
     /// Removes what a crash left of a write of an object whose `.lock` is held, and tells SoftHSM that an object may have
     /// come or gone with it.
     pub(super) fn clear_temporary(&self, names: &Names, patience: Patience) -> Result<()> {
-        if self.is_building() || !names.fit() || !exists(self.directory(), names.new()) {
+        if self.is_building() || !names.fit() || !exists(self.directory(), names.next()) {
             return Ok(());
         }
         // First SoftHSM is told: after that nobody could know any more that it has to be.
         self.raise_generation(patience)?;
-        if unlink_if_there(self.directory(), names.new())? {
+        if unlink_if_there(self.directory(), names.next())? {
             point("file.recover.cleared");
             self.diagnostics.warning(format!(
                 "{}: removed what a crash had left of a write; the object is as it was before that or as it was to become",
-                self.path.join(names.new()).display()
+                self.path.join(names.next()).display()
             ));
         }
         Ok(())

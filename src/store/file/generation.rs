@@ -65,9 +65,7 @@ impl Generation {
                 }
                 Err(nix::errno::Errno::EEXIST) => {
                     // Made by somebody else meanwhile, unless it is a link or a directory: then opening says so.
-                    if let Err(error) = open_regular(directory, name, nix::fcntl::OFlag::O_RDWR) {
-                        return Err(error);
-                    }
+                    open_regular(directory, name, nix::fcntl::OFlag::O_RDWR)?;
                 }
                 Err(errno) => return Err(Error::system("make generation", errno)),
             }

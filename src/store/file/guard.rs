@@ -2,13 +2,13 @@
 
 use std::fs::File;
 use std::io::Write;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::path::Path;
 
 use nix::errno::Errno;
-use nix::fcntl::{AtFlags, OFlag, openat};
+use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, openat};
 use nix::sys::stat::{FileStat, Mode, fstat, fstatat};
-use nix::unistd::{UnlinkatFlags, unlinkat};
+use nix::unistd::{UnlinkatFlags, linkat, unlinkat};
 
 use super::attire::{create_flags, set_access_if_possible};
 use super::read::{is_named, open_regular};
@@ -41,24 +41,10 @@ impl Transaction {
             let (file, made) = match open_regular(directory, name, OFlag::O_RDWR) {
                 Ok(file) => (file, false),
                 Err(error) if error.kind() == ErrorKind::NotFound => {
-                    match openat(
-                        directory,
-                        name,
-                        create_flags(),
-                        Mode::from_bits_truncate(0o600),
-                    ) {
-                        Ok(fd) => {
-                            let file = File::from(fd);
-                            point("file.lock.made");
-                            set_access_if_possible(&file, access);
-                            point("file.lock.ready");
-                            (file, true)
-                        }
-                        Err(Errno::EEXIST) => {
-                            // Made by somebody else meanwhile, unless it is a link or a directory: then opening says so.
-                            (open_regular(directory, name, OFlag::O_RDWR)?, false)
-                        }
-                        Err(errno) => return Err(Error::system("make the lock file", errno)),
+                    match make_lock_file(directory, name, access)? {
+                        Some(file) => (file, true),
+                        // Made by somebody else meanwhile, unless it is a link or a directory: then opening says so.
+                        None => (open_regular(directory, name, OFlag::O_RDWR)?, false),
                     }
                 }
                 Err(error) => return Err(error),
@@ -80,6 +66,44 @@ impl Transaction {
         if self.made {
             let _ = unlink(directory, name);
         }
+    }
+}
+
+/// Makes a lock file that looks like `access`; nothing if there is something of that name. It gets its name last where the file
+/// system can do that, so that a crash leaves no lock file that the object's owner cannot open.
+fn make_lock_file(directory: BorrowedFd<'_>, name: &Path, access: Access) -> Result<Option<File>> {
+    let private = Mode::from_bits_truncate(0o600);
+    let unnamed = OFlag::O_RDWR | OFlag::O_TMPFILE | OFlag::O_CLOEXEC;
+    if let Ok(fd) = openat(directory, ".", unnamed, private) {
+        let file = File::from(fd);
+        set_access_if_possible(&file, access);
+        // For the first who sees it, it is locked already.
+        lock::lock_exclusive(&file, Patience::Now)?;
+        let own = format!("/proc/self/fd/{}", file.as_raw_fd());
+        match linkat(
+            AT_FDCWD,
+            own.as_str(),
+            directory,
+            name,
+            AtFlags::AT_SYMLINK_FOLLOW,
+        ) {
+            Ok(()) => {
+                point("file.lock.ready");
+                return Ok(Some(file));
+            }
+            Err(Errno::EEXIST) => return Ok(None),
+            Err(_) => {}
+        }
+    }
+    match openat(directory, name, create_flags(), private) {
+        Ok(fd) => {
+            let file = File::from(fd);
+            set_access_if_possible(&file, access);
+            point("file.lock.ready");
+            Ok(Some(file))
+        }
+        Err(Errno::EEXIST) => Ok(None),
+        Err(errno) => Err(Error::system("make the lock file", errno)),
     }
 }
 

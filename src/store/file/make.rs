@@ -71,7 +71,7 @@ impl FileToken {
         if !building {
             Generation::open(directory)?;
         }
-        let mut file = Temporary::new(directory, names.new())?;
+        let mut file = Temporary::new(directory, names.next())?;
         point("file.create.made");
         set_access(&file.file, new.access)?;
         point("file.create.dressed");
@@ -88,7 +88,7 @@ impl FileToken {
         }
         let linked = linkat(
             directory,
-            names.new(),
+            names.next(),
             directory,
             names.object(),
             LinkFlags::empty(),
@@ -100,7 +100,7 @@ impl FileToken {
             Err(Refusal::PERM | Refusal::OPNOTSUPP | Refusal::NOSYS | Refusal::MLINK) => {
                 renameat_with(
                     directory,
-                    names.new(),
+                    names.next(),
                     directory,
                     names.object(),
                     RenameFlags::NOREPLACE,
@@ -163,7 +163,7 @@ impl FileToken {
         }
         if names.fit() {
             // Under another name, so that a crash leaves a trace of what SoftHSM has to be told.
-            renameat(directory, names.object(), directory, names.new()).map_err(gone)?;
+            renameat(directory, names.object(), directory, names.next()).map_err(gone)?;
         } else {
             nix::unistd::unlinkat(
                 directory,
@@ -178,7 +178,7 @@ impl FileToken {
             if names.fit() {
                 let _ = renameat_with(
                     directory,
-                    names.new(),
+                    names.next(),
                     directory,
                     names.object(),
                     RenameFlags::NOREPLACE,
@@ -188,7 +188,7 @@ impl FileToken {
         }
         point("file.remove.told");
         if names.fit() {
-            unlink_if_there(directory, names.new())?;
+            unlink_if_there(directory, names.next())?;
             point("file.remove.unlinked");
             unlink_if_there(directory, names.journal())?;
             point("file.remove.unjournalled");

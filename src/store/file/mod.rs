@@ -70,6 +70,8 @@ pub(crate) const OBJECT_SUFFIX: &str = ".object";
 pub(crate) const LOCK_SUFFIX: &str = ".lock";
 
 #[cfg(test)]
+mod crash_tests;
+#[cfg(test)]
 mod tests;
 #[cfg(test)]
 mod write_tests;

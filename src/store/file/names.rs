@@ -76,7 +76,7 @@ impl Names {
     }
 
     /// Its next or its previous version.
-    pub fn new(&self) -> &Path {
+    pub fn next(&self) -> &Path {
         Path::new(&self.new)
     }
 

@@ -4,7 +4,7 @@
 //! between is gone. That cannot be prevented from outside, but noticed: a later version has what was there before our
 //! change. What is remembered of a value is a hash.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::hash::Hasher;
 use std::time::{Duration, Instant};
 
@@ -17,8 +17,8 @@ use crate::store::attribute::{AttributeType, Attributes};
 /// How many objects are remembered.
 const OBJECTS: usize = 1024;
 
-/// How many earlier values of an attribute are remembered.
-const EARLIER: usize = 16;
+/// How many earlier values of an attribute are remembered. A SoftHSM can wait for a lock while it is taken many times.
+const EARLIER: usize = 4096;
 
 /// How long. A SoftHSM that waits for a lock for longer than this overwrites unnoticed.
 const KEPT: Duration = Duration::from_secs(60);
@@ -43,7 +43,7 @@ struct Change {
 #[derive(Debug)]
 struct Attribute {
     ours: Trace,
-    earlier: Vec<Trace>,
+    earlier: VecDeque<Trace>,
 }
 
 impl Changes {
@@ -81,14 +81,14 @@ impl Changes {
                 .entry(attribute_type)
                 .or_insert_with(|| Attribute {
                     ours: after,
-                    earlier: Vec::new(),
+                    earlier: VecDeque::new(),
                 });
             attribute.ours = after;
             if !attribute.earlier.contains(&before) {
                 if attribute.earlier.len() >= EARLIER {
-                    attribute.earlier.remove(0);
+                    attribute.earlier.pop_front();
                 }
-                attribute.earlier.push(before);
+                attribute.earlier.push_back(before);
             }
         }
     }

@@ -78,7 +78,7 @@ impl FileToken {
         };
         let directory = self.directory();
         {
-            let left = [names.object(), names.new(), names.journal()]
+            let left = [names.object(), names.next(), names.journal()]
                 .into_iter()
                 .find_map(|name| stat_regular(directory, name).ok());
             let Some(left) = left else { return Ok(()) };
@@ -102,11 +102,11 @@ impl FileToken {
         if !exists(directory, names.object()) {
             return Ok(());
         }
-        if unlink_if_there(directory, names.new())? {
+        if unlink_if_there(directory, names.next())? {
             point("file.recover.token-cleared");
             self.diagnostics.warning(format!(
                 "{}: removed what a crash had left while the token was made or removed",
-                self.path.join(names.new()).display()
+                self.path.join(names.next()).display()
             ));
         }
         self.recover_journal(&names)

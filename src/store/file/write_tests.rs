@@ -20,7 +20,7 @@ use crate::store::{
 };
 
 /// A token as SoftHSM leaves it, and the object `a` in it, which is no newborn.
-fn fixture() -> Fixture {
+pub(super) fn fixture() -> Fixture {
     let fixture = Fixture::new();
     fixture.write("generation", &7u64.to_be_bytes());
     fixture.write("a.object", &encode(5, &sample()));
@@ -33,7 +33,7 @@ fn name(name: &str) -> ObjectName {
     ObjectName::new(name.as_ref()).unwrap()
 }
 
-fn set_label(fixture: &Fixture, object: &ObjectId, label: &[u8]) -> Result<()> {
+pub(super) fn set_label(fixture: &Fixture, object: &ObjectId, label: &[u8]) -> Result<()> {
     let value = Value::Bytes(label.to_vec());
     fixture.token.update(
         object,
@@ -63,7 +63,7 @@ fn new_object(attributes: Attributes) -> NewObject {
     }
 }
 
-fn files(fixture: &Fixture) -> Vec<String> {
+pub(super) fn files(fixture: &Fixture) -> Vec<String> {
     let mut files: Vec<String> = fs::read_dir(fixture.directory.path())
         .unwrap()
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())
@@ -72,7 +72,7 @@ fn files(fixture: &Fixture) -> Vec<String> {
     files
 }
 
-fn generation(fixture: &Fixture) -> u64 {
+pub(super) fn generation(fixture: &Fixture) -> u64 {
     let bytes = fs::read(fixture.path("generation")).unwrap();
     u64::from_be_bytes(bytes.try_into().unwrap())
 }
@@ -677,179 +677,6 @@ fn a_change_that_softhsm_overwrote_is_said_once() {
     fixture.write("a.object", &encode(11, &other));
     set_label(&fixture, &id("a"), b"fourth").unwrap();
     assert_eq!(fixture.token.overwritten(), 2);
-}
-
-/// Each place at which a crash can come, and what the next write makes of it.
-#[test]
-fn leftovers_of_a_crash_are_put_right_by_the_next_write_and_by_recovery() {
-    type Act = fn(&Fixture);
-    let acts: [(&str, Act); 2] = [
-        ("recovery", |fixture| fixture.token.recover()),
-        ("a write", |fixture| {
-            set_label(fixture, &id("a"), b"after").unwrap();
-            fixture.token.recover();
-        }),
-    ];
-    for (what, act) in acts {
-        // Before or after the exchange.
-        let fixture = fixture();
-        fixture.write("a.tokenfs-new", &encode(4, &sample()));
-        act(&fixture);
-        assert_eq!(files(&fixture).len(), 4, "{what}");
-        assert_eq!(generation(&fixture), 8);
-        assert_eq!(fixture.diagnostics.render().lines().count(), 1);
-        // A creation before the link; one before SoftHSM was told; a removal.
-        fixture.write("b.tokenfs-new", &encode(1, &sample()));
-        fixture.write("b.lock", b"");
-        fixture.write("c.tokenfs-new", &encode(1, &sample()));
-        fs::hard_link(fixture.path("c.tokenfs-new"), fixture.path("c.object")).unwrap();
-        fixture.write("c.lock", b"");
-        fixture.write("d.tokenfs-new", &encode(1, &sample()));
-        act(&fixture);
-        assert_eq!(
-            files(&fixture),
-            [
-                "a.lock",
-                "a.object",
-                "c.lock",
-                "c.object",
-                "generation",
-                "token.object"
-            ]
-        );
-        assert_eq!(generation(&fixture), 11);
-        // Somebody is still at it.
-        fixture.write("c.tokenfs-new", &encode(1, &sample()));
-        let mut holder = hold(&fixture.path("c.lock"), 60.0);
-        act(&fixture);
-        assert_eq!(files(&fixture).len(), 7);
-        holder.kill().unwrap();
-        holder.wait().unwrap();
-        act(&fixture);
-        act(&fixture);
-        assert_eq!(files(&fixture).len(), 6);
-    }
-}
-
-/// Every state in which a power failure can leave a file that is rewritten in place.
-#[test]
-fn a_torn_rewriting_is_finished() {
-    let with = |byte: u8, length: usize| {
-        let mut attributes = Attributes::new();
-        attributes.insert(LABEL, Value::Bytes(vec![byte; length]));
-        attributes
-    };
-    let mut states = 0;
-    for (was, becomes) in [
-        (1800usize, 1900usize),
-        (1900, 1800),
-        (1900, 1890),
-        (700, 2000),
-        (2000, 100),
-        (1500, 1500),
-    ] {
-        let journal = journal::Journal {
-            old: encode(5, &with(b'o', was)),
-            new: encode(6, &with(b'n', becomes)),
-        };
-        let target = journal.target();
-        assert!(target.len() >= journal.old.len());
-        assert_eq!(decode(&target).unwrap(), decode(&journal.new).unwrap());
-        assert_eq!(
-            journal::Journal::decode(&journal.encode()).as_ref(),
-            Some(&journal)
-        );
-        let sectors = target.len().div_ceil(512);
-        for chosen in 0..1u32 << sectors {
-            // The old length or the new one; of each sector the old content or the new one.
-            for length in [journal.old.len(), target.len()] {
-                let mut current = journal.old.clone();
-                current.resize(length, 0);
-                for (index, sector) in current.chunks_mut(512).enumerate() {
-                    if chosen & 1 << index != 0 {
-                        let start = index * 512;
-                        sector.copy_from_slice(&target[start..start + sector.len()]);
-                    }
-                }
-                let expected = if current == journal.old || current == journal.new {
-                    journal::Verdict::Keep
-                } else if current == target {
-                    journal::Verdict::Cut
-                } else {
-                    journal::Verdict::Redo
-                };
-                assert_eq!(
-                    journal.verdict(&current),
-                    expected,
-                    "{was} {becomes} {chosen:b}"
-                );
-                states += 1;
-            }
-        }
-        // SoftHSM has written since.
-        for theirs in [encode(6, &with(b's', was)), encode(7, &with(b'n', becomes))] {
-            assert_eq!(journal.verdict(&theirs), journal::Verdict::Keep);
-        }
-    }
-    println!("{states} torn states");
-}
-
-/// The same on disk, for a few of the states, and that a journal that is not whole is of no account.
-#[test]
-fn a_journal_is_put_right_by_the_next_write_and_by_recovery() {
-    let of = |byte: u8, length: usize| {
-        let mut attributes = Attributes::new();
-        attributes.insert(LABEL, Value::Bytes(vec![byte; length]));
-        attributes
-    };
-    let old = encode(5, &of(b'o', 2000));
-    let new = encode(6, &of(b'n', 1000));
-    let journal = journal::Journal {
-        old: old.clone(),
-        new: new.clone(),
-    };
-    let target = journal.target();
-    let mixture = [&target[..512], &old[512..]].concat();
-    let whole = journal.encode();
-    let torn = &whole[..whole.len() - 1];
-    let theirs = encode(9, &of(b's', 10));
-    for (file, stem) in [("token.object", "token"), ("a.object", "a")] {
-        for (current, journal, expected, generation) in [
-            (&old, &whole[..], b'o', 5),
-            (&old, torn, b'o', 5),
-            (&old, b"", b'o', 5),
-            (&new, &whole, b'n', 6),
-            (&target, &whole, b'n', 6),
-            (&mixture, &whole, b'n', 7),
-            (&theirs, &whole, b's', 9),
-        ] {
-            for written in [false, true] {
-                let fixture = fixture();
-                fixture.write(file, current);
-                fixture.write(&format!("{stem}.tokenfs-journal"), journal);
-                let object = if stem == "token" {
-                    ObjectId::Token
-                } else {
-                    id(stem)
-                };
-                if written {
-                    fixture
-                        .token
-                        .update(&object, &mut |_| Ok(()), None, soon())
-                        .unwrap();
-                } else {
-                    fixture.token.recover();
-                }
-                assert_eq!(files(&fixture).len(), 4);
-                let bytes = fs::read(fixture.path(file)).unwrap();
-                let found = decode(&bytes).unwrap();
-                assert_eq!(found.attributes.bytes(LABEL).unwrap()[0], expected);
-                assert_eq!(found.generation, Some(generation));
-                assert_eq!(bytes, encode(generation, &found.attributes), "no filler");
-                assert_eq!(fixture.diagnostics.render().lines().count(), 1);
-            }
-        }
-    }
 }
 
 #[test]

@@ -1,0 +1,380 @@
+//! What goes wrong below a mount comes through with the errno that it has, leaves the old value intact, holds up nothing else, and is
+//! explained in `.tokenfs/log`.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
+
+mod mount_common;
+mod support;
+mod write_common;
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use nix::fcntl::{FcntlArg, fcntl};
+use nix::libc;
+use support::*;
+use write_common::calls::*;
+use write_common::*;
+
+/// A small file system of its own for the tokens. It is unmounted with this value, in a panic too.
+#[derive(Debug)]
+struct Small(PathBuf);
+
+impl Small {
+    fn remount(&self, options: &str) {
+        let mut mount = tool("mount");
+        run(mount
+            .arg("-o")
+            .arg(format!("remount,{options}"))
+            .arg(&self.0));
+    }
+}
+
+impl Drop for Small {
+    fn drop(&mut self) {
+        let _ = tool("umount").arg("-l").arg(&self.0).output();
+    }
+}
+
+/// A store on a tmpfs of that size, with a session; the tokendir is the file system's root.
+fn on_tmpfs(backend: Backend, size: &str) -> (Small, Softhsm, P11, (u64, u64, u64)) {
+    assert!(
+        is_root(),
+        "this test mounts a tmpfs: run scripts/test as root"
+    );
+    let softhsm = Softhsm::new(backend);
+    let mut mount = tool("mount");
+    mount.args([
+        "-t",
+        "tmpfs",
+        "-o",
+        &format!("size={size},mode=0755"),
+        "tokenfs-test",
+    ]);
+    run(mount.arg(&softhsm.tokendir));
+    let small = Small(softhsm.tokendir.clone());
+    let mut client = softhsm.p11();
+    client.init_token("test", Some(PIN)).unwrap();
+    client.open("test", Some(PIN)).unwrap();
+    let handles = fill(&mut client);
+    (small, softhsm, client, handles)
+}
+
+/// Writes a value; the errno of whichever call says it.
+fn write(path: &Path, value: &[u8]) -> i32 {
+    let file = options().truncate(true).open(path);
+    let mut file = match file {
+        Ok(file) => file,
+        Err(error) => return error.raw_os_error().unwrap(),
+    };
+    let written = errno(file.write_all(value));
+    let closed = close(file).err().map_or(0, |e| e as i32);
+    if written == 0 { closed } else { written }
+}
+
+#[track_caller]
+fn assert_errno(is: i32, wanted: &[i32], what: &str, bench: &Bench) {
+    let names: Vec<_> = wanted.iter().map(|e| name(*e)).collect();
+    assert!(
+        wanted.contains(&is),
+        "{} backend: {what}: {}, and not {}\n--- log\n{}",
+        bench.backend(),
+        name(is),
+        names.join(" or "),
+        bench.log()
+    );
+}
+
+/// A line of the log names the token, and is a sentence.
+#[track_caller]
+fn assert_explained(bench: &Bench, words: &[&str]) {
+    let log = bench.log();
+    let explained = log.lines().any(|line| {
+        let line = line.to_lowercase();
+        line.contains(&bench.token) && words.iter().any(|word| line.contains(word))
+    });
+    assert!(
+        explained,
+        "{} backend: no line with one of {words:?} and the token's name in .tokenfs/log:\n{log}",
+        bench.backend()
+    );
+}
+
+both_backends! {
+    fn a_full_disk_is_no_space(backend) {
+        let (small, softhsm, client, handles) = on_tmpfs(backend, "2m");
+        let mut bench = Bench::beside(softhsm, client, handles, &MountOptions::new());
+        // SQLite's journal has to fit besides.
+        let filler = bench.softhsm.tokendir.join("filler");
+        let mut file = File::create(&filler).unwrap();
+        while file.write_all(&[1; 4096]).is_ok() {}
+        drop(file);
+        let before = mount_common::expected(&bench.softhsm);
+        let value = vec![7; 100_000];
+        for (what, path) in [("a larger value", bench.of_data("CKA_VALUE")), ("a larger value of a private object", bench.at(&bench.private).join("CKA_LABEL"))] {
+            assert_errno(write(&path, &value[..99_968]), &[libc::ENOSPC], what, &bench);
+            mount_common::assert_same(&before, &mount_common::expected(&bench.softhsm));
+        }
+        assert_explained(&bench, &["space", "full"]);
+        // A new object is refused when it is synced, and does not appear in part.
+        bench.fails("cp -a $k 00000000-0000-4000-8000-000000000001 && sync 00000000-0000-4000-8000-000000000001 && sync .");
+        mount_common::assert_same(&before, &mount_common::expected(&bench.softhsm));
+        bench.assert_signs(handles.2);
+        let left = leftovers(&bench.softhsm.tokendir);
+        assert!(left.iter().all(|path| path.ends_with("filler")), "{left:?}");
+        // As soon as there is room, all is well.
+        fs::remove_file(&filler).unwrap();
+        bench.quiet("rm -rf 00000000-0000-4000-8000-000000000001");
+        assert_errno(write(&bench.of_data("CKA_VALUE"), &value), &[0], "with room again", &bench);
+        assert_eq!(bench.stored_data("CKA_VALUE").unwrap(), value);
+        bench.settle();
+        bench.assert_sessions_agree();
+        bench.assert_no_leftovers();
+        let Bench { mount, client, .. } = bench;
+        drop(client);
+        mount.unmount();
+        drop(small);
+    }
+
+    fn a_read_only_file_system_is_read_only(backend) {
+        let (small, softhsm, client, handles) = on_tmpfs(backend, "4m");
+        // What has the store open for writing would keep it from becoming read-only.
+        drop(client);
+        small.remount("ro");
+        let client = P11::start(&softhsm);
+        let mut bench = Bench::beside(softhsm, client, handles, &MountOptions::new());
+        let before = bench.softhsm.snapshot();
+        let tree = mount_common::seen(&bench.mount);
+        mount_common::assert_same(&mount_common::expected(&bench.softhsm), &tree);
+        assert_errno(write(&bench.of_data("CKA_LABEL"), b"x"), &[libc::EROFS], "a value", &bench);
+        for line in ["truncate -s 1 $o/CKA_LABEL", "chmod 640 $o/CKA_LABEL", "touch -d @1 $o", "mv $o .gone", "rm $o/CKA_LABEL && sync $o", "mkdir ../new && sync .."] {
+            let said = bench.fails(line);
+            assert!(said.contains("Read-only file system"), "`{line}`: {said}");
+        }
+        assert_explained(&bench, &["read-only", "read only"]);
+        std::thread::sleep(HELD);
+        before.assert_same(&bench.softhsm.snapshot());
+        small.remount("rw");
+        assert_errno(write(&bench.of_data("CKA_LABEL"), b"writable"), &[0], "when it is writable again", &bench);
+        assert_eq!(bench.stored_data("CKA_LABEL").unwrap(), b"writable");
+        bench.client.reinitialize().unwrap();
+        let Bench { mount, client, .. } = bench;
+        drop(client);
+        mount.unmount();
+        drop(small);
+    }
+
+    fn no_permission_is_no_permission(backend) {
+        let (softhsm, client, handles) = configured(backend, "objectstore.umask = 0\n");
+        drop(client);
+        // Alice may write every file, says the kernel, and may make none beside it: so it is the daemon that is refused.
+        for path in walk(&softhsm.tokendir) {
+            set_mode(&path, if path.is_dir() { 0o755 } else { 0o666 });
+        }
+        set_mode(softhsm.directory.path(), 0o755);
+        let client = softhsm.p11();
+        let options = MountOptions::new().user(ALICE).umask(0);
+        let before = softhsm.snapshot();
+        let bench = Bench::beside(softhsm, client, handles, &options);
+        let by_alice = |line: &str| {
+            let mut shell = as_user(ALICE, "bash");
+            shell.args(["-c", &format!("cd {} && {{ {line}; }}", bench.directory().display())]).current_dir("/");
+            shell.env("LC_ALL", "C").env("o", &bench.data);
+            shell
+        };
+        let value = "python3 -c 'import os,sys; f=os.open(sys.argv[1],os.O_WRONLY|os.O_TRUNC); os.write(f,b\"x\"); os.close(f)' $o/CKA_LABEL";
+        for line in [value, "rm $o/CKA_LABEL && sync $o", "mv $o .gone", "mkdir new", "chmod 666 $o/CKA_LABEL", "touch -d @1 $o"] {
+            let said = run_to_fail(&mut by_alice(line));
+            assert!(said.contains("Permission denied") || said.contains("not permitted"), "`{line}`: {said}");
+        }
+        std::thread::sleep(HELD);
+        before.assert_same(&bench.softhsm.snapshot());
+        let log = text_of(&mut by_alice("cat ../.tokenfs/log"));
+        assert!(log.contains(&bench.token), "{log}");
+    }
+
+    fn a_lock_that_stays_is_busy_after_the_limit(backend) {
+        let mut bench = Bench::with(backend, &MountOptions::new().option("lock_wait=1"));
+        let mut other = bench.softhsm.p11();
+        other.init_token("other", Some(PIN)).unwrap();
+        other.open("other", Some(PIN)).unwrap();
+        let (second, ..) = fill(&mut other);
+        let free = match backend {
+            // Of the same token; in a database all share a lock.
+            Backend::File => bench.at(&bench.public).join("CKA_LABEL"),
+            Backend::Db => {
+                let link = bench.mount.join(".tokenfs/by-label/other/data.data/CKA_LABEL");
+                eventually(SOON, "the other token", || link.exists());
+                fs::canonicalize(link).unwrap()
+            }
+        };
+        let before = bench.stored_data("CKA_LABEL");
+        let holders: &[&str] = match backend { Backend::File => &["lock", "object"], Backend::Db => &["exclusive", "immediate", "shared"] };
+        for held in holders {
+            let holder = Holder::new(&bench, held);
+            let started = Instant::now();
+            let path = bench.of_data("CKA_LABEL");
+            let blocked = std::thread::spawn(move || write(&path, b"too early"));
+            std::thread::sleep(Duration::from_millis(100));
+            let mut longest = Duration::ZERO;
+            for round in 0..5 {
+                let beside = Instant::now();
+                assert_errno(write(&free, format!("free {round}").as_bytes()), &[0], "another object meanwhile", &bench);
+                assert_eq!(fs::read(&free).unwrap(), format!("free {round}").as_bytes());
+                longest = longest.max(beside.elapsed());
+            }
+            assert!(longest < Duration::from_millis(500), "{backend}, {held}: another object was held up for {longest:?}");
+            assert!(!blocked.is_finished(), "{backend}, {held}: nothing was waited for: {}", name(blocked.join().unwrap()));
+            let errno = blocked.join().unwrap();
+            let waited = started.elapsed();
+            assert_errno(errno, &[libc::EBUSY], &format!("a write under a lock on {held}"), &bench);
+            assert!(waited > Duration::from_millis(900) && waited < Duration::from_secs(4), "{backend}, {held}: waited {waited:?}");
+            assert_explained(&bench, &["lock", "busy"]);
+            for (what, said) in [("mv to a dot", bench.fails("mv $o .gone")), ("chmod", if backend == Backend::Db { String::from("busy") } else { bench.fails("rm $o/CKA_VALUE && sync $o") })] {
+                assert!(said.to_lowercase().contains("busy"), "{what}: {said}");
+            }
+            drop(holder);
+            std::thread::sleep(HELD);
+            assert_eq!(bench.stored_data("CKA_LABEL"), before, "{backend}, {held}: after all that");
+            bench.settle();
+            // A lock that is let go in time is waited for.
+            let holder = Holder::new(&bench, held);
+            let path = bench.of_data("CKA_APPLICATION");
+            let waiting = std::thread::spawn(move || write(&path, b"waited for"));
+            std::thread::sleep(Duration::from_millis(300));
+            drop(holder);
+            assert_errno(waiting.join().unwrap(), &[0], "a write that waits for a lock", &bench);
+            assert_eq!(bench.stored_data("CKA_APPLICATION").unwrap(), b"waited for");
+        }
+        assert!(other.label(second).unwrap().is_some());
+        bench.settle();
+        bench.assert_sessions_agree();
+    }
+
+    fn an_error_of_the_disk_comes_through(backend) {
+        let mut bench = Bench::new(backend);
+        let old = bench.stored_data("CKA_LABEL").unwrap();
+        let (mut failed, mut met) = (0, Vec::new());
+        let calls = ["pwrite64", "fsync", "fdatasync", "renameat2", "renameat", "linkat", "ftruncate", "write", "fchmod"];
+        for call in calls {
+            for (error, number) in [("EIO", libc::EIO), ("ENOSPC", libc::ENOSPC)] {
+                for when in ["1", "2", "1+"] {
+                    let injection = Injection::new(&bench, call, &format!("error={error}:when={when}"));
+                    let value = vec![b'n'; 6000];
+                    let errno = write(&bench.of_data("CKA_LABEL"), &value);
+                    drop(injection);
+                    let stored = bench.stored_data("CKA_LABEL").unwrap();
+                    let shown = fs::read(bench.of_data("CKA_LABEL")).unwrap();
+                    let what = format!("{backend}: {error} in {call}, time {when}");
+                    assert_eq!(shown, stored, "{what}: mount and store differ");
+                    if errno == 0 {
+                        assert!(stored == value, "{what}: close says that it is well, and the store has {} bytes", stored.len());
+                        assert_errno(write(&bench.of_data("CKA_LABEL"), &old), &[0], "putting it back", &bench);
+                        continue;
+                    }
+                    failed += 1;
+                    met.push(format!("{call}/{when}"));
+                    assert_errno(errno, &[number, libc::EIO], &what, &bench);
+                    assert!(stored == old, "{what}: refused, and the store has {} bytes", stored.len());
+                    let log = bench.log();
+                    assert!(log.lines().last().is_some_and(|line| line.contains(&bench.token)), "{what}: the log:\n{log}");
+                    let left = leftovers(&bench.softhsm.tokendir);
+                    // What could not be cleaned up is cleaned up by the next write.
+                    assert!(left.len() <= 1, "{what}: left {left:?}");
+                    let seen = bench.client.label(bench.handles.0).unwrap().unwrap();
+                    assert_eq!(seen, old, "{what}: a live session");
+                }
+            }
+        }
+        println!("{backend}: {failed} writes failed, in {met:?}");
+        assert!(failed >= 4, "{backend}: hardly any injected error was met: {met:?}");
+        // And all is well afterwards.
+        assert_errno(write(&bench.of_data("CKA_LABEL"), b"well"), &[0], "afterwards", &bench);
+        bench.settle();
+        bench.assert_sessions_agree();
+        let Bench { mount, softhsm, .. } = bench;
+        mount.unmount();
+        Mount::new(&softhsm).unmount();
+        let left = leftovers(&softhsm.tokendir);
+        assert!(left.is_empty(), "{left:?}");
+    }
+}
+
+/// Somebody who holds a lock.
+#[derive(Debug)]
+enum Holder {
+    File(#[allow(dead_code)] File),
+    Db(#[allow(dead_code)] rusqlite::Connection),
+}
+
+impl Holder {
+    fn new(bench: &Bench, what: &str) -> Self {
+        let path = bench.backing(&bench.data);
+        if bench.backend() == Backend::Db {
+            let connection = rusqlite::Connection::open(path).unwrap();
+            connection.busy_timeout(Duration::from_secs(5)).unwrap();
+            match what {
+                "shared" => connection
+                    .execute_batch("begin; select count(*) from object")
+                    .unwrap(),
+                what => connection.execute_batch(&format!("begin {what}")).unwrap(),
+            }
+            return Self::Db(connection);
+        }
+        let path = path.with_extension(what);
+        let file = File::options().read(true).write(true).open(path).unwrap();
+        let lock = libc::flock {
+            l_type: libc::F_WRLCK as i16,
+            l_whence: 0,
+            l_start: 0,
+            l_len: 0,
+            l_pid: 0,
+        };
+        fcntl(&file, FcntlArg::F_OFD_SETLKW(&lock)).unwrap();
+        Self::File(file)
+    }
+}
+
+/// `strace` on the process of a mount that makes a system call fail, until this value goes.
+#[derive(Debug)]
+struct Injection(std::process::Child);
+
+impl Injection {
+    fn new(bench: &Bench, call: &str, how: &str) -> Self {
+        let pid = bench.mount.pid();
+        let mut strace = tool("strace");
+        strace.args([
+            "-f",
+            "-o",
+            "/dev/null",
+            "-p",
+            &pid.to_string(),
+            "-e",
+            &format!("trace={call}"),
+        ]);
+        strace.args(["-e", &format!("inject={call}:{how}")]);
+        let child = strace.stderr(Stdio::null()).spawn().unwrap();
+        eventually(SOON, "strace on the mount", || {
+            let tasks = fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten();
+            let mut traced = tasks.map(|task| {
+                let status = fs::read_to_string(task.path().join("status")).unwrap_or_default();
+                status
+                    .lines()
+                    .any(|line| line.starts_with("TracerPid:") && !line.ends_with("\t0"))
+            });
+            traced.all(|traced| traced)
+        });
+        Self(child)
+    }
+}
+
+impl Drop for Injection {
+    fn drop(&mut self) {
+        // It lets go of the process when it is asked to end.
+        let pid = nix::unistd::Pid::from_raw(self.0.id().cast_signed());
+        let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM);
+        let _ = self.0.wait();
+    }
+}
