@@ -3,12 +3,10 @@
 
 mod model_common;
 
-use std::time::Duration;
-
-use model_common::fixture::{Template, initial, leftovers, read, stored};
+use model_common::fixture::{Template, leftovers, read, stored};
 use model_common::model::{Content, Model};
 use model_common::ops::*;
-use model_common::run::{Pair, run};
+use model_common::run::{Pair, lasting, run};
 use model_common::tree::TreeWorld;
 use tokenfs::store::Backend;
 use tokenfs::store::attribute::{Attributes, Value};
@@ -45,7 +43,7 @@ fn check_values(what: &str, wanted: &Attributes, stored: &Attributes) {
 
 fn sequence(template: &Template, ops: &[Op]) {
     let mut world = TreeWorld::new(template);
-    let mut model = Model::new(template.backend == Backend::Db, 0o077, &initial());
+    let mut model = Model::new(template.backend == Backend::Db, 0o077, &template.content);
     let (mut logged, mut calls) = (0, 0);
     let mut after = |model: &Model, world: &mut TreeWorld, refused: Option<i32>| {
         let now = world.logged();
@@ -78,16 +76,6 @@ fn sequence(template: &Template, ops: &[Op]) {
         "left is what is stored, right what the model says"
     );
     assert_eq!(leftovers(tokendir), [] as [std::path::PathBuf; 0]);
-}
-
-fn lasting() -> Duration {
-    let full = std::env::var_os("TOKENFS_TEST_FULL").is_some_and(|value| value == "1");
-    let seconds = match std::env::var("TOKENFS_TEST_SECONDS") {
-        Ok(seconds) => seconds.parse().expect("TOKENFS_TEST_SECONDS"),
-        Err(_) if full => 300,
-        Err(_) => 15,
-    };
-    Duration::from_secs(seconds)
 }
 
 fn random(backend: Backend) {
@@ -188,4 +176,104 @@ fn a_file_without_a_value_moves_with_its_object() {
 #[test]
 fn an_object_can_take_the_place_of_an_empty_directory() {
     found(&[mkdir(C), rename(A, C), list(C), Op::LeaveAlone]);
+}
+
+#[test]
+fn what_was_unlinked_does_not_stand_in_the_way_of_another_kind_of_its_type() {
+    found(&[
+        unlink(&a("CKA_LABEL")),
+        put(&a("CKA_LABEL.ulong"), b"0x1f"),
+        Op::LeaveAlone,
+        content(&a("CKA_LABEL.ulong")),
+    ]);
+}
+
+#[test]
+fn what_was_unlinked_does_not_stand_in_the_way_of_making_an_object_private() {
+    found(&[
+        unlink(&a("CKA_LABEL")),
+        unlink(&a("CKA_ID")),
+        put(&a("CKA_PRIVATE"), b"true\n"),
+    ]);
+    found(&[
+        unlink(&format!("{B}/CKA_PRIVATE")),
+        put(&format!("{B}/CKA_LABEL"), b"clear"),
+    ]);
+}
+
+#[test]
+fn appending_to_a_file_that_was_unlinked_begins_with_nothing() {
+    found(&[
+        unlink(&a("CKA_LABEL")),
+        open(0, &a("CKA_LABEL"), "write create append"),
+        Op::Write(0, b"new"),
+        Op::Close(0),
+        content(&a("CKA_LABEL")),
+    ]);
+}
+
+#[test]
+fn what_takes_the_name_of_an_unlinked_file_stays() {
+    found(&[
+        unlink(&a("CKA_ID")),
+        rename(&a("CKA_LABEL"), &a("CKA_ID")),
+        Op::LeaveAlone,
+        content(&a("CKA_ID")),
+    ]);
+    found(&[
+        open(0, &a("0x80001234.bytes"), "write create"),
+        rename(&a("CKA_LABEL"), &a("0x80001234.bytes")),
+        unlink(&a("0x80001234.bytes")),
+        Op::LeaveAlone,
+    ]);
+}
+
+#[test]
+fn what_was_unlinked_in_a_map_does_not_come_back_when_the_map_is_renamed() {
+    let (from, to) = (a("CKA_WRAP_TEMPLATE"), a("CKA_UNWRAP_TEMPLATE"));
+    let fresh = format!("{from}/CKA_KEY_TYPE");
+    found(&[
+        unlink(&format!("{from}/CKA_LABEL")),
+        open(0, &fresh, "write create"),
+        rename(&from, &to),
+        list(&to),
+        mkdir(&from),
+        list(&from),
+    ]);
+}
+
+#[test]
+fn what_is_open_goes_with_its_object_when_that_is_renamed() {
+    found(&[
+        open(2, &a("CKA_START_DATE"), "write create"),
+        rename(A, C),
+        mkdir(A),
+        Op::Write(2, b"20261123"),
+        Op::Close(2),
+        list(A),
+        content(&format!("{C}/CKA_START_DATE")),
+    ]);
+}
+
+#[test]
+fn a_file_that_one_could_not_give_a_value_stays_for_another_who_has_it_open() {
+    found(&[
+        open(0, &a("CKA_SIGN"), "write create"),
+        Op::Write(0, b"1"),
+        put(&a("CKA_SIGN"), b"2048\n"),
+        list(A),
+        Op::Close(0),
+        content(&a("CKA_SIGN")),
+    ]);
+}
+
+#[test]
+fn what_is_renamed_while_it_is_appended_to_is_not_written_twice() {
+    found(&[
+        open(0, &a(".x"), "write create append"),
+        Op::Write(0, b"once"),
+        rename(&a(".x"), &a("CKA_ID")),
+        Op::Close(0),
+        content(&a("CKA_ID")),
+    ]);
 }

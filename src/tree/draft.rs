@@ -111,6 +111,17 @@ impl Draft {
             .filter(move |slot| !fresh.contains_key(slot))
     }
 
+    /// An attribute map has another name: the files in it that have no value yet go with it.
+    pub fn move_map(&mut self, from: Slot, to: Slot) {
+        let inside: Vec<Slot> = self.fresh.keys().copied().collect();
+        for slot in inside.into_iter().filter(|slot| slot.is_in(from)) {
+            if let Some(bytes) = self.fresh.remove(&slot) {
+                let map = Some(to.key.attribute_type);
+                self.fresh.insert(Slot { map, ..slot }, bytes);
+            }
+        }
+    }
+
     /// When it is to be written, if it is left alone until then.
     fn due(&self) -> Option<Instant> {
         if self.busy {

@@ -199,7 +199,7 @@ impl Tree {
             }
             Err(error) => {
                 // Nothing is left, so that it can be tried again.
-                lock(&self.handles).remove(handle);
+                self.discard(handle);
                 if is_new {
                     match node {
                         Node::Scratch(_) => lock(&self.scratch).remove(&directory, name),
@@ -281,7 +281,7 @@ impl Tree {
             ..Creation::default()
         };
         let (entry, handle) = self.create(parent, name, how, caller, patience)?;
-        lock(&self.handles).remove(handle);
+        self.discard(handle);
         Ok(entry)
     }
 
@@ -424,6 +424,7 @@ impl Tree {
         self.with_drafts(&key, patience, |drafts| {
             let draft = drafts.entry(&key);
             let was_fresh = draft.fresh.remove(&slot).is_some();
+            draft.fresh.retain(|held, _| !held.is_in(slot));
             match &mut draft.new {
                 Some(new) => {
                     slot.remove(&mut new.attributes);

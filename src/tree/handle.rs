@@ -1,7 +1,7 @@
 //! Open files and directories.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicU32};
+use std::sync::atomic::AtomicU32;
 use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
 
@@ -39,11 +39,22 @@ pub(super) struct Writer {
     pub content: Bytes,
     /// What of that the store has to be told.
     pub state: Mutex<State>,
-    /// The file was unlinked or replaced since it was opened: what is written is seen through this descriptor alone, as in any
-    /// file system.
-    pub gone: AtomicBool,
     /// The process that wrote through it last, or opened it.
     pub user: AtomicU32,
+    /// What has become of the file since it was opened.
+    pub place: Mutex<Place>,
+}
+
+/// Where the file is that a writer has open.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) enum Place {
+    /// Where it was when it was opened.
+    #[default]
+    There,
+    /// It, or its object, was renamed.
+    Moved(Node),
+    /// It was unlinked or replaced: what is written is seen through this descriptor alone, as in any file system.
+    Gone,
 }
 
 /// What has become of a writer's copy.

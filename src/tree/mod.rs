@@ -12,6 +12,8 @@
 
 mod building;
 mod by_label;
+mod close;
+mod commit;
 mod draft;
 mod entries;
 mod handle;

@@ -129,6 +129,7 @@ impl Tree {
                     lock(&self.scratch).remove(to.directory, to.name);
                     return Err(error);
                 }
+                lock(&self.scratch).clear(&node);
                 self.rebind(ino, &Node::Scratch(made), to_parent, patience);
             }
             (
@@ -139,7 +140,12 @@ impl Tree {
                     return Err(other_device());
                 }
                 self.rename_object(token, object, &to_object, patience)?;
-                lock(&self.scratch).clear(&Node::Object(token.clone(), id.clone()));
+                let to_id = ObjectId::Object(to_object.clone());
+                self.moved(&(token.clone(), id.clone()), |slot| {
+                    let now = slot.node(token, &to_id);
+                    Some(super::handle::Place::Moved(now))
+                });
+                lock(&self.scratch).clear_object(&(token.clone(), id.clone()));
                 let target = Node::Object(to_token, ObjectId::Object(to_object));
                 self.rebind(ino, &target, to_parent, patience);
             }
@@ -153,7 +159,9 @@ impl Tree {
                     lock(&self.scratch).remove(to.directory, to.name);
                     return Err(error);
                 }
-                lock(&self.scratch).clear(&node);
+                let key = (token.clone(), ObjectId::Object(object.clone()));
+                self.moved(&key, |_| Some(super::handle::Place::Gone));
+                lock(&self.scratch).clear_object(&key);
                 self.rebind(ino, &Node::Scratch(made), to_parent, patience);
             }
             // mv(1) copies what has to be copied.
@@ -337,7 +345,7 @@ impl Tree {
             ));
         }
         let content = view::content(from, &object)?;
-        self.change(from, None, patience, &mut |attributes| {
+        self.replacing_all(&[from, to], None, patience, &mut |attributes| {
             let Some(value) = source.remove(attributes) else {
                 return Err(Error::not_found("the attribute is gone"));
             };
@@ -353,9 +361,25 @@ impl Tree {
             };
             target.set(attributes, value)
         })?;
-        self.cut_off(from);
         self.cut_off(to);
-        lock(&self.drafts).touch(&(token.clone(), id.clone()));
+        self.moved(&(token.clone(), id.clone()), |slot| {
+            let now = match slot {
+                slot if slot == source => target,
+                slot if slot.is_in(source) => Slot {
+                    map: Some(target.key.attribute_type),
+                    ..slot
+                },
+                _ => return None,
+            };
+            Some(super::handle::Place::Moved(now.node(token, id)))
+        });
+        let mut drafts = lock(&self.drafts);
+        if let Some(draft) = drafts.get_mut(&(token.clone(), id.clone())) {
+            draft.move_map(source, target);
+        }
+        drafts.touch(&(token.clone(), id.clone()));
+        drop(drafts);
+        lock(&self.scratch).clear(from);
         Ok(())
     }
 

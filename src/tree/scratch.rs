@@ -195,6 +195,15 @@ impl Scratch {
         }
     }
 
+    /// Takes away all that is in the directory of an object, and in its maps, which are gone.
+    pub fn clear_object(&mut self, (token, id): &super::draft::Key) {
+        let of = |directory: &&Node| directory.object() == Some((token, id));
+        let directories: Vec<Node> = self.outside.keys().filter(of).cloned().collect();
+        for directory in directories {
+            self.clear(&directory);
+        }
+    }
+
     fn drop_entry(&mut self, id: ScratchId) {
         if let Some(entry) = self.entries.remove(&id)
             && let Content::Directory(names) = entry.content

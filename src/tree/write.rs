@@ -4,9 +4,9 @@
 //! first flush after a write commits; a flush with nothing written commits nothing (a shell's `echo x > f` duplicates its descriptor and
 //! closes the first one before it writes); truncation alone is committed with the last close.
 
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::{Instant, SystemTime};
+use std::time::SystemTime;
 
 use super::draft::Bytes;
 use super::handle::{Handle, HandleId, State, Writer};
@@ -16,9 +16,8 @@ use super::slot::Slot;
 use super::text::Context;
 use super::{Tree, lock, text, view};
 use crate::error::{Error, ErrorKind, Result};
-use crate::pkcs11;
-use crate::store::attribute::{Attributes, Kind, Value};
-use crate::store::{ObjectId, Patience, TokenName, validate};
+use crate::store::Patience;
+use crate::store::attribute::Kind;
 
 /// The longest value, in bytes. The largest objects that SoftHSM makes are data objects of a few MiB; one above 256 MiB would not
 /// be read again.
@@ -31,14 +30,6 @@ pub struct OpenForWriting {
     pub truncate: bool,
     /// `O_APPEND`: every write goes to the end.
     pub append: bool,
-}
-
-/// What is to become of a value.
-enum Text<'a> {
-    /// This is the whole of it.
-    Whole(&'a [u8]),
-    /// This comes behind what is stored.
-    Appended(&'a [u8]),
 }
 
 impl Tree {
@@ -71,7 +62,7 @@ impl Tree {
         let writers = lock(&self.handles).writers();
         let mut of_node = writers
             .iter()
-            .filter(|writer| writer.node == *node && !writer.gone.load(Ordering::Acquire))
+            .filter(|writer| self.committed_as(writer).as_ref() == Some(node))
             .peekable();
         let is_open = of_node.peek().is_some();
         let ours = of_node.find(|writer| {
@@ -136,13 +127,13 @@ impl Tree {
             append,
             content,
             state: Mutex::new(state),
-            gone: AtomicBool::new(false),
+            place: Mutex::default(),
             user: AtomicU32::new(0),
         };
         self.open_handle(Handle::Writer(Arc::new(writer)))
     }
 
-    fn count_writers(&self, node: &Node, count: impl Fn(usize) -> usize) {
+    pub(super) fn count_writers(&self, node: &Node, count: impl Fn(usize) -> usize) {
         if let Some((token, id, _)) = Slot::of(node) {
             let key = (token.clone(), id.clone());
             let mut drafts = lock(&self.drafts);
@@ -178,7 +169,7 @@ impl Tree {
             append: how.append,
             content: bytes,
             state: Mutex::default(),
-            gone: AtomicBool::new(false),
+            place: Mutex::default(),
             user: AtomicU32::new(0),
         }))))
     }
@@ -218,6 +209,7 @@ impl Tree {
         }
         let more = data.len() as u64;
         let is_scratch = matches!(writer.node, Node::Scratch(_));
+        let node = self.committed_as(writer);
         if is_scratch {
             lock(&self.scratch).check_room(more)?;
         }
@@ -242,8 +234,8 @@ impl Tree {
             place.copy_from_slice(data);
         }
         // Programs ignore what close says, so a wrong word is refused here if it can be told already.
-        if !is_scratch
-            && let Some((_, _, slot)) = Slot::of(&writer.node)
+        if let Some((_, _, slot)) = node.as_ref().and_then(Slot::of)
+            && !is_scratch
             && slot.key.kind != Kind::Bytes
             && content.ends_with(b"\n")
             && let Err(error) = text::parse(slot.key, &content, Context::default())
@@ -272,7 +264,7 @@ impl Tree {
         state.mtime = None;
         state.version += 1;
         drop(state);
-        self.touch(&writer.node);
+        self.touch(node.as_ref().unwrap_or(&writer.node));
         Ok(())
     }
 
@@ -379,442 +371,12 @@ impl Tree {
             return Ok(());
         }
         content.resize(as_index(size), 0);
-        self.commit(node, &Text::Whole(&content), None, patience)
-    }
-
-    /// A descriptor is closed, perhaps not the last one of its file, or synced: what was written since the last time is
-    /// committed.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Invalid`] if it is no value of its kind: the old value stays; what writing to the store fails with.
-    pub fn flush(&self, handle: HandleId, patience: Patience) -> Result<()> {
-        let writer = match lock(&self.handles).get(handle) {
-            Some(Handle::Writer(writer) | Handle::Shared(writer)) => Arc::clone(writer),
-            // There is nothing to say of a file that is read.
-            _ => return Ok(()),
-        };
-        self.commit_writer(&writer, patience, |state| state.written)
-    }
-
-    /// Commits what a descriptor has that is `wanted`. Of several that close duplicates of one at the same time, one commits, and the
-    /// others wait for it.
-    fn commit_writer(
-        &self,
-        writer: &Writer,
-        patience: Patience,
-        wanted: impl Fn(&State) -> bool,
-    ) -> Result<()> {
-        loop {
-            {
-                let mut state = lock(&writer.state);
-                if !state.committing {
-                    if !wanted(&state) {
-                        return Ok(());
-                    }
-                    state.committing = true;
-                    break;
-                }
-            }
-            patience.wait(super::settle::PAUSE, "the file is being written")?;
-        }
-        let outcome = self.commit_content(writer, patience);
-        lock(&writer.state).committing = false;
-        outcome
-    }
-
-    fn commit_content(&self, writer: &Writer, patience: Patience) -> Result<()> {
-        let node = match self.committed_as(writer) {
-            Some(node) => node,
-            // A scratch file has its content already, and one that is gone needs none.
-            None => {
-                lock(&writer.state).committed(false);
-                return Ok(());
-            }
-        };
-        let (content, state) = {
-            let content = lock(&writer.content);
-            (content.clone(), lock(&writer.state).clone())
-        };
-        let text = match state.appended {
-            Some(appended) => {
-                let start = content.len().saturating_sub(appended);
-                Text::Appended(content.get(start..).unwrap_or_default())
-            }
-            None => Text::Whole(&content),
-        };
-        let outcome = self.commit(&node, &text, state.mtime, patience);
-        if !matches!(&outcome, Err(error) if error.kind() == ErrorKind::WouldBlock) {
-            let mut now = lock(&writer.state);
-            if now.version == state.version {
-                now.committed(outcome.is_err());
-            }
-        }
-        self.noted_write(&node, outcome)
-    }
-
-    /// What is open of `node`, and of what is in it, has no name any more: it must not come back when it is closed.
-    pub(super) fn cut_off(&self, node: &Node) {
-        let Some((token, id, slot)) = Slot::of(node) else {
-            return;
-        };
-        let writers = lock(&self.handles).writers();
-        for writer in writers {
-            let is_in = self.committed_as(&writer).is_some_and(|of| {
-                Slot::of(&of).is_some_and(|(other_token, other_id, other)| {
-                    (other_token, other_id) == (token, id) && (other == slot || other.is_in(slot))
-                })
-            });
-            if is_in {
-                writer.gone.store(true, Ordering::Release);
-            }
-        }
-    }
-
-    /// The attribute that a writer's content is to become, if it is to become one.
-    fn committed_as(&self, writer: &Writer) -> Option<Node> {
-        if writer.gone.load(Ordering::Acquire) {
-            return None;
-        }
-        match &writer.node {
-            Node::Scratch(id) => lock(&self.scratch)
-                .get(*id)
-                .ok()
-                .and_then(|entry| entry.becomes.clone()),
-            node => Some(node.clone()),
-        }
-    }
-
-    /// Closes a file or a directory for good. What was cut or extended and never written is committed now; nobody hears of it if that
-    /// fails, but the log.
-    pub fn release(&self, handle: HandleId, patience: Patience) -> Result<()> {
-        let writer = match lock(&self.handles).get(handle) {
-            Some(Handle::Writer(writer) | Handle::Shared(writer)) => Some(Arc::clone(writer)),
-            _ => None,
-        };
-        let Some(writer) = writer else {
-            lock(&self.handles).remove(handle);
-            return Ok(());
-        };
-        let outcome = self.commit_at_last(&writer, patience);
-        if matches!(&outcome, Err(error) if error.kind() == ErrorKind::WouldBlock) {
-            // close(2) has returned by now. Whoever looks next is to see what it did.
-            let limit = Instant::now() + 2 * self.store.options().lock_wait;
-            lock(&self.closing).insert(writer.node.clone(), limit);
-            return outcome;
-        }
-        lock(&self.closing).remove(&writer.node);
-        lock(&self.handles).remove(handle);
-        self.count_writers(&writer.node, |writers| writers.saturating_sub(1));
-        self.wake();
-        outcome
-    }
-
-    /// Waits until what was done through a descriptor that is closed already is committed.
-    pub(super) fn wait_until_closed(&self, node: &Node, patience: Patience) -> Result<()> {
-        loop {
-            let until = lock(&self.closing).get(node).copied();
-            if until.is_none_or(|until| until < Instant::now()) {
-                return Ok(());
-            }
-            patience.wait(super::settle::PAUSE, "the file is being closed")?;
-        }
-    }
-
-    /// What a descriptor has not committed by the time that it is closed for good.
-    fn commit_at_last(&self, writer: &Writer, patience: Patience) -> Result<()> {
-        let state = lock(&writer.state).clone();
-        if writer.gone.load(Ordering::Acquire) {
-            return Ok(());
-        }
-        if state.refused {
-            // Nobody can be told, and nothing was meant to be kept but what was refused.
-            self.drop_fresh(&writer.node);
-            return Ok(());
-        }
-        if state.written || state.resized {
-            return self.commit_writer(writer, patience, |state| state.written || state.resized);
-        }
-        // Created and never written, by touch(1) say: an empty value where there is such a thing, else a file without a value, which
-        // stays for whoever is going to write it.
-        if let Some((_, _, slot)) = Slot::of(&writer.node)
-            && self.is_fresh(&writer.node)
-            && text::parse(slot.key, &lock(&writer.content), Context::default()).is_ok()
-        {
-            return self.commit_writer(writer, patience, |_| true);
-        }
-        Ok(())
-    }
-
-    pub(super) fn drop_fresh(&self, node: &Node) {
-        if let Some((token, id, slot)) = Slot::of(node) {
-            let key = (token.clone(), id.clone());
-            let mut drafts = lock(&self.drafts);
-            if let Some(draft) = drafts.get_mut(&key) {
-                draft.fresh.remove(&slot);
-            }
-            drafts.tidy(&key);
-        }
-    }
-
-    fn is_fresh(&self, node: &Node) -> bool {
-        Slot::of(node).is_some_and(|(token, id, slot)| {
-            lock(&self.drafts)
-                .get(&(token.clone(), id.clone()))
-                .is_some_and(|draft| draft.fresh.contains_key(&slot))
-        })
-    }
-
-    /// Makes `text` the value of `node`: in its draft if its object is new, else in the store.
-    fn commit(
-        &self,
-        node: &Node,
-        text: &Text<'_>,
-        mtime: Option<SystemTime>,
-        patience: Patience,
-    ) -> Result<()> {
-        let Some((_, _, slot)) = Slot::of(node) else {
-            return Err(Error::new(ErrorKind::IsADirectory, "a directory"));
-        };
-        self.replacing(node, mtime, patience, &mut |attributes| {
-            let siblings = slot.siblings(attributes);
-            let context = siblings.map(Context::of).unwrap_or_default();
-            let value = match text {
-                Text::Whole(text) => text::parse(slot.key, text, context)?,
-                Text::Appended(text) => {
-                    let stored = siblings.and_then(|siblings| siblings.get(slot.key));
-                    let mut whole = match stored {
-                        Some(stored) => {
-                            text::render(slot.key.attribute_type, stored, context)?.into_owned()
-                        }
-                        None => Vec::new(),
-                    };
-                    whole.extend_from_slice(text);
-                    text::parse(slot.key, &whole, context)?
-                }
-            };
-            slot.set(attributes, value)
-        })
-    }
-
-    /// Makes a text the value of `node`, at the time `mtime`.
-    pub(super) fn commit_text(
-        &self,
-        node: &Node,
-        text: &[u8],
-        mtime: Option<SystemTime>,
-        patience: Patience,
-    ) -> Result<()> {
-        self.commit(node, &Text::Whole(text), mtime, patience)
-    }
-
-    /// Makes `value` the value of `node`.
-    pub(super) fn commit_value(
-        &self,
-        node: &Node,
-        value: &Value,
-        patience: Patience,
-    ) -> Result<()> {
-        let Some((_, _, slot)) = Slot::of(node) else {
-            return Err(Error::new(ErrorKind::Invalid, "no attribute"));
-        };
-        self.replacing(node, None, patience, &mut |attributes| {
-            slot.set(attributes, value.clone())
-        })
-    }
-
-    /// A change that gives `node` a value, whether it was unlinked just now or never had one.
-    fn replacing(
-        &self,
-        node: &Node,
-        mtime: Option<SystemTime>,
-        patience: Patience,
-        edit: &mut dyn FnMut(&mut Attributes) -> Result<()>,
-    ) -> Result<()> {
-        // Before the value is there: nobody must take it for the one that was unlinked, and remove it.
-        let held = self.release_hold(node);
-        let outcome = self.change(node, mtime, patience, edit);
-        match &outcome {
-            Ok(()) => self.settled(node),
-            Err(_) => self.hold_again(node, &held),
-        }
-        outcome
-    }
-
-    /// Gives up that `node`, and what is in it, was unlinked; returns what that was.
-    fn release_hold(&self, node: &Node) -> Vec<Slot> {
-        let Some((token, id, slot)) = Slot::of(node) else {
-            return Vec::new();
-        };
-        let mut drafts = lock(&self.drafts);
-        match drafts.get_mut(&(token.clone(), id.clone())) {
-            Some(draft) if !draft.busy => {
-                let ours = |held: &Slot| *held == slot || held.is_in(slot);
-                let held: Vec<Slot> = draft.removed.iter().copied().filter(ours).collect();
-                draft.removed.retain(|held| !ours(held));
-                held
-            }
-            _ => Vec::new(),
-        }
-    }
-
-    fn hold_again(&self, node: &Node, held: &[Slot]) {
-        if let Some((token, id, _)) = Slot::of(node)
-            && !held.is_empty()
-        {
-            let mut drafts = lock(&self.drafts);
-            let draft = drafts.entry(&(token.clone(), id.clone()));
-            draft.removed.extend(held);
-        }
-    }
-
-    /// What stands in `node` has a value now.
-    fn settled(&self, node: &Node) {
-        if let Some((token, id, slot)) = Slot::of(node) {
-            let key = (token.clone(), id.clone());
-            let mut drafts = lock(&self.drafts);
-            if let Some(draft) = drafts.get_mut(&key) {
-                draft.fresh.remove(&slot);
-            }
-            drafts.touch(&key);
-            drafts.tidy(&key);
-        }
-    }
-
-    /// Changes the object that `node` is in: its draft if it is new, else what the store has.
-    pub(super) fn change(
-        &self,
-        node: &Node,
-        mtime: Option<SystemTime>,
-        patience: Patience,
-        edit: &mut dyn FnMut(&mut Attributes) -> Result<()>,
-    ) -> Result<()> {
-        let Some((token, id)) = node.object() else {
-            return Err(Error::new(ErrorKind::Invalid, "not in an object"));
-        };
-        let key = (token.clone(), id.clone());
-        let in_draft = self.with_drafts(&key, patience, |drafts| {
-            let Some(new) = drafts.get_mut(&key).and_then(|draft| draft.new.as_mut()) else {
-                return Ok(false);
-            };
-            let mut attributes = new.attributes.clone();
-            edit(&mut attributes)?;
-            validate::check(Some(&new.attributes), &attributes)?;
-            new.attributes = attributes;
-            if mtime.is_some() {
-                new.mtime = mtime;
-            }
-            drafts.touch(&key);
-            Ok(true)
-        })?;
-        if in_draft {
-            return Ok(());
-        }
-        let serials = match Slot::of(node) {
-            Some((token, ObjectId::Token, slot))
-                if slot.key.attribute_type == pkcs11::CKA_OS_TOKENSERIAL =>
-            {
-                self.serials_of_others(token, patience)?
-            }
-            _ => Vec::new(),
-        };
-        let mut edit = |attributes: &mut Attributes| {
-            let before = attributes.clone();
-            edit(attributes)?;
-            if *id != ObjectId::Token {
-                validate::check_finished(Some(&before), attributes)?;
-            }
-            match attributes.bytes(pkcs11::CKA_OS_TOKENSERIAL) {
-                Some(serial) if serials.iter().any(|other| other == serial) => {
-                    Err(doubled_serial())
-                }
-                _ => Ok(()),
-            }
-        };
-        self.ask(token, patience, |token| {
-            token.update(id, &mut edit, mtime, patience)
-        })?;
-        if *id == ObjectId::Token
-            && let Some(build) = lock(&self.drafts).build_mut(token)
-        {
-            build.own_filled = true;
-        }
-        Ok(())
-    }
-
-    /// The serial numbers of all tokens but this one, as far as they can be read.
-    fn serials_of_others(&self, token: &TokenName, patience: Patience) -> Result<Vec<Vec<u8>>> {
-        let mut serials = Vec::new();
-        for other in self.store.tokens()? {
-            if other == *token {
-                continue;
-            }
-            match self.ask(&other, patience, |other| {
-                other.object(&ObjectId::Token, patience)
-            }) {
-                Ok(object) => {
-                    let serial = object.attributes.bytes(pkcs11::CKA_OS_TOKENSERIAL);
-                    serials.extend(serial.map(<[u8]>::to_vec));
-                }
-                Err(error) if error.kind() == ErrorKind::WouldBlock => return Err(error),
-                Err(_) => {}
-            }
-        }
-        Ok(serials)
-    }
-
-    /// That something can be written at all.
-    pub(super) fn check_writable(&self, node: &Node) -> Result<()> {
-        let derived = matches!(
-            node,
-            Node::Control
-                | Node::Log
-                | Node::ByLabel
-                | Node::TokenByLabel(_)
-                | Node::ObjectByLabel(..)
-        );
-        if derived {
-            let detail =
-                "everything in .tokenfs is made from the store and cannot be changed there";
-            return Err(Error::new(ErrorKind::ReadOnly, detail));
-        }
-        if self.store.options().read_only {
-            return Err(Error::new(
-                ErrorKind::ReadOnly,
-                "the mount takes no writes (-o ro)",
-            ));
-        }
-        Ok(())
-    }
-
-    /// Records why something was not written, with its name.
-    pub(super) fn noted_write<T>(&self, node: &Node, outcome: Result<T>) -> Result<T> {
-        outcome.map_err(|error| {
-            if error.kind() == ErrorKind::WouldBlock {
-                return error;
-            }
-            // Which attribute, and in which file of the store.
-            let error = match error.path() {
-                Some(_) => Error::new(error.kind(), error.to_string()),
-                None => error,
-            };
-            let error = error.at(self.path_of(node));
-            self.diagnostics.error(&error);
-            error
-        })
+        self.commit_text(node, &content, None, patience)
     }
 }
 
 fn as_index(offset: u64) -> usize {
     usize::try_from(offset).unwrap_or(usize::MAX)
-}
-
-/// SoftHSM's `SlotManager::insertToken` asserts that serial numbers differ, and ends the program otherwise.
-fn doubled_serial() -> Error {
-    Error::new(
-        ErrorKind::Invalid,
-        "another token in this store has this serial number, and every program that uses SoftHSM would abort at its start; a copy of a \
-         token belongs into another store, or needs a serial number of its own",
-    )
 }
 
 fn too_large() -> Error {

@@ -111,6 +111,8 @@ pub fn temporary() -> TempDir {
 /// A store that is copied for each sequence.
 pub struct Template {
     pub backend: Backend,
+    /// What it holds.
+    pub content: Content,
     directory: TempDir,
     /// Copies, and when they were made.
     copies: RefCell<VecDeque<(TempDir, Instant)>>,
@@ -125,39 +127,48 @@ const BATCH: usize = 60;
 impl Template {
     pub fn new(backend: Backend) -> Self {
         let directory = temporary();
+        {
+            let log = Arc::new(Diagnostics::new());
+            let store = store(directory.path(), backend, &log);
+            for name in TOKENS.map(token_name) {
+                let made = store.create_token(&name, access(0o700), access(0o600));
+                let own = &initial()[TOKENS[0]][OWN];
+                let mut edit = |attributes: &mut Attributes| {
+                    *attributes = own.clone();
+                    Ok(())
+                };
+                let id = ObjectId::Token;
+                made.unwrap()
+                    .update(&id, &mut edit, None, patient())
+                    .unwrap();
+                store.publish_token(&name, patient()).unwrap();
+            }
+            assert_eq!(log.render(), "");
+        }
+        Self::of(directory, backend)
+    }
+
+    /// Of a directory with the two tokens, which have no objects yet.
+    pub fn of(directory: TempDir, backend: Backend) -> Self {
         let log = Arc::new(Diagnostics::new());
         let store = store(directory.path(), backend, &log);
         for (name, objects) in initial() {
-            let name = token_name(&name);
-            let token = store
-                .create_token(&name, access(0o700), access(0o600))
-                .unwrap();
+            let token = store.token(&token_name(&name)).unwrap();
             for (object, attributes) in objects {
-                match object_id(&object) {
-                    ObjectId::Token => {
-                        let mut edit = |own: &mut Attributes| {
-                            *own = attributes.clone();
-                            Ok(())
-                        };
-                        let id = ObjectId::Token;
-                        token.update(&id, &mut edit, None, patient()).unwrap();
-                    }
-                    ObjectId::Object(object) => {
-                        let new = NewObject {
-                            attributes,
-                            access: access(0o600),
-                            mtime: None,
-                        };
-                        token.create(&object, &new, patient()).unwrap();
-                    }
+                if let ObjectId::Object(object) = object_id(&object) {
+                    let new = NewObject {
+                        attributes,
+                        access: access(0o600),
+                        mtime: None,
+                    };
+                    token.create(&object, &new, patient()).unwrap();
                 }
             }
-            drop(token);
-            store.publish_token(&name, patient()).unwrap();
         }
         assert_eq!(log.render(), "");
         Self {
             backend,
+            content: read(&store),
             directory,
             copies: RefCell::default(),
         }

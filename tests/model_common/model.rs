@@ -570,7 +570,13 @@ impl Model {
         if open.how.write && !open.detached {
             let fresh = matches!(self.nodes[open.node], Node::Attribute { value: None, .. });
             if open.refused {
-                if fresh && !open.shared {
+                let others = self.fds.iter().enumerate().any(|(other, opened)| {
+                    let same = |opened: &Fd| {
+                        opened.node == open.node && !opened.detached && opened.how.write
+                    };
+                    other != fd && opened.as_ref().is_some_and(same)
+                });
+                if fresh && !open.shared && !others {
                     let (directory, name) = (self.parents[open.node], self.name_of(open.node));
                     self.take_away(directory.unwrap(), &name);
                 }
@@ -741,7 +747,7 @@ impl Model {
                     return Err(EXDEV);
                 }
                 self.check_object_name(to_name)?;
-                self.take_away(from_directory, from_name);
+                self.names_mut(from_directory).remove(from_name);
                 self.drop_scratch(id);
                 self.put_at(to_directory, to_name, id);
             }
@@ -789,7 +795,7 @@ impl Model {
 
     fn move_value(&mut self, id: Id, to_directory: Id, to_name: &str) -> Answer {
         let (from_directory, from_name) = (self.parents[id].unwrap(), self.name_of(id));
-        let (source, target) = (key(&from_name).unwrap(), key(to_name).unwrap());
+        let target = key(to_name).unwrap();
         let value = match &self.nodes[id] {
             // A name is all that it would be.
             Node::Attribute { value: None, .. } => return Err(EINVAL),
@@ -817,8 +823,6 @@ impl Model {
             *self = before;
             return outcome;
         }
-        let _ = source;
-        self.detach(id);
         self.drop_scratch(id);
         self.put_at(to_directory, to_name, id);
         if let Node::Attribute { value: old, .. } = &mut self.nodes[id] {

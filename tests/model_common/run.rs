@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Debug;
 use std::time::{Duration, Instant};
 
+use proptest::strategy::Strategy;
 use proptest::test_runner::{Config, RngAlgorithm, TestCaseError, TestError, TestRng, TestRunner};
 
 use super::Answer;
@@ -156,6 +157,13 @@ impl<W: World> Pair<'_, W> {
 
     /// The mount ends, and there is another one.
     pub fn remount(&mut self) {
+        self.prepare_end();
+        self.world.remount();
+        (self.after)(self.model, self.world, None);
+    }
+
+    /// Closes everything: the mount is going to end.
+    pub fn prepare_end(&mut self) {
         for fd in 0..DESCRIPTORS {
             self.close(fd);
         }
@@ -166,8 +174,6 @@ impl<W: World> Pair<'_, W> {
             let _ = self.compare(&("unlink", path), model, world);
         }
         self.model.remount();
-        self.world.remount();
-        (self.after)(self.model, self.world, None);
     }
 
     fn open(&mut self, op: &Op, fd: usize, path: &str, how: How) -> Answer {
@@ -356,6 +362,23 @@ pub fn run(
     shrinks: u32,
     mut test: impl FnMut(&[Op]),
 ) {
+    let strategy = sequences(most);
+    let test = |ops: &Vec<Op>| test(ops);
+    run_with(name, fixed, lasting, &strategy, shrinks, test, Vec::len);
+}
+
+/// The same with sequences of another sort, whose length is what `length` says.
+pub fn run_with<S: Strategy>(
+    name: &str,
+    fixed: u64,
+    lasting: Duration,
+    strategy: &S,
+    shrinks: u32,
+    mut test: impl FnMut(&S::Value),
+    length: impl Fn(&S::Value) -> usize,
+) where
+    S::Value: Debug,
+{
     let started = Instant::now();
     let base: u64 = match std::env::var("TOKENFS_TEST_SEED") {
         Ok(seed) => seed.parse().expect("TOKENFS_TEST_SEED"),
@@ -379,17 +402,16 @@ pub fn run(
             cases: 1,
             failure_persistence: None,
             max_shrink_iters: shrinks,
-            max_shrink_time: 20_000,
+            max_shrink_time: 60_000,
             ..Config::default()
         };
         let mut runner = TestRunner::new_with_rng(config, rng(seed));
-        let strategy = sequences(most);
         let counts = RefCell::new((&mut sequences_run, &mut ops_run));
-        let outcome = runner.run(&strategy, |ops| {
+        let outcome = runner.run(strategy, |ops| {
             {
                 let mut counts = counts.borrow_mut();
                 *counts.0 += 1;
-                *counts.1 += ops.len() as u64;
+                *counts.1 += length(&ops) as u64;
             }
             if std::env::var_os("TOKENFS_MODEL_SHOW").is_some() {
                 eprintln!("{:?} seed {seed}: {ops:?}", started.elapsed());
@@ -409,8 +431,7 @@ pub fn run(
         match outcome {
             Ok(()) => {}
             Err(TestError::Fail(why, ops)) => {
-                let spelled: Vec<String> = ops.iter().map(|op| format!("    {op:?},")).collect();
-                panic!("{name}: seed {seed}: {why}\n&[\n{}\n]", spelled.join("\n"));
+                panic!("{name}: seed {seed}: {why}\n{ops:#?}");
             }
             Err(error) => panic!("{name}: seed {seed}: {error}"),
         }
@@ -419,4 +440,15 @@ pub fn run(
         "{name}: {sequences_run} sequences, {ops_run} operations in {:?}",
         started.elapsed()
     );
+}
+
+/// How long random sequences are run: 15 s, five minutes with `scripts/test --full`, or `TOKENFS_TEST_SECONDS`.
+pub fn lasting() -> Duration {
+    let full = std::env::var_os("TOKENFS_TEST_FULL").is_some_and(|value| value == "1");
+    let seconds = match std::env::var("TOKENFS_TEST_SECONDS") {
+        Ok(seconds) => seconds.parse().expect("TOKENFS_TEST_SECONDS"),
+        Err(_) if full => 300,
+        Err(_) => 15,
+    };
+    Duration::from_secs(seconds)
 }

@@ -67,7 +67,9 @@ impl TreeWorld {
             gid,
             ..Settings::default()
         };
-        Tree::new(store(tokendir, backend, &log), settings, log)
+        let store = store(tokendir, backend, &log);
+        store.recover();
+        Tree::new(store, settings, log)
     }
 
     /// How many lines the log has had.
