@@ -10,7 +10,8 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use model_common::fixture::{
-    Template, access, leftovers, object_id, patient, read, store, store as store_of, stored, token_name,
+    Template, access, leftovers, object_id, patient, read, store, store as store_of, stored,
+    token_name,
 };
 use model_common::model::{Content, OWN};
 use model_common::ops::{OBJECTS, TOKENS};
