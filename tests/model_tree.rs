@@ -7,6 +7,7 @@ use model_common::fixture::{Template, leftovers, read, stored};
 use model_common::model::{Content, Model, OWN};
 use model_common::ops::*;
 use model_common::run::{Pair, lasting, run};
+use model_common::state::World;
 use model_common::tree::TreeWorld;
 use tokenfs::store::Backend;
 use tokenfs::store::attribute::{Attributes, Value};
@@ -299,5 +300,23 @@ fn an_object_can_take_the_place_of_one_that_was_emptied() {
             Op::LeaveAlone,
         ]);
         found(&ops);
+    }
+}
+
+#[test]
+fn what_was_unlinked_before_does_not_change_the_time_that_an_object_is_given() {
+    for backend in BACKENDS {
+        let template = Template::new(backend);
+        for (unlinked_first, is_kept) in [(true, true), (false, false)] {
+            let mut world = TreeWorld::new(&template);
+            world.unlink(&a("CKA_ID")).unwrap();
+            world.set_times(A, 1_000_000_000).unwrap();
+            if !unlinked_first {
+                world.unlink(&a("CKA_LABEL")).unwrap();
+            }
+            world.leave_alone();
+            let mtime = world.stat(A).unwrap().mtime;
+            assert_eq!(mtime == 1_000_000_000, is_kept, "{backend}");
+        }
     }
 }

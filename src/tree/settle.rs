@@ -207,10 +207,13 @@ impl Tree {
             }
             Ok(())
         };
-        match self
-            .token(&key.0)?
-            .update(&key.1, &mut remove, None, patience)
-        {
+        // The time that it was given after they were unlinked stays, unless somebody else has changed it meanwhile.
+        let token = self.token(&key.0)?;
+        let given = draft.given.filter(|given| {
+            let metadata = token.object_metadata(&key.1, patience);
+            metadata.is_ok_and(|metadata| metadata.mtime == *given)
+        });
+        match token.update(&key.1, &mut remove, given, patience) {
             // The object is gone, and what was to be removed with it.
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
             outcome => outcome,

@@ -768,8 +768,11 @@ impl Tree {
         self.ask(token, patience, |token| {
             token.update(id, &mut edit_visible, mtime, patience)
         })?;
-        if is_gone && let Some(draft) = lock(&self.drafts).get_mut(key) {
-            draft.removed.retain(|slot| !held.contains(slot));
+        if let Some(draft) = lock(&self.drafts).get_mut(key) {
+            draft.given = mtime;
+            if is_gone {
+                draft.removed.retain(|slot| !held.contains(slot));
+            }
         }
         Ok(())
     }
