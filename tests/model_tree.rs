@@ -320,3 +320,14 @@ fn what_was_unlinked_before_does_not_change_the_time_that_an_object_is_given() {
         }
     }
 }
+
+#[test]
+fn what_is_synced_after_it_was_renamed_to_an_attribute_is_in_the_store() {
+    found(&[
+        mkdir(C),
+        open(0, &format!("{C}/.x"), "write create"),
+        Op::Write(0, b"CKO_DATA"),
+        rename(&format!("{C}/.x"), &format!("{C}/CKA_CLASS")),
+        Op::Sync(0),
+    ]);
+}

@@ -14,6 +14,7 @@ mod building;
 mod by_label;
 mod draft;
 mod entries;
+mod follow;
 mod handle;
 pub mod inode;
 pub mod label;

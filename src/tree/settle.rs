@@ -332,6 +332,17 @@ impl Tree {
                 }
                 self.store.sync()
             }
+            // What was scratch when it was opened.
+            Node::Scratch(id) => {
+                let becomes = lock(&self.scratch)
+                    .get(*id)
+                    .ok()
+                    .and_then(|entry| entry.becomes.clone());
+                match becomes {
+                    Some(node) => self.sync_node(&node, patience),
+                    None => Ok(()),
+                }
+            }
             _ => Ok(()),
         }
     }
