@@ -4,9 +4,10 @@
 mod model_common;
 
 use model_common::fixture::{Template, leftovers, read, stored};
-use model_common::model::{Content, Model};
+use model_common::model::{Content, Model, OWN};
 use model_common::ops::*;
 use model_common::run::{Pair, lasting, run};
+use model_common::state::World;
 use model_common::tree::TreeWorld;
 use tokenfs::store::Backend;
 use tokenfs::store::attribute::{Attributes, Value};
@@ -17,6 +18,10 @@ const BACKENDS: [Backend; 2] = [Backend::File, Backend::Db];
 fn check_stored(model: &Model, stored: &Content) {
     let wanted = model.stored();
     for (token, objects) in &wanted {
+        // Its removal has begun, and it is a token until that ends.
+        if !objects.contains_key(OWN) {
+            continue;
+        }
         let there = &stored[token];
         let names = |objects: &std::collections::BTreeMap<String, Attributes>| {
             objects.keys().cloned().collect::<Vec<_>>()
@@ -275,5 +280,54 @@ fn what_is_renamed_while_it_is_appended_to_is_not_written_twice() {
         rename(&a(".x"), &a("CKA_ID")),
         Op::Close(0),
         content(&a("CKA_ID")),
+    ]);
+}
+
+#[test]
+fn an_object_can_take_the_place_of_one_that_was_emptied() {
+    // In the store is an object without attributes.
+    found(&[mkdir(C), sync_dir(C), rename(A, C), list(C)]);
+    // In the store is all that was unlinked.
+    let emptied = ["CKA_CLASS", "CKA_PRIVATE", "CKA_LABEL", "CKA_START_DATE"]
+        .map(|name| unlink(&format!("{B}/{name}")));
+    for from in [A, C, "token-1/.new"] {
+        let mut ops = emptied.to_vec();
+        ops.extend([
+            mkdir(from),
+            put(&format!("{from}/CKA_CLASS"), b"0"),
+            rename(from, B),
+            list(B),
+            Op::LeaveAlone,
+        ]);
+        found(&ops);
+    }
+}
+
+#[test]
+fn what_was_unlinked_before_does_not_change_the_time_that_an_object_is_given() {
+    for backend in BACKENDS {
+        let template = Template::new(backend);
+        for (unlinked_first, is_kept) in [(true, true), (false, false)] {
+            let mut world = TreeWorld::new(&template);
+            world.unlink(&a("CKA_ID")).unwrap();
+            world.set_times(A, 1_000_000_000).unwrap();
+            if !unlinked_first {
+                world.unlink(&a("CKA_LABEL")).unwrap();
+            }
+            world.leave_alone();
+            let mtime = world.stat(A).unwrap().mtime;
+            assert_eq!(mtime == 1_000_000_000, is_kept, "{backend}");
+        }
+    }
+}
+
+#[test]
+fn what_is_synced_after_it_was_renamed_to_an_attribute_is_in_the_store() {
+    found(&[
+        mkdir(C),
+        open(0, &format!("{C}/.x"), "write create"),
+        Op::Write(0, b"CKO_DATA"),
+        rename(&format!("{C}/.x"), &format!("{C}/CKA_CLASS")),
+        Op::Sync(0),
     ]);
 }

@@ -4,8 +4,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::commit::Text;
-use super::draft::Key;
-use super::handle::{Handle, HandleId, Place, State, Writer};
+use super::handle::{Handle, HandleId, State, Writer};
 use super::node::Node;
 use super::slot::Slot;
 use super::text::Context;
@@ -86,52 +85,6 @@ impl Tree {
         self.noted_write(&node, outcome)
     }
 
-    /// What is open of `node`, and of what is in it, has no name any more: it must not come back when it is closed.
-    pub(super) fn cut_off(&self, node: &Node) {
-        if let Some((token, id, slot)) = Slot::of(node) {
-            self.moved(&(token.clone(), id.clone()), |other| {
-                (other == slot || other.is_in(slot)).then_some(Place::Gone)
-            });
-        }
-    }
-
-    /// Something in the object `key` was renamed or removed: `place` says what becomes of those who have a file open that is in the
-    /// place that it is asked for.
-    pub(super) fn moved(&self, key: &Key, place: impl Fn(Slot) -> Option<Place>) {
-        let writers = lock(&self.handles).writers();
-        for writer in writers {
-            let Some(node) = self.committed_as(&writer) else {
-                continue;
-            };
-            let now = match Slot::of(&node) {
-                Some((token, id, slot)) if (token, id) == (&key.0, &key.1) => place(slot),
-                _ => None,
-            };
-            if let Some(now) = now {
-                if now == Place::Gone && !matches!(writer.node, Node::Scratch(_)) {
-                    self.count_writers(&node, |writers| writers.saturating_sub(1));
-                }
-                *lock(&writer.place) = now;
-            }
-        }
-    }
-
-    /// The attribute that a writer's content is to become, if it is to become one.
-    pub(super) fn committed_as(&self, writer: &Writer) -> Option<Node> {
-        match &*lock(&writer.place) {
-            Place::There => {}
-            Place::Moved(node) => return Some(node.clone()),
-            Place::Gone => return None,
-        }
-        match &writer.node {
-            Node::Scratch(id) => lock(&self.scratch)
-                .get(*id)
-                .ok()
-                .and_then(|entry| entry.becomes.clone()),
-            node => Some(node.clone()),
-        }
-    }
-
     /// Closes a file or a directory for good. What was cut or extended and never written is committed now; nobody hears of it if that
     /// fails, but the log.
     pub fn release(&self, handle: HandleId, patience: Patience) -> Result<()> {
@@ -155,22 +108,6 @@ impl Tree {
         self.uncount(&writer);
         self.wake();
         outcome
-    }
-
-    /// Closes a file that nothing was written into.
-    pub(super) fn discard(&self, handle: HandleId) {
-        let removed = lock(&self.handles).remove(handle);
-        if let Some(Handle::Writer(writer)) = removed {
-            self.uncount(&writer);
-        }
-    }
-
-    fn uncount(&self, writer: &Writer) {
-        if !matches!(writer.node, Node::Scratch(_))
-            && let Some(node) = self.committed_as(writer)
-        {
-            self.count_writers(&node, |writers| writers.saturating_sub(1));
-        }
     }
 
     /// Waits until what was done through a descriptor that is closed already is committed.

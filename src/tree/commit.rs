@@ -2,7 +2,6 @@
 
 use std::time::SystemTime;
 
-use super::draft::Key;
 use super::node::Node;
 use super::slot::Slot;
 use super::text::Context;
@@ -233,52 +232,6 @@ impl Tree {
             }
         }
         Ok(serials)
-    }
-
-    /// Changes an object of the store. Where what was unlinked and is held back stands in the way, it goes in the same step: for whoever
-    /// unlinked it it is not there.
-    fn update_store(
-        &self,
-        key: &Key,
-        mtime: Option<SystemTime>,
-        patience: Patience,
-        edit: &mut dyn FnMut(&mut Attributes) -> Result<()>,
-    ) -> Result<()> {
-        let (token, id) = key;
-        let held: Vec<Slot> = lock(&self.drafts)
-            .get(key)
-            .map(|draft| draft.removed.iter().copied().collect())
-            .unwrap_or_default();
-        let check = |stored: &Attributes, attributes: &Attributes| match id {
-            ObjectId::Token => Ok(()),
-            ObjectId::Object(_) => validate::check_finished(Some(stored), attributes),
-        };
-        let mut is_gone = false;
-        let mut edit_visible = |attributes: &mut Attributes| {
-            is_gone = false;
-            let stored = attributes.clone();
-            let outcome = edit(attributes).and_then(|()| check(&stored, attributes));
-            match outcome {
-                Err(error)
-                    if !held.is_empty()
-                        && matches!(error.kind(), ErrorKind::Exists | ErrorKind::Invalid) => {}
-                outcome => return outcome,
-            }
-            *attributes = stored.clone();
-            for slot in &held {
-                slot.remove(attributes);
-            }
-            is_gone = true;
-            edit(attributes)?;
-            check(&stored, attributes)
-        };
-        self.ask(token, patience, |token| {
-            token.update(id, &mut edit_visible, mtime, patience)
-        })?;
-        if is_gone && let Some(draft) = lock(&self.drafts).get_mut(key) {
-            draft.removed.retain(|slot| !held.contains(slot));
-        }
-        Ok(())
     }
 
     /// That something can be written at all.

@@ -76,6 +76,8 @@ pub(super) struct Draft {
     pub removed: BTreeSet<Slot>,
     /// Files that were created and have no value yet.
     pub fresh: BTreeMap<Slot, Bytes>,
+    /// The time that the object was given since its content last changed: what was unlinked before that does not change it.
+    pub given: Option<SystemTime>,
     /// The directory itself was removed (a token's own: its last step is the token's).
     pub gone: bool,
     /// A thread is writing it to the store.
@@ -90,6 +92,7 @@ impl Draft {
             new,
             removed: BTreeSet::new(),
             fresh: BTreeMap::new(),
+            given: None,
             gone: false,
             busy: false,
             touched: Instant::now(),

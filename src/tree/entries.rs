@@ -434,6 +434,7 @@ impl Tree {
                 None => {
                     draft.removed.retain(|held| !held.is_in(slot));
                     draft.removed.insert(slot);
+                    draft.given = None;
                 }
             }
             drafts.touch(&key);

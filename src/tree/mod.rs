@@ -16,6 +16,7 @@ mod close;
 mod commit;
 mod draft;
 mod entries;
+mod follow;
 mod handle;
 pub mod inode;
 pub mod label;

@@ -3,6 +3,7 @@
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 
+use super::draft::Key;
 use super::entries::{Place, ScratchFile, check_uuid, exists};
 use super::name::{self, Name};
 use super::node::{Ino, Node};
@@ -269,16 +270,12 @@ impl Tree {
             (access, entry.given)
         };
         let key = (token.clone(), ObjectId::Object(object.clone()));
-        // An empty directory that was just made there is replaced.
         if self.token(token)?.backend() == Backend::Db {
             check_uuid(object)?;
         }
-        self.with_drafts(&key, patience, |drafts| {
-            if drafts.get(&key).is_some_and(|draft| draft.new.is_some()) {
-                drafts.remove(&key);
-            }
-            Ok(())
-        })?;
+        // Before anything makes room for it.
+        validate::check(None, &attributes)?;
+        self.make_room(&key, object, patience)?;
         let new = NewObject {
             attributes,
             access,
@@ -286,7 +283,33 @@ impl Tree {
         };
         self.ask(token, patience, |token| {
             token.create(object, &new, patience)
-        })
+        })?;
+        // An empty directory that was just made there is replaced.
+        lock(&self.drafts).remove(&key);
+        Ok(())
+    }
+
+    /// What is to be replaced by an object is an empty directory, as `rename` has seen to: one that the store has because all of it was
+    /// unlinked just now goes for good.
+    fn make_room(&self, key: &Key, object: &ObjectName, patience: Patience) -> Result<()> {
+        let is_new = self.with_drafts(key, patience, |drafts| {
+            Ok(drafts.get(key).is_some_and(|draft| draft.new.is_some()))
+        })?;
+        if is_new {
+            return Ok(());
+        }
+        let removed = self.ask(&key.0, patience, |token| {
+            token.object_metadata(&key.1, patience)?;
+            token.remove(object, patience)
+        });
+        match removed {
+            Ok(()) => {
+                lock(&self.drafts).remove(key);
+                Ok(())
+            }
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(error),
+        }
     }
 
     /// The attributes that the files in a scratch directory are.
@@ -445,6 +468,7 @@ impl Tree {
         if self.token(token)?.backend() == Backend::Db {
             check_uuid(to)?;
         }
+        self.make_room(&to_key, to, patience)?;
         let was_new = self.with_drafts(&from_key, patience, |drafts| {
             if drafts
                 .get(&from_key)

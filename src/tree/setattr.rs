@@ -178,6 +178,11 @@ impl Tree {
             self.ask(token, patience, |token| {
                 token.set_metadata(&target, change, patience)
             })?;
+            if mtime.is_some()
+                && let Some(draft) = lock(&self.drafts).get_mut(&key)
+            {
+                draft.given = mtime;
+            }
             if is_directory && change.mtime.is_some() && *id == ObjectId::Token {
                 self.finish_object(&key, mtime, patience)?;
             }

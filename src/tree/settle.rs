@@ -214,10 +214,13 @@ impl Tree {
             }
             validate::check_finished(Some(&before), attributes)
         };
-        match self
-            .token(&key.0)?
-            .update(&key.1, &mut remove, None, patience)
-        {
+        // The time that it was given after they were unlinked stays, unless somebody else has changed it meanwhile.
+        let token = self.token(&key.0)?;
+        let given = draft.given.filter(|given| {
+            let metadata = token.object_metadata(&key.1, patience);
+            metadata.is_ok_and(|metadata| metadata.mtime == *given)
+        });
+        match token.update(&key.1, &mut remove, given, patience) {
             // The object is gone, and what was to be removed with it.
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
             outcome => outcome,
@@ -335,6 +338,17 @@ impl Tree {
                     self.sync_node(&Node::Token(token), patience)?;
                 }
                 self.store.sync()
+            }
+            // What was scratch when it was opened.
+            Node::Scratch(id) => {
+                let becomes = lock(&self.scratch)
+                    .get(*id)
+                    .ok()
+                    .and_then(|entry| entry.becomes.clone());
+                match becomes {
+                    Some(node) => self.sync_node(&node, patience),
+                    None => Ok(()),
+                }
             }
             _ => Ok(()),
         }

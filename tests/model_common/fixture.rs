@@ -218,6 +218,7 @@ pub fn stored(tokendir: &Path, backend: Backend) -> Content {
 pub fn read(store: &Store) -> Content {
     let tokens = store.tokens().unwrap().into_iter();
     tokens
+        .filter(|name| !store.is_building(name))
         .map(|name| {
             let token = store.token(&name).unwrap();
             let of = |id: &ObjectId| token.object(id, patient()).unwrap().attributes.clone();

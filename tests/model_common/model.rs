@@ -39,9 +39,15 @@ enum Node {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Role {
     Root,
-    Token,
+    Token {
+        /// It is not in the store.
+        building: bool,
+    },
     /// The token's own attributes.
-    Own,
+    Own {
+        /// Something was written into it, so that there is a token.
+        filled: bool,
+    },
     Object {
         /// It is not in the store.
         pending: bool,
@@ -55,6 +61,8 @@ enum Role {
 enum Place {
     Attribute,
     Object,
+    Own,
+    Token,
     Scratch,
 }
 
@@ -104,10 +112,10 @@ impl Model {
             mask,
         };
         for (token, objects) in content {
-            let directory = model.add_directory(ROOT, token, Role::Token);
+            let directory = model.add_directory(ROOT, token, Role::Token { building: false });
             for (object, attributes) in objects {
                 let role = match object.as_str() {
-                    OWN => Role::Own,
+                    OWN => Role::Own { filled: true },
                     _ => Role::Object { pending: false },
                 };
                 let object = model.add_directory(directory, object, role);
@@ -221,12 +229,12 @@ impl Model {
 
     fn object_of(&self, id: Id) -> Option<Id> {
         self.above(id)
-            .find(|id| matches!(self.role(*id), Some(Role::Object { .. } | Role::Own)))
+            .find(|id| matches!(self.role(*id), Some(Role::Object { .. } | Role::Own { .. })))
     }
 
     fn token_of(&self, id: Id) -> Option<Id> {
         self.above(id)
-            .find(|id| self.role(*id) == Some(Role::Token))
+            .find(|id| matches!(self.role(*id), Some(Role::Token { .. })))
     }
 
     /// Takes a name away; what is open below it reaches nothing any more.
@@ -306,17 +314,18 @@ impl Model {
         let parsed = name::parse(name.as_bytes());
         match self.role(directory).ok_or(ENOTDIR)? {
             Role::Scratch => Ok(Place::Scratch),
-            Role::Root | Role::Token if !is_directory => match parsed {
+            Role::Root | Role::Token { .. } if !is_directory => match parsed {
                 Name::Scratch => Ok(Place::Scratch),
                 _ => Err(EINVAL),
             },
-            Role::Root | Role::Token if hidden => Ok(Place::Scratch),
-            Role::Root => panic!("tokens are not made here"),
-            Role::Token => match parsed {
+            Role::Root | Role::Token { .. } if hidden => Ok(Place::Scratch),
+            Role::Root => Ok(Place::Token),
+            Role::Token { .. } if name == OWN => Ok(Place::Own),
+            Role::Token { .. } => match parsed {
                 Name::Scratch => Ok(Place::Object),
                 _ => Err(EINVAL),
             },
-            role @ (Role::Object { .. } | Role::Own | Role::Map) => match parsed {
+            role @ (Role::Object { .. } | Role::Own { .. } | Role::Map) => match parsed {
                 Name::Attribute(key) if (key.kind == Kind::Map) != is_directory => Err(EINVAL),
                 Name::Attribute(key) if key.kind == Kind::Map && role == Role::Map => Err(EINVAL),
                 Name::Attribute(_) => Ok(Place::Attribute),
@@ -360,6 +369,10 @@ impl Model {
         self.check_object(directory, |new| {
             new.insert(key.attribute_type, value.clone());
         })?;
+        let object = self.object_of(directory).unwrap();
+        if let Node::Directory(Role::Own { filled }, _) = &mut self.nodes[object] {
+            *filled = true;
+        }
         if let Value::Map(entries) = value {
             self.take_away(directory, name);
             let map = self.add_directory(directory, name, Role::Map);
@@ -658,6 +671,8 @@ impl Model {
                 self.check_object_name(name)?;
                 Role::Object { pending: true }
             }
+            Place::Own => Role::Own { filled: false },
+            Place::Token => Role::Token { building: true },
             Place::Scratch => Role::Scratch,
         };
         self.add_directory(directory, name, role);
@@ -700,7 +715,7 @@ impl Model {
                 _ => {}
             }
         }
-        if self.role(id) == Some(Role::Token) {
+        if matches!(self.role(id), Some(Role::Token { .. })) {
             self.place(to_directory, to_name, true)?;
             return Err(EXDEV);
         }
@@ -868,7 +883,7 @@ impl Model {
         let id = self.find(path)?;
         let kept = mode & !self.mask;
         Ok(match self.nodes[id] {
-            Node::Directory(Role::Scratch | Role::Token, _) => kept,
+            Node::Directory(Role::Scratch | Role::Token { .. }, _) => kept,
             Node::Directory(..) => {
                 let file = kept & 0o666;
                 file | (file & 0o444) >> 2
@@ -908,17 +923,35 @@ impl Model {
         match self.role(id).ok_or(ENOTDIR)? {
             Role::Object { .. } => self.store(id),
             Role::Map => self.sync_file(id),
-            Role::Token => {
+            Role::Token { .. } => {
                 for object in self.listed(id).into_values() {
                     self.store(object);
                 }
+                self.publish(id);
             }
             _ => {}
         }
         Ok(())
     }
 
+    /// Whether a directory in the root has what makes it a token.
+    fn is_token(&self, id: Id) -> bool {
+        self.named(id, OWN)
+            .is_some_and(|own| self.role(own) == Some(Role::Own { filled: true }))
+    }
+
+    fn publish(&mut self, id: Id) {
+        if self.is_token(id)
+            && let Node::Directory(Role::Token { building }, _) = &mut self.nodes[id]
+        {
+            *building = false;
+        }
+    }
+
     pub fn leave_alone(&mut self) {
+        for token in self.listed(ROOT).into_values() {
+            self.publish(token);
+        }
         for object in 0..self.nodes.len() {
             let is_pending = self.role(object) == Some(Role::Object { pending: true });
             if !is_pending || self.parents[object].is_none() {
@@ -965,17 +998,19 @@ impl Model {
 
     /// What the store holds once everything is settled.
     pub fn content(&self) -> Content {
-        self.objects(|_| true)
+        self.objects(|_| true, |id| self.is_token(id))
     }
 
     /// The objects that are in the store now, with the values that they show.
     pub fn stored(&self) -> Content {
-        self.objects(|role| role != Role::Object { pending: true })
+        let is_there = |id| self.role(id) == Some(Role::Token { building: false });
+        self.objects(|role| role != Role::Object { pending: true }, is_there)
     }
 
-    fn objects(&self, is_wanted: impl Fn(Role) -> bool) -> Content {
+    fn objects(&self, is_wanted: impl Fn(Role) -> bool, is_token: impl Fn(Id) -> bool) -> Content {
         let tokens = self.listed(ROOT).into_iter();
         tokens
+            .filter(|(_, id)| is_token(*id))
             .map(|(token, id)| {
                 let objects = self.listed(id).into_iter();
                 let wanted = objects.filter(|(_, id)| self.role(*id).is_some_and(&is_wanted));

@@ -253,9 +253,24 @@ fn how() -> impl Strategy<Value = How> {
     prop_oneof![1 => Just(How::default()), 6 => writing]
 }
 
+/// A token goes, and comes again.
+fn of_tokens() -> impl Strategy<Value = Op> {
+    let token = || TOKENS[1].to_owned();
+    let own = move || format!("{}/token", token());
+    let label = move || format!("{}/CKA_OS_TOKENLABEL", own());
+    prop_oneof![
+        3 => Just(Op::RemoveAll(token())),
+        2 => Just(Op::MakeDir(token())),
+        2 => Just(Op::MakeDir(own())),
+        3 => select(TEXTS).prop_map(move |text| Op::Put(label(), text)),
+        1 => Just(Op::SyncDir(token())),
+        1 => Just(Op::List(token())),
+    ]
+}
+
 /// What takes a while is rare.
 fn op() -> impl Strategy<Value = Op> {
-    prop_oneof![400 => call(), 1 => Just(Op::LeaveAlone), 1 => Just(Op::Remount)]
+    prop_oneof![400 => call(), 20 => of_tokens(), 1 => Just(Op::LeaveAlone), 1 => Just(Op::Remount)]
 }
 
 fn call() -> impl Strategy<Value = Op> {

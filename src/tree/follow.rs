@@ -1,0 +1,126 @@
+//! What becomes of an open file that is renamed, unlinked or replaced, and of what was unlinked and is held back when something
+//! is written beside it.
+
+use std::time::SystemTime;
+
+use super::draft::Key;
+use super::handle::{Handle, HandleId, Place, Writer};
+use super::node::Node;
+use super::slot::Slot;
+use super::{Tree, lock};
+use crate::error::{ErrorKind, Result};
+use crate::store::attribute::Attributes;
+use crate::store::{ObjectId, Patience, validate};
+
+impl Tree {
+    /// What is open of `node`, and of what is in it, has no name any more: it must not come back when it is closed.
+    pub(super) fn cut_off(&self, node: &Node) {
+        if let Some((token, id, slot)) = Slot::of(node) {
+            self.moved(&(token.clone(), id.clone()), |other| {
+                (other == slot || other.is_in(slot)).then_some(Place::Gone)
+            });
+        }
+    }
+
+    /// Something in the object `key` was renamed or removed: `place` says what becomes of those who have a file open that is in the
+    /// place that it is asked for.
+    pub(super) fn moved(&self, key: &Key, place: impl Fn(Slot) -> Option<Place>) {
+        let writers = lock(&self.handles).writers();
+        for writer in writers {
+            let Some(node) = self.committed_as(&writer) else {
+                continue;
+            };
+            let now = match Slot::of(&node) {
+                Some((token, id, slot)) if (token, id) == (&key.0, &key.1) => place(slot),
+                _ => None,
+            };
+            if let Some(now) = now {
+                if now == Place::Gone && !matches!(writer.node, Node::Scratch(_)) {
+                    self.count_writers(&node, |writers| writers.saturating_sub(1));
+                }
+                *lock(&writer.place) = now;
+            }
+        }
+    }
+
+    /// The attribute that a writer's content is to become, if it is to become one.
+    pub(super) fn committed_as(&self, writer: &Writer) -> Option<Node> {
+        match &*lock(&writer.place) {
+            Place::There => {}
+            Place::Moved(node) => return Some(node.clone()),
+            Place::Gone => return None,
+        }
+        match &writer.node {
+            Node::Scratch(id) => lock(&self.scratch)
+                .get(*id)
+                .ok()
+                .and_then(|entry| entry.becomes.clone()),
+            node => Some(node.clone()),
+        }
+    }
+
+    /// Closes a file that nothing was written into.
+    pub(super) fn discard(&self, handle: HandleId) {
+        let removed = lock(&self.handles).remove(handle);
+        if let Some(Handle::Writer(writer)) = removed {
+            self.uncount(&writer);
+        }
+    }
+
+    pub(super) fn uncount(&self, writer: &Writer) {
+        if !matches!(writer.node, Node::Scratch(_))
+            && let Some(node) = self.committed_as(writer)
+        {
+            self.count_writers(&node, |writers| writers.saturating_sub(1));
+        }
+    }
+
+    /// Changes an object of the store. Where what was unlinked and is held back stands in the way, it goes in the same step: for whoever
+    /// unlinked it it is not there.
+    pub(super) fn update_store(
+        &self,
+        key: &Key,
+        mtime: Option<SystemTime>,
+        patience: Patience,
+        edit: &mut dyn FnMut(&mut Attributes) -> Result<()>,
+    ) -> Result<()> {
+        let (token, id) = key;
+        let held: Vec<Slot> = lock(&self.drafts)
+            .get(key)
+            .map(|draft| draft.removed.iter().copied().collect())
+            .unwrap_or_default();
+        let check = |stored: &Attributes, attributes: &Attributes| match id {
+            ObjectId::Token => Ok(()),
+            ObjectId::Object(_) => validate::check_finished(Some(stored), attributes),
+        };
+        let mut is_gone = false;
+        let mut edit_visible = |attributes: &mut Attributes| {
+            is_gone = false;
+            let stored = attributes.clone();
+            let outcome = edit(attributes).and_then(|()| check(&stored, attributes));
+            match outcome {
+                Err(error)
+                    if !held.is_empty()
+                        && matches!(error.kind(), ErrorKind::Exists | ErrorKind::Invalid) => {}
+                outcome => return outcome,
+            }
+            *attributes = stored.clone();
+            for slot in &held {
+                slot.remove(attributes);
+            }
+            is_gone = true;
+            edit(attributes)?;
+            check(&stored, attributes)
+        };
+        self.ask(token, patience, |token| {
+            token.update(id, &mut edit_visible, mtime, patience)
+        })?;
+        if let Some(draft) = lock(&self.drafts).get_mut(key) {
+            draft.given = mtime;
+            if is_gone {
+                draft.removed.retain(|slot| !held.contains(slot));
+            }
+        }
+        Ok(())
+    }
+}
