@@ -40,7 +40,7 @@ impl Tree {
                 let mut state = lock(&writer.state);
                 if !state.committing {
                     if !wanted(&state) {
-                        return Ok(());
+                        return state.refusal();
                     }
                     state.committing = true;
                     break;
@@ -80,9 +80,19 @@ impl Tree {
             let mut now = lock(&writer.state);
             if now.version == state.version {
                 now.committed(outcome.is_err());
+            } else if let (Some(done), Some(all)) = (state.appended, now.appended) {
+                // What was written meanwhile is appended with the next flush, and nothing twice.
+                now.appended = Some(all.saturating_sub(done));
             }
         }
-        self.noted_write(&node, outcome)
+        let outcome = self.noted_write(&node, outcome);
+        if let Err(error) = &outcome
+            && error.kind() != ErrorKind::WouldBlock
+        {
+            // Of several that close duplicates, each one is told: only one of them may be somebody who looks.
+            lock(&writer.state).error = Some(error.clone());
+        }
+        outcome
     }
 
     /// Closes a file or a directory for good. What was cut or extended and never written is committed now; nobody hears of it if that

@@ -2,6 +2,8 @@
 
 use std::time::SystemTime;
 
+use nix::sys::statvfs::FsFlags;
+
 use super::node::Node;
 use super::slot::Slot;
 use super::text::Context;
@@ -253,6 +255,13 @@ impl Tree {
             return Err(Error::new(
                 ErrorKind::ReadOnly,
                 "the mount takes no writes (-o ro)",
+            ));
+        }
+        // Now, and not when the file is closed: programs do not look then.
+        if self.store.statvfs()?.flags().contains(FsFlags::ST_RDONLY) {
+            return Err(Error::new(
+                ErrorKind::ReadOnly,
+                "the file system that the store is on is read-only",
             ));
         }
         Ok(())

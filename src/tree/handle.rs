@@ -8,6 +8,7 @@ use std::time::SystemTime;
 use super::draft::Bytes;
 use super::node::Node;
 use super::{Attributes, Listed};
+use crate::error::{Error, Result};
 
 /// The number of an open file or directory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -69,6 +70,8 @@ pub(super) struct State {
     pub appended: Option<usize>,
     /// A write was refused and nothing was written since: there is nothing to commit, not even that the file was emptied for it.
     pub refused: bool,
+    /// Why what was written last was not committed.
+    pub error: Option<Error>,
     /// The time that the file was given since the last write.
     pub mtime: Option<SystemTime>,
     /// A thread is committing it.
@@ -78,10 +81,19 @@ pub(super) struct State {
 }
 
 impl State {
+    /// Nothing, unless what was written last was refused.
+    ///
+    /// # Errors
+    /// Why it was.
+    pub fn refusal(&self) -> Result<()> {
+        self.error.clone().map_or(Ok(()), Err)
+    }
+
     /// What there was to commit is committed, or was refused.
     pub fn committed(&mut self, refused: bool) {
         *self = Self {
             refused,
+            error: self.error.take().filter(|_| refused),
             committing: self.committing,
             version: self.version,
             ..Self::default()

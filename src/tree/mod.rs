@@ -316,10 +316,17 @@ impl Tree {
     }
 
     fn look(&self, node: Node, patience: Patience) -> Result<Look> {
+        let begun = Instant::now();
         self.wait_until_closed(&node, patience)?;
         let (mut attributes, seen) = self.describe(&node, patience)?;
         attributes.ino = lock(&self.inodes).number(&node);
-        let valid = self.validity(&node);
+        // A change that was reported meanwhile is reported once more a moment later, for answers that are on their way. One that took
+        // longer than that, in a thread that had to wait or on a machine that is busy, may be old news that nobody takes back.
+        let valid = if begun.elapsed() > LONG_AGO {
+            Duration::ZERO
+        } else {
+            self.validity(&node)
+        };
         Ok(Look {
             entry: Entry { attributes, valid },
             node,
@@ -520,6 +527,9 @@ impl Tree {
         self.changes.load(Ordering::Acquire)
     }
 }
+
+/// How long an answer can take to be made, and still be remembered: well below what [`Tree::stale`] says things again after.
+const LONG_AGO: Duration = Duration::from_millis(20);
 
 /// The longest name of a directory entry (`limits.h`).
 const NAME_MAX: usize = 255;

@@ -253,6 +253,7 @@ impl Tree {
         drop(content);
         let mut state = lock(&writer.state);
         state.refused = false;
+        state.error = None;
         state.appended = if !writer.append || state.resized {
             None
         } else if state.written {
