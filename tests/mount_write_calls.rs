@@ -147,7 +147,7 @@ both_backends! {
         bench.assert_label("daX!", "after all that");
         assert_eq!(fs::metadata(bench.label()).unwrap().len(), 4);
         // A large value in small pieces and out of order.
-        let value: Vec<u8> = (0..200_000_u32).map(|i| (i * 7 >> 3) as u8).collect();
+        let value: Vec<u8> = (0..200_000_u32).map(|i| ((i * 7) >> 3) as u8).collect();
         let file = truncated(&bench.of_data("CKA_VALUE"));
         for at in (0..value.len()).step_by(10_000).rev() {
             file.write_all_at(&value[at..at + 10_000], at as u64).unwrap();
@@ -584,13 +584,11 @@ both_backends! {
         fs::write(path.join("CKA_CLASS"), "CKO_DATA\n").unwrap();
         // Whoever goes on writing is not interrupted.
         let started = Instant::now();
-        let mut pieces = 0;
-        for attribute in ["CKA_VALUE", "CKA_APPLICATION", "CKA_OBJECT_ID", "CKA_TOKEN", "CKA_PRIVATE", "CKA_MODIFIABLE"] {
+        for (pieces, attribute) in ["CKA_VALUE", "CKA_APPLICATION", "CKA_OBJECT_ID", "CKA_TOKEN", "CKA_PRIVATE", "CKA_MODIFIABLE"].into_iter().enumerate() {
             std::thread::sleep(Duration::from_millis(60));
             let text = if pieces < 3 { "bytes" } else { "true\n" };
             let text = if attribute == "CKA_PRIVATE" { "false\n" } else { text };
             fs::write(path.join(attribute), text).unwrap();
-            pieces += 1;
         }
         let slow = started.elapsed() > Duration::from_secs(1);
         eventually(SOON, "a pending object that is left alone", || bench.has(name));

@@ -106,17 +106,18 @@ impl Filesystem for Adapter {
 
     fn getattr(
         &self,
-        _request: &Request,
+        request: &Request,
         ino: INodeNo,
         handle: Option<FileHandle>,
         reply: ReplyAttr,
     ) {
+        let pid = request.pid();
         self.waiting.answer(
             reply,
             move |tree, patience| {
                 by_inode(match handle {
                     Some(handle) => tree.open_attributes(ino.0, HandleId(handle.0), patience),
-                    None => tree.attributes(ino.0, patience),
+                    None => tree.attributes_for(ino.0, pid, patience),
                 })
             },
             reply::attr,
@@ -130,9 +131,10 @@ impl Filesystem for Adapter {
         }
     }
 
-    fn open(&self, _request: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+    fn open(&self, request: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
         let is_read = flags.acc_mode() == OpenAccMode::O_RDONLY;
         let how = for_writing(flags.0);
+        let pid = request.pid();
         self.waiting.answer(
             reply,
             move |tree, patience| {
@@ -142,8 +144,9 @@ impl Filesystem for Adapter {
                     tree.open_for_writing(ino.0, how, patience)
                 })
             },
-            move |_, reply, answer| match answer {
+            move |tree, reply, answer| match answer {
                 Ok(handle) => {
+                    tree.used_by(handle, pid);
                     // What is only read has nothing to flush.
                     let flags = if is_read {
                         OPENED | FopenFlags::FOPEN_NOFLUSH
@@ -351,7 +354,7 @@ impl Filesystem for Adapter {
 
     fn setattr(
         &self,
-        _request: &Request,
+        request: &Request,
         ino: INodeNo,
         mode: Option<u32>,
         uid: Option<u32>,
@@ -376,6 +379,9 @@ impl Filesystem for Adapter {
         };
         let change = SetAttributes { size, metadata };
         let handle = handle.map(|handle| HandleId(handle.0));
+        if let Some(handle) = handle {
+            self.tree.used_by(handle, request.pid());
+        }
         self.waiting.answer(
             reply,
             move |tree, patience| by_inode(tree.set_attributes(ino.0, handle, &change, patience)),
@@ -478,6 +484,7 @@ impl Filesystem for Adapter {
         reply: ReplyCreate,
     ) {
         let (name, caller) = (name.to_os_string(), caller(request));
+        let pid = request.pid();
         let how = Creation {
             mode: mode & 0o7777,
             exclusive: flags & libc::O_EXCL != 0,
@@ -486,14 +493,17 @@ impl Filesystem for Adapter {
         self.waiting.answer(
             reply,
             move |tree, patience| tree.create(parent.0, &name, how, caller, patience),
-            |_, reply, answer| match answer {
-                Ok((entry, handle)) => reply.created(
-                    &entry.valid,
-                    &attributes(&entry.attributes),
-                    GENERATION,
-                    FileHandle(handle.0),
-                    OPENED,
-                ),
+            move |tree, reply, answer| match answer {
+                Ok((entry, handle)) => {
+                    tree.used_by(handle, pid);
+                    reply.created(
+                        &entry.valid,
+                        &attributes(&entry.attributes),
+                        GENERATION,
+                        FileHandle(handle.0),
+                        OPENED,
+                    );
+                }
                 Err(error) => reply.error(errno(&error)),
             },
         );
@@ -501,7 +511,7 @@ impl Filesystem for Adapter {
 
     fn write(
         &self,
-        _request: &Request,
+        request: &Request,
         _ino: INodeNo,
         handle: FileHandle,
         offset: u64,
@@ -511,6 +521,7 @@ impl Filesystem for Adapter {
         _owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
+        self.tree.used_by(HandleId(handle.0), request.pid());
         match self.tree.write(HandleId(handle.0), offset, data) {
             Ok(()) => reply.written(data.len() as u32),
             Err(error) => reply.error(errno(&error)),

@@ -31,10 +31,36 @@ pub fn is_possible_ciphertext(bytes: &[u8]) -> bool {
 /// # Errors
 /// [`ErrorKind::Invalid`] with a sentence that names the attribute and not its value.
 pub fn check(old: Option<&Attributes>, new: &Attributes) -> Result<()> {
-    if new.boolean(CKA_PRIVATE) != Some(true) {
+    check_if(old, new, |object| object.boolean(CKA_PRIVATE) == Some(true))
+}
+
+/// As [`check`], of a finished object that is not the token's own: one that does not say whether it is private is
+/// (`getBooleanValue(CKA_PRIVATE, true)` in SoftHSM). While an object is being put together it can still say that it is not.
+///
+/// # Errors
+/// As [`check`].
+pub fn check_finished(old: Option<&Attributes>, new: &Attributes) -> Result<()> {
+    let is_private = |object: &Attributes| object.boolean(CKA_PRIVATE).unwrap_or(true);
+    // One that stops SoftHSM already, for saying nothing, is not made worse.
+    if let Some(old) = old
+        && new.boolean(CKA_PRIVATE).is_none()
+        && old.boolean(CKA_PRIVATE).is_none()
+        && check_if(None, old, is_private).is_err()
+    {
         return Ok(());
     }
-    let was_private = old.filter(|old| old.boolean(CKA_PRIVATE) == Some(true));
+    check_if(old, new, is_private)
+}
+
+fn check_if(
+    old: Option<&Attributes>,
+    new: &Attributes,
+    is_private: impl Fn(&Attributes) -> bool,
+) -> Result<()> {
+    if !is_private(new) {
+        return Ok(());
+    }
+    let was_private = old.filter(|old| is_private(old));
     for (key, value) in new.iter() {
         let Value::Bytes(bytes) = value else { continue };
         let checked = DATES.contains(&key.attribute_type)
@@ -47,7 +73,7 @@ pub fn check(old: Option<&Attributes>, new: &Attributes) -> Result<()> {
                 ErrorKind::Invalid,
                 format!(
                     "{name} of a private object is a ciphertext, which is empty or has at least 32 bytes and a multiple of 16; \
-                     {} bytes would make SoftHSM fail on the whole token",
+                     {} bytes would make SoftHSM fail on the whole token (an object is private unless its CKA_PRIVATE is false)",
                     bytes.len()
                 ),
             ));
@@ -87,6 +113,8 @@ mod tests {
                 "{length}"
             );
             assert!(check(None, &object(Some(false), &label)).is_ok());
+            // What does not say so is private, but for as long as it is being made.
+            assert_eq!(check_finished(None, &object(None, &label)).is_ok(), allowed);
             assert!(check(None, &object(None, &label)).is_ok());
         }
         let mut dated = object(Some(true), b"");
@@ -100,6 +128,12 @@ mod tests {
         let mut new = old.clone();
         new.insert(0, Value::Ulong(3));
         assert!(check(Some(&old), &new).is_ok());
+        let silent = object(None, b"label");
+        let mut new = silent.clone();
+        new.insert(0, Value::Ulong(3));
+        assert!(check_finished(Some(&silent), &new).is_ok());
+        let public = object(Some(false), b"label");
+        assert!(check_finished(Some(&public), &silent).is_err());
         // But turning CKA_PRIVATE on is refused for what was in the clear.
         let old = object(Some(false), b"label");
         let new = object(Some(true), b"label");

@@ -346,6 +346,12 @@ impl Tree {
                     mode: access.mode & 0o666,
                     ..access
                 };
+                // As everywhere, it hands on its group if the directory that it is made in does (mkdir(2)).
+                let (parent, _) = self.describe(directory, patience)?;
+                let access = Access {
+                    mode: access.mode | parent.mode & libc::S_ISGID,
+                    ..access
+                };
                 self.store.create_token(&token, access, files)?;
                 lock(&self.drafts).insert_build(token.clone());
                 Ok(Node::Token(token))
@@ -551,13 +557,15 @@ impl Tree {
                     | ErrorKind::CrossDevice
                     | ErrorKind::WouldBlock
             );
-            let error = match error.path() {
-                Some(_) => error,
-                None => error.at(self.path_of(directory).join(name)),
-            };
-            if !ordinary {
-                self.diagnostics.error(&error);
+            if ordinary {
+                return error;
             }
+            let error = match error.path() {
+                Some(_) => Error::new(error.kind(), error.to_string()),
+                None => error,
+            };
+            let error = error.at(self.path_of(directory).join(name));
+            self.diagnostics.error(&error);
             error
         })
     }

@@ -1,7 +1,9 @@
 //! Open files and directories.
 
 use std::collections::HashMap;
+use std::sync::atomic::AtomicU32;
 use std::sync::{Arc, Mutex};
+use std::time::SystemTime;
 
 use super::draft::Bytes;
 use super::node::Node;
@@ -37,6 +39,8 @@ pub(super) struct Writer {
     pub content: Bytes,
     /// What of that the store has to be told.
     pub state: Mutex<State>,
+    /// The process that wrote through it last, or opened it.
+    pub user: AtomicU32,
     /// What has become of the file since it was opened.
     pub place: Mutex<Place>,
 }
@@ -65,8 +69,24 @@ pub(super) struct State {
     pub appended: Option<usize>,
     /// A write was refused and nothing was written since: there is nothing to commit, not even that the file was emptied for it.
     pub refused: bool,
+    /// The time that the file was given since the last write.
+    pub mtime: Option<SystemTime>,
+    /// A thread is committing it.
+    pub committing: bool,
     /// Counts the writes, so that one that falls into a commit is not taken for committed.
     pub version: u64,
+}
+
+impl State {
+    /// What there was to commit is committed, or was refused.
+    pub fn committed(&mut self, refused: bool) {
+        *self = Self {
+            refused,
+            committing: self.committing,
+            version: self.version,
+            ..Self::default()
+        };
+    }
 }
 
 /// All that is open.

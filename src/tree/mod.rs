@@ -12,9 +12,10 @@
 
 mod building;
 mod by_label;
+mod close;
+mod commit;
 mod draft;
 mod entries;
-mod follow;
 mod handle;
 pub mod inode;
 pub mod label;
@@ -249,6 +250,22 @@ impl Tree {
         if let Some(Node::Scratch(id)) = forgotten {
             lock(&self.scratch).forget(id);
         }
+    }
+
+    /// What `stat` says to the process `pid`: who is writing a file sees the size that it has for them.
+    ///
+    /// # Errors
+    /// As [`Tree::attributes`].
+    pub fn attributes_for(&self, ino: Ino, pid: u32, patience: Patience) -> Result<Entry> {
+        let mut entry = self.attributes(ino, patience)?;
+        if entry.attributes.kind == FileKind::File {
+            let (is_written, size) = self.written_size(&self.node(ino)?, pid);
+            if is_written {
+                entry.attributes.size = size.unwrap_or(entry.attributes.size);
+                entry.valid = Duration::ZERO;
+            }
+        }
+        Ok(entry)
     }
 
     /// What `stat` says of an open file: its size is that of the copy that is read and written through `handle`, and it says it of

@@ -121,6 +121,9 @@ impl Tree {
             }
             Node::Attribute(token, id, _) | Node::MapEntry(token, id, _, _) => {
                 let change = self.masked(metadata, 0o666);
+                if let Some(mtime) = change.mtime {
+                    self.date_writers(node, moment(mtime, SystemTime::now()));
+                }
                 self.set_object(token, id, &change, false, patience)
             }
             _ => Ok(()),

@@ -13,7 +13,9 @@ use super::node::{Ino, Node};
 use super::slot::Slot;
 use super::{Tree, lock};
 use crate::error::{ErrorKind, Result};
-use crate::store::{MetadataChange, NewObject, ObjectId, Patience, Target, Time, TokenName};
+use crate::store::{
+    MetadataChange, NewObject, ObjectId, Patience, Target, Time, TokenName, validate,
+};
 
 /// How long to wait for another thread that is writing the same object before looking again.
 pub(super) const PAUSE: Duration = Duration::from_millis(1);
@@ -186,6 +188,7 @@ impl Tree {
         let (token, ObjectId::Object(name)) = key else {
             return Ok(());
         };
+        validate::check_finished(None, &new.attributes)?;
         let object = NewObject {
             attributes: new.attributes.clone(),
             access: new.access,
@@ -202,10 +205,14 @@ impl Tree {
             return Ok(());
         }
         let mut remove = |attributes: &mut crate::store::attribute::Attributes| {
+            let before = attributes.clone();
             for slot in &unlinked {
                 slot.remove(attributes);
             }
-            Ok(())
+            if key.1 == ObjectId::Token {
+                return Ok(());
+            }
+            validate::check_finished(Some(&before), attributes)
         };
         // The time that it was given after they were unlinked stays, unless somebody else has changed it meanwhile.
         let token = self.token(&key.0)?;

@@ -2,10 +2,11 @@
 //!
 //! Each descriptor that is open for writing has a copy of the value, so that what is committed is one program's text, whole. The
 //! first flush after a write commits; a flush with nothing written commits nothing (a shell's `echo x > f` duplicates its descriptor and
-//! closes the first one before it writes); that a file was opened with `O_TRUNC` alone is committed with the last close.
+//! closes the first one before it writes); truncation alone is committed with the last close.
 
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::{Instant, SystemTime};
+use std::time::SystemTime;
 
 use super::draft::Bytes;
 use super::handle::{Handle, HandleId, State, Writer};
@@ -13,10 +14,10 @@ use super::node::{Ino, Node};
 use super::scratch::{Content, ScratchId};
 use super::slot::Slot;
 use super::text::Context;
-use super::{Attributes, Tree, lock, text, view};
+use super::{Tree, lock, text, view};
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::attribute::{Kind, Value};
-use crate::store::{ObjectId, Patience, validate};
+use crate::store::Patience;
+use crate::store::attribute::Kind;
 
 /// The longest value, in bytes. The largest objects that SoftHSM makes are data objects of a few MiB; one above 256 MiB would not
 /// be read again.
@@ -29,14 +30,6 @@ pub struct OpenForWriting {
     pub truncate: bool,
     /// `O_APPEND`: every write goes to the end.
     pub append: bool,
-}
-
-/// What is to become of a value.
-enum Text<'a> {
-    /// This is the whole of it.
-    Whole(&'a [u8]),
-    /// This comes behind what is stored.
-    Appended(&'a [u8]),
 }
 
 impl Tree {
@@ -54,6 +47,32 @@ impl Tree {
         let node = self.node(ino)?;
         let opened = self.open_writer(&node, how, patience);
         self.noted_write(&node, opened)
+    }
+
+    /// Notes which process uses a descriptor. The kernel asks for the attributes of an open file without saying through
+    /// which descriptor, and one who has written expects to be told of that.
+    pub fn used_by(&self, handle: HandleId, pid: u32) {
+        if let Ok(writer) = self.writer(handle) {
+            writer.user.store(pid, Ordering::Relaxed);
+        }
+    }
+
+    /// The size of a file as `pid` sees it who is writing it; and whether anybody is.
+    pub(super) fn written_size(&self, node: &Node, pid: u32) -> (bool, Option<u64>) {
+        let writers = lock(&self.handles).writers();
+        let mut of_node = writers
+            .iter()
+            .filter(|writer| self.committed_as(writer).as_ref() == Some(node))
+            .peekable();
+        let is_open = of_node.peek().is_some();
+        let ours = of_node.find(|writer| {
+            let state = lock(&writer.state);
+            (state.written || state.resized) && writer.user.load(Ordering::Relaxed) == pid
+        });
+        (
+            is_open,
+            ours.map(|writer| lock(&writer.content).len() as u64),
+        )
     }
 
     pub(super) fn open_writer(
@@ -92,7 +111,7 @@ impl Tree {
     pub(super) fn insert_writer(
         &self,
         node: Node,
-        attributes: Attributes,
+        attributes: super::Attributes,
         append: bool,
         content: Bytes,
         resized: bool,
@@ -109,6 +128,7 @@ impl Tree {
             content,
             state: Mutex::new(state),
             place: Mutex::default(),
+            user: AtomicU32::new(0),
         };
         self.open_handle(Handle::Writer(Arc::new(writer)))
     }
@@ -150,6 +170,7 @@ impl Tree {
             content: bytes,
             state: Mutex::default(),
             place: Mutex::default(),
+            user: AtomicU32::new(0),
         }))))
     }
 
@@ -240,10 +261,20 @@ impl Tree {
             Some(data.len())
         };
         state.written = true;
+        state.mtime = None;
         state.version += 1;
         drop(state);
         self.touch(node.as_ref().unwrap_or(&writer.node));
         Ok(())
+    }
+
+    /// The time that a file was given which is open and not committed yet (`futimens` before `close`, as cp and tar do): it is that
+    /// of what is committed.
+    pub(super) fn date_writers(&self, node: &Node, mtime: SystemTime) {
+        let writers = lock(&self.handles).writers();
+        for writer in writers.iter().filter(|writer| writer.node == *node) {
+            lock(&writer.state).mtime = Some(mtime);
+        }
     }
 
     /// Something is being done in an object: it is not left alone.
@@ -265,18 +296,12 @@ impl Tree {
         }
     }
 
-    /// Cuts or extends an open file (`ftruncate`): that is writing, and is committed with the next flush.
+    /// Cuts or extends an open file (`ftruncate`). If nothing is written into it afterwards, that is committed when it is closed for
+    /// good.
     ///
     /// # Errors
     /// [`ErrorKind::TooLarge`].
     pub(super) fn resize_open(&self, handle: HandleId, size: u64) -> Result<()> {
-        self.set_length(handle, size)?;
-        lock(&self.writer(handle)?.state).written = true;
-        Ok(())
-    }
-
-    /// Cuts or extends an open file, to be committed when it is closed for good.
-    fn set_length(&self, handle: HandleId, size: u64) -> Result<()> {
         let writer = self.writer(handle)?;
         if size > LONGEST_VALUE {
             return Err(too_large());
@@ -302,15 +327,14 @@ impl Tree {
         Ok(())
     }
 
-    /// Makes an open file at least `size` bytes long (`fallocate` of mode 0). What comes before the writing that it is for is not
-    /// committed with the next flush, but when the file is closed for good.
+    /// Makes an open file at least `size` bytes long (`fallocate` of mode 0).
     ///
     /// # Errors
     /// [`ErrorKind::TooLarge`].
     pub fn extend_open(&self, handle: HandleId, size: u64) -> Result<()> {
         let present = lock(&self.writer(handle)?.content).len() as u64;
         if size > present {
-            self.set_length(handle, size)?;
+            self.resize_open(handle, size)?;
         }
         Ok(())
     }
@@ -347,365 +371,7 @@ impl Tree {
             return Ok(());
         }
         content.resize(as_index(size), 0);
-        self.commit(node, &Text::Whole(&content), None, patience)
-    }
-
-    /// A descriptor is closed, perhaps not the last one of its file, or synced: what was written since the last time is
-    /// committed.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Invalid`] if it is no value of its kind: the old value stays; what writing to the store fails with.
-    pub fn flush(&self, handle: HandleId, patience: Patience) -> Result<()> {
-        let writer = match lock(&self.handles).get(handle) {
-            Some(Handle::Writer(writer) | Handle::Shared(writer)) => Arc::clone(writer),
-            // There is nothing to say of a file that is read.
-            _ => return Ok(()),
-        };
-        if !lock(&writer.state).written {
-            return Ok(());
-        }
-        self.commit_writer(&writer, patience)
-    }
-
-    fn commit_writer(&self, writer: &Writer, patience: Patience) -> Result<()> {
-        let node = match self.committed_as(writer) {
-            Some(node) => node,
-            // A scratch file has its content already, and one that is gone needs none.
-            None => {
-                *lock(&writer.state) = State::default();
-                return Ok(());
-            }
-        };
-        let (content, state) = {
-            let content = lock(&writer.content);
-            (content.clone(), lock(&writer.state).clone())
-        };
-        let is_scratch = matches!(writer.node, Node::Scratch(_));
-        let text = match state.appended.filter(|_| !is_scratch) {
-            // What was scratch has one content, whoever has it open, and was committed with that.
-            Some(appended) => {
-                let start = content.len().saturating_sub(appended);
-                Text::Appended(content.get(start..).unwrap_or_default())
-            }
-            None => Text::Whole(&content),
-        };
-        let outcome = self.commit(&node, &text, None, patience);
-        if !matches!(&outcome, Err(error) if error.kind() == ErrorKind::WouldBlock) {
-            let mut now = lock(&writer.state);
-            if now.version == state.version {
-                *now = State {
-                    version: now.version,
-                    refused: outcome.is_err(),
-                    ..State::default()
-                };
-            }
-        }
-        self.noted_write(&node, outcome)
-    }
-
-    /// Closes a file or a directory for good. What was cut or extended and never written is committed now; nobody hears of it if that
-    /// fails, but the log.
-    pub fn release(&self, handle: HandleId, patience: Patience) -> Result<()> {
-        let writer = match lock(&self.handles).get(handle) {
-            Some(Handle::Writer(writer) | Handle::Shared(writer)) => Some(Arc::clone(writer)),
-            _ => None,
-        };
-        let Some(writer) = writer else {
-            lock(&self.handles).remove(handle);
-            return Ok(());
-        };
-        let outcome = self.commit_at_last(&writer, patience);
-        if matches!(&outcome, Err(error) if error.kind() == ErrorKind::WouldBlock) {
-            // close(2) has returned by now. Whoever looks next is to see what it did.
-            let limit = Instant::now() + 2 * self.store.options().lock_wait;
-            lock(&self.closing).insert(writer.node.clone(), limit);
-            return outcome;
-        }
-        lock(&self.closing).remove(&writer.node);
-        lock(&self.handles).remove(handle);
-        self.uncount(&writer);
-        self.wake();
-        outcome
-    }
-
-    /// Waits until what was done through a descriptor that is closed already is committed.
-    pub(super) fn wait_until_closed(&self, node: &Node, patience: Patience) -> Result<()> {
-        loop {
-            let until = lock(&self.closing).get(node).copied();
-            if until.is_none_or(|until| until < Instant::now()) {
-                return Ok(());
-            }
-            patience.wait(super::settle::PAUSE, "the file is being closed")?;
-        }
-    }
-
-    /// What a descriptor has not committed by the time that it is closed for good.
-    fn commit_at_last(&self, writer: &Writer, patience: Patience) -> Result<()> {
-        let state = lock(&writer.state).clone();
-        let Some(node) = self.committed_as(writer) else {
-            return Ok(());
-        };
-        let is_scratch = matches!(writer.node, Node::Scratch(_));
-        if state.refused {
-            // Nobody can be told, and nothing was meant to be kept but what was refused.
-            // Others who have it open may have more luck.
-            let writers = lock(&self.handles).writers();
-            let is_last = !writers.iter().any(|other| {
-                !std::ptr::eq(&raw const **other, writer)
-                    && self.committed_as(other).as_ref() == Some(&node)
-            });
-            if !is_scratch && is_last {
-                self.drop_fresh(&node);
-            }
-            return Ok(());
-        }
-        if state.written || state.resized {
-            return self.commit_writer(writer, patience);
-        }
-        // Created and never written, by touch(1) say: an empty value where there is such a thing, else a file without a value, which
-        // stays for whoever is going to write it.
-        if let Some((_, _, slot)) = Slot::of(&node)
-            && !is_scratch
-            && self.is_fresh(&node)
-            && text::parse(slot.key, &lock(&writer.content), Context::default()).is_ok()
-        {
-            return self.commit_writer(writer, patience);
-        }
-        Ok(())
-    }
-
-    pub(super) fn drop_fresh(&self, node: &Node) {
-        if let Some((token, id, slot)) = Slot::of(node) {
-            let key = (token.clone(), id.clone());
-            let mut drafts = lock(&self.drafts);
-            if let Some(draft) = drafts.get_mut(&key) {
-                draft.fresh.remove(&slot);
-            }
-            drafts.tidy(&key);
-        }
-    }
-
-    fn is_fresh(&self, node: &Node) -> bool {
-        Slot::of(node).is_some_and(|(token, id, slot)| {
-            lock(&self.drafts)
-                .get(&(token.clone(), id.clone()))
-                .is_some_and(|draft| draft.fresh.contains_key(&slot))
-        })
-    }
-
-    /// Makes `text` the value of `node`: in its draft if its object is new, else in the store.
-    fn commit(
-        &self,
-        node: &Node,
-        text: &Text<'_>,
-        mtime: Option<SystemTime>,
-        patience: Patience,
-    ) -> Result<()> {
-        let Some((_, _, slot)) = Slot::of(node) else {
-            return Err(Error::new(ErrorKind::IsADirectory, "a directory"));
-        };
-        self.replacing(node, mtime, patience, &mut |attributes| {
-            let siblings = slot.siblings(attributes);
-            let context = siblings.map(Context::of).unwrap_or_default();
-            let value = match text {
-                Text::Whole(text) => text::parse(slot.key, text, context)?,
-                Text::Appended(text) => {
-                    let stored = siblings.and_then(|siblings| siblings.get(slot.key));
-                    let mut whole = match stored {
-                        Some(stored) => {
-                            text::render(slot.key.attribute_type, stored, context)?.into_owned()
-                        }
-                        None => Vec::new(),
-                    };
-                    whole.extend_from_slice(text);
-                    text::parse(slot.key, &whole, context)?
-                }
-            };
-            slot.set(attributes, value)
-        })
-    }
-
-    /// Makes a text the value of `node`, at the time `mtime`.
-    pub(super) fn commit_text(
-        &self,
-        node: &Node,
-        text: &[u8],
-        mtime: Option<SystemTime>,
-        patience: Patience,
-    ) -> Result<()> {
-        self.commit(node, &Text::Whole(text), mtime, patience)
-    }
-
-    /// Makes `value` the value of `node`.
-    pub(super) fn commit_value(
-        &self,
-        node: &Node,
-        value: &Value,
-        patience: Patience,
-    ) -> Result<()> {
-        let Some((_, _, slot)) = Slot::of(node) else {
-            return Err(Error::new(ErrorKind::Invalid, "no attribute"));
-        };
-        self.replacing(node, None, patience, &mut |attributes| {
-            slot.set(attributes, value.clone())
-        })
-    }
-
-    /// A change that gives `node` a value, whether it was unlinked just now or never had one.
-    fn replacing(
-        &self,
-        node: &Node,
-        mtime: Option<SystemTime>,
-        patience: Patience,
-        edit: &mut dyn FnMut(&mut crate::store::attribute::Attributes) -> Result<()>,
-    ) -> Result<()> {
-        self.replacing_all(&[node], mtime, patience, edit)
-    }
-
-    /// A change that gives some of `nodes`, all in one object, a value, and takes it from others.
-    pub(super) fn replacing_all(
-        &self,
-        nodes: &[&Node],
-        mtime: Option<SystemTime>,
-        patience: Patience,
-        edit: &mut dyn FnMut(&mut crate::store::attribute::Attributes) -> Result<()>,
-    ) -> Result<()> {
-        let Some(first) = nodes.first() else {
-            return Ok(());
-        };
-        // Before the value is there: nobody must take it for the one that was unlinked, and remove it.
-        let held: Vec<Slot> = nodes
-            .iter()
-            .flat_map(|node| self.release_hold(node))
-            .collect();
-        let outcome = self.change(first, mtime, patience, &mut |attributes| {
-            // What the store has there still is not there for whoever unlinked it.
-            for slot in &held {
-                slot.remove(attributes);
-            }
-            edit(attributes)
-        });
-        match &outcome {
-            Ok(()) => nodes.iter().for_each(|node| self.settled(node)),
-            Err(_) => self.hold_again(first, &held),
-        }
-        outcome
-    }
-
-    /// Gives up that `node`, and what is in it, was unlinked; returns what that was.
-    fn release_hold(&self, node: &Node) -> Vec<Slot> {
-        let Some((token, id, slot)) = Slot::of(node) else {
-            return Vec::new();
-        };
-        let mut drafts = lock(&self.drafts);
-        match drafts.get_mut(&(token.clone(), id.clone())) {
-            Some(draft) if !draft.busy => {
-                let ours = |held: &Slot| *held == slot || held.is_in(slot);
-                let held: Vec<Slot> = draft.removed.iter().copied().filter(ours).collect();
-                draft.removed.retain(|held| !ours(held));
-                held
-            }
-            _ => Vec::new(),
-        }
-    }
-
-    fn hold_again(&self, node: &Node, held: &[Slot]) {
-        if let Some((token, id, _)) = Slot::of(node)
-            && !held.is_empty()
-        {
-            let mut drafts = lock(&self.drafts);
-            let draft = drafts.entry(&(token.clone(), id.clone()));
-            draft.removed.extend(held);
-        }
-    }
-
-    /// What stands in `node` has a value now.
-    fn settled(&self, node: &Node) {
-        if let Some((token, id, slot)) = Slot::of(node) {
-            let key = (token.clone(), id.clone());
-            let mut drafts = lock(&self.drafts);
-            if let Some(draft) = drafts.get_mut(&key) {
-                draft.fresh.remove(&slot);
-            }
-            drafts.touch(&key);
-            drafts.tidy(&key);
-        }
-    }
-
-    /// Changes the object that `node` is in: its draft if it is new, else what the store has.
-    pub(super) fn change(
-        &self,
-        node: &Node,
-        mtime: Option<SystemTime>,
-        patience: Patience,
-        edit: &mut dyn FnMut(&mut crate::store::attribute::Attributes) -> Result<()>,
-    ) -> Result<()> {
-        let Some((token, id)) = node.object() else {
-            return Err(Error::new(ErrorKind::Invalid, "not in an object"));
-        };
-        let key = (token.clone(), id.clone());
-        let in_draft = self.with_drafts(&key, patience, |drafts| {
-            let Some(new) = drafts.get_mut(&key).and_then(|draft| draft.new.as_mut()) else {
-                return Ok(false);
-            };
-            let mut attributes = new.attributes.clone();
-            edit(&mut attributes)?;
-            validate::check(Some(&new.attributes), &attributes)?;
-            new.attributes = attributes;
-            if mtime.is_some() {
-                new.mtime = mtime;
-            }
-            drafts.touch(&key);
-            Ok(true)
-        })?;
-        if in_draft {
-            return Ok(());
-        }
-        self.update_store(&key, mtime, patience, edit)?;
-        if *id == ObjectId::Token
-            && let Some(build) = lock(&self.drafts).build_mut(token)
-        {
-            build.own_filled = true;
-        }
-        Ok(())
-    }
-
-    /// That something can be written at all.
-    pub(super) fn check_writable(&self, node: &Node) -> Result<()> {
-        let derived = matches!(
-            node,
-            Node::Control
-                | Node::Log
-                | Node::ByLabel
-                | Node::TokenByLabel(_)
-                | Node::ObjectByLabel(..)
-        );
-        if derived {
-            let detail =
-                "everything in .tokenfs is made from the store and cannot be changed there";
-            return Err(Error::new(ErrorKind::ReadOnly, detail));
-        }
-        if self.store.options().read_only {
-            return Err(Error::new(
-                ErrorKind::ReadOnly,
-                "the mount takes no writes (-o ro)",
-            ));
-        }
-        Ok(())
-    }
-
-    /// Records why something was not written, with its name.
-    pub(super) fn noted_write<T>(&self, node: &Node, outcome: Result<T>) -> Result<T> {
-        outcome.map_err(|error| {
-            let error = match error.path() {
-                Some(_) => error,
-                None => error.at(self.path_of(node)),
-            };
-            if !matches!(error.kind(), ErrorKind::WouldBlock) {
-                self.diagnostics.error(&error);
-            }
-            error
-        })
+        self.commit_text(node, &content, None, patience)
     }
 }
 

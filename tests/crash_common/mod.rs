@@ -6,6 +6,7 @@
 
 pub mod trace;
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs;
@@ -13,6 +14,7 @@ use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::time::Duration;
 
 use crate::support::independent::{self, Object, Token};
 use crate::support::*;
@@ -48,6 +50,8 @@ pub struct Stage {
     pub private: String,
     /// How many deaths were judged.
     judged: usize,
+    /// Copies that were made a while ago.
+    aged: RefCell<Vec<PathBuf>>,
 }
 
 /// Copies a directory with modes, owners being those of the caller.
@@ -104,6 +108,7 @@ impl Stage {
             token,
             second,
             judged: 0,
+            aged: RefCell::default(),
         }
     }
 
@@ -183,10 +188,21 @@ impl Stage {
         ]
     }
 
-    /// Puts the store back.
+    /// Puts the store back: as it was, and not as young as a copy made now, which a writer would leave in peace for half a second
+    /// since SoftHSM may still be making it.
     pub fn reset(&self) {
+        let mut aged = self.aged.borrow_mut();
+        if aged.is_empty() {
+            for number in 0..200 {
+                let path = self.softhsm.directory.path().join(format!("aged-{number}"));
+                copy(&self.base, &path);
+                aged.push(path);
+            }
+            std::thread::sleep(Duration::from_millis(700));
+        }
         fs::remove_dir_all(&self.softhsm.tokendir).unwrap();
-        copy(&self.base, &self.softhsm.tokendir);
+        let next = aged.pop().expect("a copy");
+        fs::rename(next, &self.softhsm.tokendir).unwrap();
     }
 
     /// `step` with these operations, or below a `wrapper`.

@@ -35,8 +35,17 @@ impl DbToken {
             Target::Object(id) => {
                 // One that is not there has nothing to change.
                 self.row(id, patience)?;
-                stat(&self.path)?;
-                change_access(&self.path, change)?;
+                let present = stat(&self.path)?;
+                // Who copies object by object says the same once for each file of each of them, and all share one.
+                let change = MetadataChange {
+                    mode: change
+                        .mode
+                        .filter(|mode| *mode & 0o7777 != present.st_mode & 0o7777),
+                    uid: change.uid.filter(|uid| *uid != present.st_uid),
+                    gid: change.gid.filter(|gid| *gid != present.st_gid),
+                    ..*change
+                };
+                change_access(&self.path, &change)?;
                 match change.mtime {
                     Some(Time::Now) => self.write_update(id, &mut |_| Ok(()), None, patience),
                     Some(Time::At(time)) => {

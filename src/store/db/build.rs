@@ -65,6 +65,7 @@ impl DbToken {
             built: true,
             connection: Exclusive::default(),
             cache: Mutex::default(),
+            last: Mutex::default(),
         };
         token.make_schema().map_err(|failure| match failure {
             Failure::Taken => Error::new(ErrorKind::Busy, TAKEN).at(&token.path),

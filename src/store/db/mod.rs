@@ -81,6 +81,8 @@ pub struct DbToken {
     built: bool,
     connection: Exclusive<Slot>,
     cache: Mutex<Option<Arc<Cached>>>,
+    /// The last version that made sense, whatever has become of it: what is the same in the next one keeps its times.
+    last: Mutex<Option<Arc<Snapshot>>>,
 }
 
 /// The connection, if there is one now.
@@ -125,6 +127,7 @@ impl DbToken {
             built: false,
             connection: Exclusive::default(),
             cache: Mutex::default(),
+            last: Mutex::default(),
         };
         token.metadata()?;
         Ok(token)
@@ -236,10 +239,11 @@ impl DbToken {
         warned: &mut Vec<String>,
     ) -> Option<(Seen, Arc<Snapshot>)> {
         let (seen, snapshot) = match (outcome, known) {
-            (Outcome::New(seen, rows), known) => {
+            (Outcome::New(seen, rows), _) => {
                 let metadata = Metadata::of_path(&self.path, &seen.stat);
-                let previous = known.as_ref().map(|(_, snapshot)| snapshot.as_ref());
-                let snapshot = Snapshot::new(&self.name, &self.path, metadata, rows, previous);
+                let last = self.lock_last().clone();
+                let snapshot =
+                    Snapshot::new(&self.name, &self.path, metadata, rows, last.as_deref());
                 self.warn(warned, &snapshot.warnings);
                 (seen, Arc::new(snapshot))
             }
@@ -280,6 +284,10 @@ impl DbToken {
     }
 
     fn remember(&self, cached: Cached) {
+        if let Ok((_, snapshot)) = &cached.content {
+            let last = self.lock_last().replace(Arc::clone(snapshot));
+            drop(last);
+        }
         let previous = self.lock_cache().replace(Arc::new(cached));
         // A large snapshot takes its time to go; not under the lock.
         drop(previous);
@@ -294,6 +302,11 @@ impl DbToken {
     fn forget(&self) {
         let previous = self.lock_cache().take();
         drop(previous);
+    }
+
+    fn lock_last(&self) -> MutexGuard<'_, Option<Arc<Snapshot>>> {
+        // As below.
+        self.last.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn lock_cache(&self) -> MutexGuard<'_, Option<Arc<Cached>>> {

@@ -79,11 +79,19 @@ impl Content {
         self
     }
 
-    fn with_metadata(&self, file: Metadata) -> Self {
-        match &self.object {
-            Ok(object) => Self::new(object.attributes.clone(), self.modified, file),
-            Err(_) => self.clone(),
+    /// The same in a file with the metadata `file`, which had `before`.
+    fn with_metadata(&self, file: Metadata, before: &Metadata) -> Self {
+        let Ok(object) = &self.object else {
+            return self.clone();
+        };
+        let mut renewed = Self::new(object.attributes.clone(), self.modified, file);
+        if file.mtime == before.mtime
+            && let Ok(new) = &mut renewed.object
+        {
+            // Mode or owner has changed, and not the time.
+            Arc::make_mut(new).metadata.mtime = object.metadata.mtime;
         }
+        renewed
     }
 }
 
@@ -195,12 +203,12 @@ impl Snapshot {
             warnings: self.warnings.clone(),
             leftovers: self.leftovers,
             contested: self.contested,
-            token: self.token.with_metadata(metadata),
+            token: self.token.with_metadata(metadata, &self.metadata),
             objects: self
                 .objects
                 .iter()
                 .map(|(name, Entry { row, content })| {
-                    let (row, content) = (*row, content.with_metadata(metadata));
+                    let (row, content) = (*row, content.with_metadata(metadata, &self.metadata));
                     (name.clone(), Entry { row, content })
                 })
                 .collect(),

@@ -9,7 +9,7 @@ use nix::sys::stat::fstatat;
 use rustix::fs::{RenameFlags, renameat_with};
 use rustix::io::Errno as Refusal;
 
-use super::attire::{access_of, copy, set_mtime};
+use super::attire::{access_of, apply_to_directory, copy, set_mtime};
 use super::encode::encode;
 use super::guard::{Temporary, Transaction, exists, stat_regular, sync, unlink_if_there};
 use super::names::{Names, too_long};
@@ -19,7 +19,7 @@ use super::{CKA_TOKENFS_FILLER, FileToken};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::attribute::{Attributes, Value};
 use crate::store::crash::point;
-use crate::store::{ObjectId, Patience, lock, validate};
+use crate::store::{MetadataChange, ObjectId, Patience, Time, Token, lock, validate};
 
 /// How an attempt to put a new version in place ended.
 enum Attempt {
@@ -75,7 +75,13 @@ impl FileToken {
             validate::check(Some(&old), &new)?;
             let generation = following(decoded.generation);
             let bytes = encode_checked(generation, &new)?;
+            // What comes and goes beside the object for a moment is no change of the directory that anybody wants to see: without
+            // this a backup of a token with the same objects would find its directory changed.
+            let directory = self.metadata().map(|metadata| metadata.mtime);
             if self.put(id, &names, &reading, &bytes, mtime)? {
+                if let Ok(mtime) = directory {
+                    self.restore_directory_time(mtime);
+                }
                 // Before the locks are let go, so that nobody can have written on top of it.
                 if !self.is_building() {
                     self.changes().remember(id, generation, &old, &new);
@@ -83,6 +89,20 @@ impl FileToken {
                 self.cache().remove(id);
                 return Ok(());
             }
+        }
+    }
+
+    /// Sets the time of the directory's last modification, as far as that is possible: it is not worth failing for.
+    fn restore_directory_time(&self, mtime: SystemTime) {
+        if self.is_building() {
+            return;
+        }
+        let change = MetadataChange {
+            mtime: Some(Time::At(mtime)),
+            ..MetadataChange::default()
+        };
+        if let Err(error) = apply_to_directory(self.directory(), &change) {
+            log::debug!("{error}");
         }
     }
 

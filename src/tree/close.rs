@@ -1,0 +1,240 @@
+//! Descriptors that are closed: what was written through them becomes the value.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::commit::Text;
+use super::draft::Key;
+use super::handle::{Handle, HandleId, Place, State, Writer};
+use super::node::Node;
+use super::slot::Slot;
+use super::text::Context;
+use super::{Tree, lock, text};
+use crate::error::{ErrorKind, Result};
+use crate::store::Patience;
+
+impl Tree {
+    /// A descriptor is closed, perhaps not the last one of its file, or synced: what was written since the last time is
+    /// committed.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`] if it is no value of its kind: the old value stays; what writing to the store fails with.
+    pub fn flush(&self, handle: HandleId, patience: Patience) -> Result<()> {
+        let writer = match lock(&self.handles).get(handle) {
+            Some(Handle::Writer(writer) | Handle::Shared(writer)) => Arc::clone(writer),
+            // There is nothing to say of a file that is read.
+            _ => return Ok(()),
+        };
+        self.commit_writer(&writer, patience, |state| state.written)
+    }
+
+    /// Commits what a descriptor has that is `wanted`. Of several that close duplicates of one at the same time, one commits, and the
+    /// others wait for it.
+    fn commit_writer(
+        &self,
+        writer: &Writer,
+        patience: Patience,
+        wanted: impl Fn(&State) -> bool,
+    ) -> Result<()> {
+        loop {
+            {
+                let mut state = lock(&writer.state);
+                if !state.committing {
+                    if !wanted(&state) {
+                        return Ok(());
+                    }
+                    state.committing = true;
+                    break;
+                }
+            }
+            patience.wait(super::settle::PAUSE, "the file is being written")?;
+        }
+        let outcome = self.commit_content(writer, patience);
+        lock(&writer.state).committing = false;
+        outcome
+    }
+
+    fn commit_content(&self, writer: &Writer, patience: Patience) -> Result<()> {
+        let node = match self.committed_as(writer) {
+            Some(node) => node,
+            // A scratch file has its content already, and one that is gone needs none.
+            None => {
+                lock(&writer.state).committed(false);
+                return Ok(());
+            }
+        };
+        let (content, state) = {
+            let content = lock(&writer.content);
+            (content.clone(), lock(&writer.state).clone())
+        };
+        let is_scratch = matches!(writer.node, Node::Scratch(_));
+        let text = match state.appended.filter(|_| !is_scratch) {
+            // What was scratch has one content, whoever has it open, and was committed with that.
+            Some(appended) => {
+                let start = content.len().saturating_sub(appended);
+                Text::Appended(content.get(start..).unwrap_or_default())
+            }
+            None => Text::Whole(&content),
+        };
+        let outcome = self.commit(&node, &text, state.mtime, patience);
+        if !matches!(&outcome, Err(error) if error.kind() == ErrorKind::WouldBlock) {
+            let mut now = lock(&writer.state);
+            if now.version == state.version {
+                now.committed(outcome.is_err());
+            }
+        }
+        self.noted_write(&node, outcome)
+    }
+
+    /// What is open of `node`, and of what is in it, has no name any more: it must not come back when it is closed.
+    pub(super) fn cut_off(&self, node: &Node) {
+        if let Some((token, id, slot)) = Slot::of(node) {
+            self.moved(&(token.clone(), id.clone()), |other| {
+                (other == slot || other.is_in(slot)).then_some(Place::Gone)
+            });
+        }
+    }
+
+    /// Something in the object `key` was renamed or removed: `place` says what becomes of those who have a file open that is in the
+    /// place that it is asked for.
+    pub(super) fn moved(&self, key: &Key, place: impl Fn(Slot) -> Option<Place>) {
+        let writers = lock(&self.handles).writers();
+        for writer in writers {
+            let Some(node) = self.committed_as(&writer) else {
+                continue;
+            };
+            let now = match Slot::of(&node) {
+                Some((token, id, slot)) if (token, id) == (&key.0, &key.1) => place(slot),
+                _ => None,
+            };
+            if let Some(now) = now {
+                if now == Place::Gone && !matches!(writer.node, Node::Scratch(_)) {
+                    self.count_writers(&node, |writers| writers.saturating_sub(1));
+                }
+                *lock(&writer.place) = now;
+            }
+        }
+    }
+
+    /// The attribute that a writer's content is to become, if it is to become one.
+    pub(super) fn committed_as(&self, writer: &Writer) -> Option<Node> {
+        match &*lock(&writer.place) {
+            Place::There => {}
+            Place::Moved(node) => return Some(node.clone()),
+            Place::Gone => return None,
+        }
+        match &writer.node {
+            Node::Scratch(id) => lock(&self.scratch)
+                .get(*id)
+                .ok()
+                .and_then(|entry| entry.becomes.clone()),
+            node => Some(node.clone()),
+        }
+    }
+
+    /// Closes a file or a directory for good. What was cut or extended and never written is committed now; nobody hears of it if that
+    /// fails, but the log.
+    pub fn release(&self, handle: HandleId, patience: Patience) -> Result<()> {
+        let writer = match lock(&self.handles).get(handle) {
+            Some(Handle::Writer(writer) | Handle::Shared(writer)) => Some(Arc::clone(writer)),
+            _ => None,
+        };
+        let Some(writer) = writer else {
+            lock(&self.handles).remove(handle);
+            return Ok(());
+        };
+        let outcome = self.commit_at_last(&writer, patience);
+        if matches!(&outcome, Err(error) if error.kind() == ErrorKind::WouldBlock) {
+            // close(2) has returned by now. Whoever looks next is to see what it did.
+            let limit = Instant::now() + 2 * self.store.options().lock_wait;
+            lock(&self.closing).insert(writer.node.clone(), limit);
+            return outcome;
+        }
+        lock(&self.closing).remove(&writer.node);
+        lock(&self.handles).remove(handle);
+        self.uncount(&writer);
+        self.wake();
+        outcome
+    }
+
+    /// Closes a file that nothing was written into.
+    pub(super) fn discard(&self, handle: HandleId) {
+        let removed = lock(&self.handles).remove(handle);
+        if let Some(Handle::Writer(writer)) = removed {
+            self.uncount(&writer);
+        }
+    }
+
+    fn uncount(&self, writer: &Writer) {
+        if !matches!(writer.node, Node::Scratch(_))
+            && let Some(node) = self.committed_as(writer)
+        {
+            self.count_writers(&node, |writers| writers.saturating_sub(1));
+        }
+    }
+
+    /// Waits until what was done through a descriptor that is closed already is committed.
+    pub(super) fn wait_until_closed(&self, node: &Node, patience: Patience) -> Result<()> {
+        loop {
+            let until = lock(&self.closing).get(node).copied();
+            if until.is_none_or(|until| until < Instant::now()) {
+                return Ok(());
+            }
+            patience.wait(super::settle::PAUSE, "the file is being closed")?;
+        }
+    }
+
+    /// What a descriptor has not committed by the time that it is closed for good.
+    fn commit_at_last(&self, writer: &Writer, patience: Patience) -> Result<()> {
+        let state = lock(&writer.state).clone();
+        let Some(node) = self.committed_as(writer) else {
+            return Ok(());
+        };
+        let is_scratch = matches!(writer.node, Node::Scratch(_));
+        if state.refused {
+            // Nobody can be told, and nothing was meant to be kept but what was refused.
+            // Others who have it open may have more luck.
+            let writers = lock(&self.handles).writers();
+            let is_last = !writers.iter().any(|other| {
+                !std::ptr::eq(&raw const **other, writer)
+                    && self.committed_as(other).as_ref() == Some(&node)
+            });
+            if !is_scratch && is_last {
+                self.drop_fresh(&node);
+            }
+            return Ok(());
+        }
+        if state.written || state.resized {
+            return self.commit_writer(writer, patience, |state| state.written || state.resized);
+        }
+        // Created and never written, by touch(1) say: an empty value where there is such a thing, else a file without a value, which
+        // stays for whoever is going to write it.
+        if let Some((_, _, slot)) = Slot::of(&node)
+            && !is_scratch
+            && self.is_fresh(&node)
+            && text::parse(slot.key, &lock(&writer.content), Context::default()).is_ok()
+        {
+            return self.commit_writer(writer, patience, |_| true);
+        }
+        Ok(())
+    }
+
+    pub(super) fn drop_fresh(&self, node: &Node) {
+        if let Some((token, id, slot)) = Slot::of(node) {
+            let key = (token.clone(), id.clone());
+            let mut drafts = lock(&self.drafts);
+            if let Some(draft) = drafts.get_mut(&key) {
+                draft.fresh.remove(&slot);
+            }
+            drafts.tidy(&key);
+        }
+    }
+
+    fn is_fresh(&self, node: &Node) -> bool {
+        Slot::of(node).is_some_and(|(token, id, slot)| {
+            lock(&self.drafts)
+                .get(&(token.clone(), id.clone()))
+                .is_some_and(|draft| draft.fresh.contains_key(&slot))
+        })
+    }
+}
