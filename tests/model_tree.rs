@@ -200,10 +200,6 @@ fn what_was_unlinked_does_not_stand_in_the_way_of_making_an_object_private() {
         unlink(&a("CKA_ID")),
         put(&a("CKA_PRIVATE"), b"true\n"),
     ]);
-    found(&[
-        unlink(&format!("{B}/CKA_PRIVATE")),
-        put(&format!("{B}/CKA_LABEL"), b"clear"),
-    ]);
 }
 
 #[test]
@@ -329,5 +325,23 @@ fn what_is_synced_after_it_was_renamed_to_an_attribute_is_in_the_store() {
         Op::Write(0, b"CKO_DATA"),
         rename(&format!("{C}/.x"), &format!("{C}/CKA_CLASS")),
         Op::Sync(0),
+    ]);
+}
+
+#[test]
+fn what_was_unlinked_and_created_again_has_no_value_after_a_rename_of_its_object_either() {
+    found(&[
+        unlink(&a("CKA_CLASS")),
+        put(&a("CKA_CLASS"), b""),
+        rename(A, C),
+        content(&format!("{C}/CKA_CLASS")),
+    ]);
+}
+
+#[test]
+fn a_file_without_a_value_is_no_directory() {
+    found(&[
+        open(0, &a("CKA_SIGN"), "write create"),
+        list(&a("CKA_SIGN")),
     ]);
 }

@@ -487,8 +487,15 @@ impl Tree {
         // What was unlinked stays unlinked.
         self.write_draft(&from_key, patience)?;
         let object = self.ask(token, patience, |token| token.object(&from_key.1, patience))?;
+        let mut attributes = object.attributes.clone();
+        // Held still for a file of that name that has no value yet.
+        if let Some(draft) = lock(&self.drafts).get(&from_key) {
+            for slot in &draft.removed {
+                slot.remove(&mut attributes);
+            }
+        }
         let new = NewObject {
-            attributes: object.attributes.clone(),
+            attributes,
             access: Access {
                 mode: object.metadata.mode,
                 uid: object.metadata.uid,

@@ -228,6 +228,7 @@ impl Tree {
                         listed
                     }
                     Some(_) => return Err(not_a_directory()),
+                    None if self.fresh_size(directory).is_some() => return Err(not_a_directory()),
                     None => return Err(gone()),
                 }
             }
