@@ -40,7 +40,11 @@ impl Tree {
                 let mut state = lock(&writer.state);
                 if !state.committing {
                     if !wanted(&state) {
-                        return state.refusal();
+                        let refusal = state.refusal();
+                        if let Err(error) = &refusal {
+                            self.diagnostics.error(error);
+                        }
+                        return refusal;
                     }
                     state.committing = true;
                     break;

@@ -75,6 +75,8 @@ struct Fd {
     shared: bool,
     position: u64,
     written: bool,
+    /// What was said of what was written last.
+    error: Answer,
     resized: bool,
     refused: bool,
     appended: Option<usize>,
@@ -359,7 +361,18 @@ impl Model {
         {
             change(entries);
         }
-        validate::check(Some(&old), &new).map_err(|_| EINVAL)
+        self.check(object, Some(&old), &new)
+    }
+
+    /// What may become of an object that was `old`: one that is finished is private if it does not say that it is not.
+    fn check(&self, object: Id, old: Option<&Attributes>, new: &Attributes) -> Answer {
+        let checked = match &self.nodes[object] {
+            Node::Directory(Role::Object { pending: false }, _) => {
+                validate::check_finished(old, new)
+            }
+            _ => validate::check(old, new),
+        };
+        checked.map_err(|_| EINVAL)
     }
 
     /// Gives the attribute `name` a value; the node that has it then.
@@ -472,6 +485,7 @@ impl Model {
             shared,
             position: 0,
             written: false,
+            error: Ok(()),
             resized,
             refused: false,
             appended: None,
@@ -528,6 +542,7 @@ impl Model {
             Some(data.len())
         };
         fd.written = true;
+        fd.error = Ok(());
         Ok(())
     }
 
@@ -540,7 +555,8 @@ impl Model {
         if self.fd(fd).written {
             return self.commit_fd(fd);
         }
-        Ok(())
+        // What was refused is, until something else is written.
+        self.fd(fd).error
     }
 
     fn commit_fd(&mut self, fd: usize) -> Answer {
@@ -573,6 +589,7 @@ impl Model {
         let fd = self.fd(fd);
         (fd.written, fd.resized, fd.appended) = (false, false, None);
         fd.refused = outcome.is_err();
+        fd.error = outcome;
         outcome
     }
 
@@ -616,7 +633,6 @@ impl Model {
             fd.resized = true;
             fd.appended = None;
         }
-        fd.written = true;
         Ok(())
     }
 
@@ -744,7 +760,7 @@ impl Model {
             (Node::Directory(Role::Scratch, _), Place::Object) => {
                 let attributes = self.parse_scratch(id, false)?;
                 self.check_object_name(to_name)?;
-                validate::check(None, &attributes).map_err(|_| EINVAL)?;
+                validate::check_finished(None, &attributes).map_err(|_| EINVAL)?;
                 self.take_away(from_directory, from_name);
                 self.take_away(to_directory, to_name);
                 let role = Role::Object { pending: false };
@@ -832,7 +848,7 @@ impl Model {
                 let entries = new.map_mut(map.attribute_type).unwrap();
                 entries.insert(target.attribute_type, value.clone());
             }
-            validate::check(Some(&before.values(object)), &new).map_err(|_| EINVAL)
+            self.check(object, Some(&before.values(object)), &new)
         });
         if outcome.is_err() {
             *self = before;

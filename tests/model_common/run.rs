@@ -104,7 +104,15 @@ impl<W: World> Pair<'_, W> {
             Op::MakeDir(path) => {
                 let model = self.model.make_dir(path);
                 let world = self.world.make_dir(path);
-                let _ = self.compare(op, model, world);
+                // It says whether it is private, or it could not be written with a text in the clear: see
+                // `validate::check_finished`, which has tests of its own.
+                if self.compare(op, model, world).is_ok()
+                    && let [_, object] = path.split('/').collect::<Vec<_>>()[..]
+                    && object != "token"
+                    && !object.starts_with('.')
+                {
+                    self.step(&Op::Put(format!("{path}/CKA_PRIVATE"), b"false\n"));
+                }
             }
             Op::RemoveDir(path) => self.remove_dir(path),
             Op::RemoveAll(path) => {
