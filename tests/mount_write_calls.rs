@@ -422,6 +422,21 @@ both_backends! {
         bench.assert_sessions_agree();
     }
 
+    fn a_doubled_serial_number_is_refused(backend) {
+        // Every program that uses SoftHSM would abort at its start (SlotManager::insertToken).
+        let mut bench = Bench::alone(backend);
+        let token = bench.directory();
+        let token = token.display();
+        let said = bench.fails(&format!("cp -a {token} {token}-copy"));
+        assert!(said.contains("Invalid argument"), "{said}");
+        assert_logged(&bench, &["CKA_OS_TOKENSERIAL", "has this serial number"]);
+        bench.quiet(&format!("printf 0123456789abcdef >{token}-copy/token/CKA_OS_TOKENSERIAL; sync {token}-copy"));
+        assert_works(&bench.softhsm, "two tokens with serial numbers of their own");
+        // Nor can one that is there take the number of another.
+        bench.fails(&format!("cp {token}/token/CKA_OS_TOKENSERIAL {token}-copy/token/CKA_OS_TOKENSERIAL"));
+        assert_works(&bench.softhsm, "the number of another token was refused");
+    }
+
     fn what_cannot_work_fails_at_once(backend) {
         let bench = Bench::alone(backend);
         let other = bench.softhsm.p11().init_token("other", Some(PIN)).unwrap();

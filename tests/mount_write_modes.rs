@@ -62,7 +62,12 @@ fn file_of(bench: &Bench, object: &str) -> PathBuf {
     bench.backing(object)
 }
 
-const MAKE: &str = "mkdir $n; echo CKO_DATA >$n/CKA_CLASS; echo true >$n/CKA_TOKEN; printf x >$n/CKA_LABEL; sync $n";
+const MAKE: &str = "mkdir $n; echo CKO_DATA >$n/CKA_CLASS; echo true >$n/CKA_TOKEN; echo false >$n/CKA_PRIVATE; printf x >$n/CKA_LABEL; sync $n";
+
+/// A copy of the token beside it, with a serial number of its own.
+const COPY: &str = "mkdir ../copy; for o in *; do [ $o = token ] || cp -r $o ../copy/; done; mkdir ../copy/token; \
+    cp token/CKA_OS_SOPIN token/CKA_OS_USERPIN token/CKA_OS_TOKENFLAGS token/CKA_OS_TOKENLABEL ../copy/token/; \
+    printf 0123456789abcdef >../copy/token/CKA_OS_TOKENSERIAL; sync ..";
 
 both_backends! {
     fn what_is_made_belongs_to_its_maker(backend) {
@@ -109,7 +114,7 @@ both_backends! {
         nix::unistd::chown(tokendir, None, Some(GROUP.into())).unwrap();
         set_mode(tokendir, 0o2777);
         eventually(SOON, "the mode in the mount", || mode(bench.mount.path()) == 0o2777);
-        by(&bench, ALICE, 0o022, "cp -r . ../copy; sync ..").unwrap_or_else(|why| panic!("{why}\n{}", bench.log()));
+        by(&bench, ALICE, 0o022, COPY).unwrap_or_else(|why| panic!("{why}\n{}", bench.log()));
         let copy = tokendir.join("copy");
         eventually(SOON, "the new token", || bench.softhsm.read().contains_key("copy"));
         std::thread::sleep(HELD);
@@ -123,7 +128,7 @@ both_backends! {
     fn a_new_token_belongs_to_its_maker(backend) {
         for (mask, umask, directory, file) in [("0", 0o022, 0o755, 0o644), ("0", 0o077, 0o700, 0o600)] {
             let bench = shared(backend, mask);
-            by(&bench, ALICE, umask, "cp -r . ../copy; sync ..").unwrap_or_else(|why| panic!("{why}\n{}", bench.log()));
+            by(&bench, ALICE, umask, COPY).unwrap_or_else(|why| panic!("{why}\n{}", bench.log()));
             eventually(SOON, "the new token", || bench.softhsm.read().contains_key("copy"));
             std::thread::sleep(HELD);
             let copy = bench.softhsm.tokendir.join("copy");
@@ -216,7 +221,7 @@ both_backends! {
             let output = shell.current_dir("/").output().unwrap();
             (output.status.success(), String::from_utf8_lossy(&output.stderr).into_owned() + &String::from_utf8_lossy(&output.stdout))
         };
-        for line in ["printf hers >$o/CKA_LABEL", "cp -a $k $n", "mkdir ../copy && cp -a . ../copy/ && sync .. && rm -r ../copy", "chmod 600 $o/CKA_LABEL", "touch $o/CKA_LABEL"] {
+        for line in ["printf hers >$o/CKA_LABEL", "cp -a $k $n", COPY, "rm -r ../copy", "chmod 600 $o/CKA_LABEL", "touch $o/CKA_LABEL"] {
             let (well, why) = run_by(&bench, line);
             assert!(well && why.is_empty(), "`{line}`: {why}");
         }
