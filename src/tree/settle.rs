@@ -43,7 +43,9 @@ impl Tree {
     pub fn settle(&self) -> Option<Instant> {
         let (keys, tokens, next) = lock(&self.drafts).due(Instant::now());
         let patience = || Patience::at_most(self.store.options().lock_wait);
-        let is_done = keys.is_empty() && tokens.is_empty();
+        if keys.is_empty() && tokens.is_empty() {
+            return next;
+        }
         for key in keys {
             // What fails is in the log, and tried again.
             let _ = self.write_draft(&key, patience());
@@ -51,10 +53,13 @@ impl Tree {
         for token in tokens {
             let _ = self.publish(&token, patience());
         }
-        if is_done {
+        // That took a while, in which more may have become due.
+        let now = Instant::now();
+        let (keys, tokens, next) = lock(&self.drafts).due(now);
+        if keys.is_empty() && tokens.is_empty() {
             next
         } else {
-            lock(&self.drafts).due(Instant::now()).2
+            Some(now)
         }
     }
 
