@@ -135,6 +135,10 @@ fn what_a_write_left_is_put_right_and_a_write_that_goes_on_is_left_alone() {
         .tokendir
         .join("a3f2c1d0-1234-5678-abcd-000000000001");
     fs::create_dir(&empty).unwrap();
+    // Before the mark was made; SoftHSM has started since.
+    let nameless = softhsm.tokendir.join(".tokenfs-new-building");
+    fs::create_dir(&nameless).unwrap();
+    fs::write(nameless.join("generation"), [0; 8]).unwrap();
     let left = [
         (
             object.with_extension("tokenfs-new"),
@@ -158,8 +162,9 @@ fn what_a_write_left_is_put_right_and_a_write_that_goes_on_is_left_alone() {
         set_mode(path, 0o600);
     }
     let checked = look(&softhsm);
-    assert_eq!(checked.findings().len(), 1 + left.len(), "{checked:#?}");
-    for path in left.iter().map(|(path, _)| path).chain([&empty]) {
+    assert_eq!(checked.findings().len(), 2 + left.len(), "{checked:#?}");
+    let directories = [&empty, &nameless];
+    for path in left.iter().map(|(path, _)| path).chain(directories) {
         let line = checked.of_path(path);
         assert!(
             line.starts_with("leftover: ") && line.ends_with("(--repair mends it)"),
@@ -170,14 +175,16 @@ fn what_a_write_left_is_put_right_and_a_write_that_goes_on_is_left_alone() {
     assert_eq!(repaired.code, 0, "{repaired:#?}");
     assert_eq!(
         repaired.summary(),
-        "1 token, 1 object: 5 findings, 5 mended"
+        "1 token, 1 object: 6 findings, 6 mended"
     );
-    assert!(!empty.exists() && !building.exists());
+    assert!(!empty.exists() && !building.exists() && !nameless.exists());
     assert!(left.iter().all(|(path, _)| !path.exists()));
     assert!(object.exists() && object.with_extension("lock").exists());
 
     // Whoever writes holds the lock.
     fs::create_dir(&building).unwrap();
+    fs::create_dir(&nameless).unwrap();
+    fs::write(nameless.join(".tokenfs-building"), b"").unwrap();
     for (path, _) in &left[2..] {
         fs::write(path, b"").unwrap();
         set_mode(path, 0o600);
@@ -185,6 +192,7 @@ fn what_a_write_left_is_put_right_and_a_write_that_goes_on_is_left_alone() {
     let held: Vec<_> = [
         token.join("token.object"),
         building.join(".tokenfs-building"),
+        nameless.join(".tokenfs-building"),
     ]
     .iter()
     .map(|path| hold(path))

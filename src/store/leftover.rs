@@ -7,6 +7,7 @@
 //! |---|---|---|
 //! | `<object>.tokenfs-new` | the next version of an object that is not in place yet, or the one before that is not deleted yet | `<object>.lock`, exclusively |
 //! | `<object>.tokenfs-journal` | both versions of a file that is rewritten in place | `<object>.lock`, or `token.object` itself |
+//! | `.tokenfs-new-<token>` | in the tokendir: a directory that has no name yet, since its mark is not made, or none any more, since its mark goes next | the mark in it; without a mark it is nobody's |
 //! | `.tokenfs-building` | in a directory that is going to be a token and is none yet | the file itself |
 //! | `.tokenfs-removing` | in a directory that was a token and is being deleted | the file itself |
 //!
@@ -26,3 +27,6 @@ pub const BUILDING: &str = ".tokenfs-building";
 
 /// The mark of a directory that is being deleted.
 pub const REMOVING: &str = ".tokenfs-removing";
+
+/// What the name of a directory begins with that is not marked yet, or not any more.
+pub const NEW_DIRECTORY: &str = ".tokenfs-new-";

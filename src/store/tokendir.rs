@@ -31,6 +31,7 @@ use crate::diagnostics::Diagnostics;
 use crate::error::{Error, ErrorKind, Result};
 use closed::Closed;
 use lifecycle::Building;
+pub(crate) use mark::is_staging;
 
 /// The file of a token of the `db` backend.
 pub(crate) const DATABASE: &str = "sqlite3.db";

@@ -338,7 +338,12 @@ pub fn leftovers(tokendir: &Path) -> Vec<PathBuf> {
             let magic = [0xd9, 0xd5, 0x05, 0xf9, 0x20, 0xa1, 0x63, 0xd7];
             return !fs::read(path).is_ok_and(|journal| journal.starts_with(&magic));
         }
-        path.is_dir() || suffix || ["generation", "sqlite3.db"].contains(&&*name)
+        // A directory of the tokendir is a token.
+        let token = |file: &str| path.join(file).exists();
+        if path.is_dir() {
+            return path.parent() != Some(tokendir) || token("token.object") || token("sqlite3.db");
+        }
+        suffix || ["generation", "sqlite3.db"].contains(&&*name)
     };
     let mut left = walk(tokendir);
     left.retain(|path| {

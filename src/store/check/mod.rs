@@ -34,7 +34,7 @@ use self::place::{Entry, Sort};
 use super::db::uuid::is_uuid;
 use super::file::TOKEN_OBJECT;
 use super::file::read::SETTLED;
-use super::tokendir::DATABASE;
+use super::tokendir::{DATABASE, is_staging};
 use super::{Backend, Patience, Store, TokenName};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -366,6 +366,14 @@ fn look_inside(
         [false, true] => Some(Backend::Db),
         [false, false] => None,
     };
+    if !building && is_staging(name.as_os_str()) {
+        // Its maker marks it at once, and it has another name by the next look.
+        let detail = "left by a crash while a token was being made or removed";
+        let path = look.path.clone();
+        let finding = Finding::new(Category::Leftover, detail).mended_by(Remedy::Recover);
+        look.report.found(finding, &path);
+        return Ok(look.report);
+    }
     let Some(backend) = backend else {
         if !building {
             no_token(&mut look);

@@ -15,7 +15,8 @@
 //! - [`decode`], [`encode`]: the blobs. [`uuid`]: the names. [`times`]: times of single objects.
 //! - `scan`: SQL to rows. `snapshot`: rows to objects.
 //! - `write`: a change in its transaction. `statements`: its SQL. `access`: modes and owners. `build`: new tokens.
-//! - `connection`, `read`, `failure`, `exclusive`: SQLite's connection, one transaction, its errors, whose turn it is.
+//! - `connection`, `read`, `failure`, `exclusive`: SQLite's connection, one transaction, its errors, whose turn it is. `recover`:
+//!   what a crashed writer left.
 
 mod access;
 mod build;
@@ -26,6 +27,7 @@ pub mod encode;
 mod exclusive;
 mod failure;
 mod read;
+mod recover;
 mod scan;
 mod snapshot;
 mod statements;

@@ -60,6 +60,36 @@ fn leftovers_of_a_crash_are_put_right_by_the_next_write_and_by_recovery() {
     }
 }
 
+/// SoftHSM's own destruction of an object leaves one, too.
+#[test]
+fn a_lock_file_without_an_object_goes_when_nobody_uses_it() {
+    let fixture = fixture();
+    let whole = files(&fixture);
+    fixture.write("b.lock", b"");
+    fixture.token.recover();
+    assert_eq!(files(&fixture), whole);
+    assert_eq!(fixture.diagnostics.render().lines().count(), 1);
+    // The token's own is not one; what is not empty is none of SoftHSM's; what is held is in use.
+    fixture.write("token.lock", b"");
+    fixture.write("notes.lock", b"1234");
+    fixture.write("c.lock", b"");
+    let with_more = files(&fixture);
+    let mut holder = hold(&fixture.path("c.lock"), 60.0);
+    fixture.token.recover();
+    assert_eq!(files(&fixture), with_more);
+    holder.kill().unwrap();
+    holder.wait().unwrap();
+    // An object that has come since it was missed keeps it.
+    fixture.write("c.object", &encode(1, &sample()));
+    fixture.token.remove_lonely_lock(&id("c")).unwrap();
+    assert!(fixture.path("c.lock").exists());
+    fs::remove_file(fixture.path("c.object")).unwrap();
+    fixture.token.recover();
+    assert!(!fixture.path("c.lock").exists());
+    assert!(fixture.path("notes.lock").exists());
+    assert_eq!(fixture.diagnostics.render().lines().count(), 2);
+}
+
 /// Every state in which a power failure can leave a file that is rewritten in place.
 #[test]
 fn a_torn_rewriting_is_finished() {

@@ -1,16 +1,17 @@
 //! Making and removing tokens.
 //!
 //! A directory is a token from the moment that it holds `token.object` or `sqlite3.db`, and until it holds none. Everything
-//! before and after that is marked (`leftover`), so that a crash leaves nothing that nobody clears away.
+//! before and after that is marked (`leftover`), so that a crash leaves nothing that nobody clears away. It gets its own name when
+//! it is marked, and loses it before it is not.
 
 use std::ffi::OsStr;
 use std::fs::File;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::errno::Errno;
-use nix::fcntl::{OFlag, openat, renameat};
+use nix::fcntl::{AtFlags, OFlag, openat, renameat};
 use nix::sys::stat::{Mode, fstatat, mkdirat};
 use rustix::fs::{RenameFlags, renameat_with};
 
@@ -22,10 +23,13 @@ use super::{DATABASE, Store};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::crash::point;
 use crate::store::db::DbToken;
-use crate::store::file::{FileToken, GENERATION, TOKEN_OBJECT, set_access};
+use crate::store::file::{FileToken, TOKEN_OBJECT, set_access};
 use crate::store::leftover::{BUILDING, REMOVING};
 use crate::store::metadata::is_file;
 use crate::store::{Access, Backend, Patience, Token, TokenName, lock};
+
+/// How often a directory is begun anew that another process has cleared away before it was marked.
+const ATTEMPTS: usize = 5;
 
 /// A token that is being built.
 #[derive(Clone, Debug)]
@@ -92,28 +96,15 @@ impl Store {
             return Err(exists());
         }
         let tokendir = self.directory.as_fd();
-        let make = || mkdirat(tokendir, name.as_os_str(), Mode::from_bits_truncate(0o700));
-        let mut made = make();
-        if made == Err(Errno::EEXIST) {
+        if self.has(name)? {
             // What a crash left of a token of that name is in nobody's way.
             self.recover_directory(name);
-            made = make();
+            if self.has(name)? {
+                return Err(exists());
+            }
         }
-        match made {
-            Ok(()) => {}
-            // A crash came before the directory could be marked.
-            Err(Errno::EEXIST) if self.is_bare(name) => {}
-            Err(Errno::EEXIST) => return Err(exists()),
-            Err(errno) => return Err(Error::system("make the directory", errno)),
-        }
-        point("store.create.made");
-        let opened = open_directory(tokendir, name)?;
-        // Of two who found it bare, one gets the mark.
-        let mark = mark::make(opened.as_fd(), BUILDING)?.ok_or_else(exists)?;
-        point("store.create.marked");
+        let (opened, mark) = self.make_directory(name, directory)?;
         let begun = || -> Result<Kind> {
-            set_access(&opened, directory)?;
-            point("store.create.dressed");
             let path = self.path.join(name.as_os_str());
             let (options, diagnostics) = (self.options.clone(), Arc::clone(&self.diagnostics));
             Ok(match self.options.backend {
@@ -147,14 +138,83 @@ impl Store {
         }
     }
 
-    /// Whether a directory holds nothing but what a SoftHSM that starts makes in every directory.
-    fn is_bare(&self, name: &TokenName) -> bool {
-        open_directory(self.directory.as_fd(), name).is_ok_and(|directory| {
-            let bare = Content::of(directory.as_fd())
-                .is_ok_and(|content| content.names.iter().all(|name| name == GENERATION));
-            // Not one that somebody else is about to fill.
-            bare && matches!(mark::find(directory.as_fd(), BUILDING), Ok(None))
-        })
+    /// Makes a directory that is marked, and looks like `access`, from the moment that it has its name.
+    fn make_directory(&self, name: &TokenName, access: Access) -> Result<(OwnedFd, File)> {
+        let tokendir = self.directory.as_fd();
+        let staging = mark::staging(name)?;
+        for _ in 0..ATTEMPTS {
+            match mkdirat(
+                tokendir,
+                staging.as_os_str(),
+                Mode::from_bits_truncate(0o700),
+            ) {
+                Ok(()) => {}
+                Err(Errno::EEXIST) => {
+                    self.recover_directory(&staging);
+                    if self.has(&staging)? {
+                        // Somebody else is making it now.
+                        return Err(exists());
+                    }
+                    continue;
+                }
+                Err(errno) => return Err(Error::system("make the directory", errno)),
+            }
+            point("store.create.made");
+            match self.mark_directory(name, &staging, access) {
+                Ok(Some(made)) => return Ok(made),
+                // Taken for what a crash had left, before it was marked.
+                Ok(None) => {}
+                Err(error) => {
+                    self.recover_directory(&staging);
+                    return Err(error);
+                }
+            }
+        }
+        Err(in_use())
+    }
+
+    fn mark_directory(
+        &self,
+        name: &TokenName,
+        staging: &TokenName,
+        access: Access,
+    ) -> Result<Option<(OwnedFd, File)>> {
+        let tokendir = self.directory.as_fd();
+        let gone = |error: Error| match error.kind() {
+            ErrorKind::NotFound => Ok(None),
+            _ => Err(error),
+        };
+        let opened = match open_directory(tokendir, staging) {
+            Ok(opened) => opened,
+            Err(error) => return gone(error),
+        };
+        let mark = match mark::make(opened.as_fd(), BUILDING) {
+            Ok(Some(mark)) => mark,
+            Ok(None) => return Ok(None),
+            Err(error) => return gone(error),
+        };
+        point("store.create.marked");
+        set_access(&opened, access)?;
+        point("store.create.dressed");
+        match mark::rename_directory(tokendir, staging, name) {
+            Ok(()) => {}
+            Err(error) => return gone(error),
+        }
+        point("store.create.named");
+        Ok(Some((opened, mark)))
+    }
+
+    /// Whether there is anything of a name.
+    fn has(&self, name: &TokenName) -> Result<bool> {
+        match fstatat(
+            &self.directory,
+            name.as_os_str(),
+            AtFlags::AT_SYMLINK_NOFOLLOW,
+        ) {
+            Ok(_) => Ok(true),
+            Err(Errno::ENOENT) => Ok(false),
+            Err(errno) => Err(Error::system("stat", errno)),
+        }
     }
 
     /// Whether a token is one that [`Store::create_token`] began and that is not published yet.
@@ -352,11 +412,7 @@ impl Store {
 /// # Errors
 /// What renaming fails with.
 pub(super) fn restore(directory: BorrowedFd<'_>) -> Result<()> {
-    match fstatat(
-        directory,
-        HIDDEN_OBJECT,
-        nix::fcntl::AtFlags::AT_SYMLINK_NOFOLLOW,
-    ) {
+    match fstatat(directory, HIDDEN_OBJECT, AtFlags::AT_SYMLINK_NOFOLLOW) {
         Ok(stat) if is_file(&stat) => {}
         _ => return Ok(()),
     }

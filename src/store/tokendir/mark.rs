@@ -1,22 +1,26 @@
 //! The directory of a token as one thing: the marks that say what is becoming of it, what is in it, and how it goes.
 //!
-//! A mark is locked by whoever made it for as long as it is there (`leftover`).
+//! A mark is locked by whoever made it for as long as it is there (`leftover`). Before it is there, and while it goes, the directory
+//! has another name, which says that it is ours ([`staging`]): so no crash leaves one that nobody clears away.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 
 use nix::dir::Dir;
 use nix::errno::Errno;
-use nix::fcntl::{AtFlags, OFlag, openat};
+use nix::fcntl::{AtFlags, OFlag, openat, renameat};
 use nix::sys::stat::{Mode, fstat, fstatat};
 use nix::unistd::{UnlinkatFlags, unlinkat};
+use rustix::fs::{RenameFlags, renameat_with};
+use rustix::io::Errno as Refusal;
 
 use super::DATABASE;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::file::{TOKEN_OBJECT, is_known, object_name};
-use crate::store::leftover::{BUILDING, REMOVING};
+use crate::store::leftover::{BUILDING, NEW_DIRECTORY, REMOVING};
 use crate::store::metadata::is_file;
 use crate::store::{Backend, Patience, TokenName, lock};
 
@@ -24,6 +28,58 @@ use crate::store::{Backend, Patience, TokenName, lock};
 pub(super) const HIDDEN_OBJECT: &str = "token.tokenfs-new";
 pub(super) const HIDDEN_DATABASE: &str = "sqlite3.db.tokenfs-new";
 const HIDDEN: [&str; 2] = [HIDDEN_OBJECT, HIDDEN_DATABASE];
+
+/// The longest name of a file, in bytes (`NAME_MAX`).
+const LONGEST: usize = 255;
+
+/// The name of a token's directory while it has no mark. Of a name that leaves no room for that, the end is missing.
+pub(super) fn staging(name: &TokenName) -> Result<TokenName> {
+    let mut bytes = NEW_DIRECTORY.as_bytes().to_vec();
+    bytes.extend(name.as_bytes());
+    bytes.truncate(LONGEST);
+    TokenName::new(OsStr::from_bytes(&bytes))
+        .ok_or_else(|| Error::new(ErrorKind::Invalid, "no directory can have that name"))
+}
+
+/// Of which token a directory is that has such a name, if it says so.
+pub(super) fn staged(name: &TokenName) -> Option<TokenName> {
+    let of = name.as_bytes().strip_prefix(NEW_DIRECTORY.as_bytes())?;
+    TokenName::new(OsStr::from_bytes(of)).filter(|_| name.as_bytes().len() < LONGEST)
+}
+
+/// Whether a name is that of a directory without a mark.
+pub(crate) fn is_staging(name: &OsStr) -> bool {
+    name.as_bytes().starts_with(NEW_DIRECTORY.as_bytes())
+}
+
+/// Gives a directory of the tokendir another name, which nothing has. Where the file system cannot look and rename in one step,
+/// an empty directory of that name is replaced.
+///
+/// # Errors
+/// [`ErrorKind::Exists`]; what renaming fails with.
+pub(super) fn rename_directory(
+    tokendir: BorrowedFd<'_>,
+    from: &TokenName,
+    to: &TokenName,
+) -> Result<()> {
+    let (from, to) = (Path::new(from.as_os_str()), Path::new(to.as_os_str()));
+    match renameat_with(tokendir, from, tokendir, to, RenameFlags::NOREPLACE) {
+        Ok(()) => Ok(()),
+        Err(Refusal::INVAL | Refusal::NOSYS | Refusal::OPNOTSUPP) => {
+            match renameat(tokendir, from, tokendir, to) {
+                Ok(()) => Ok(()),
+                Err(Errno::ENOTEMPTY | Errno::EEXIST | Errno::ENOTDIR) => {
+                    Err(Error::system("rename", Errno::EEXIST))
+                }
+                Err(errno) => Err(Error::system("rename", errno)),
+            }
+        }
+        Err(errno) => Err(Error::system(
+            "rename",
+            Errno::from_raw(errno.raw_os_error()),
+        )),
+    }
+}
 
 /// Opens a directory of the tokendir. A symbolic link is not followed.
 ///
@@ -200,6 +256,8 @@ pub(super) fn clear(
         }
         Ok(content)
     };
+    let staging = staging(name)?;
+    let mut named = name;
     // A SoftHSM that starts makes a `generation` in every directory of the tokendir.
     for _ in 0..10 {
         for file in &check()?.names {
@@ -208,13 +266,30 @@ pub(super) fn clear(
                 step();
             }
         }
-        check()?;
+        if named != &staging && staged(&staging).is_some() {
+            match rename_directory(tokendir, name, &staging) {
+                Ok(()) => named = &staging,
+                // Another has been left, or is being made: a crash now would leave an empty directory.
+                Err(error) if error.kind() == ErrorKind::Exists => {}
+                Err(error) if error.kind() == ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
+            }
+            step();
+        }
+        if let Err(error) = check() {
+            // What came meanwhile has to be found where it was made.
+            if named != name {
+                rename_directory(tokendir, named, name)?;
+                step();
+            }
+            return Err(error);
+        }
         // The marks stay until there is nothing left that they speak of.
         for file in HIDDEN.into_iter().chain([BUILDING, REMOVING]) {
             remove_file(directory, OsStr::new(file))?;
             step();
         }
-        match unlinkat(tokendir, name.as_os_str(), UnlinkatFlags::RemoveDir) {
+        match unlinkat(tokendir, named.as_os_str(), UnlinkatFlags::RemoveDir) {
             Ok(()) | Err(Errno::ENOENT) => return Ok(()),
             Err(Errno::ENOTEMPTY | Errno::EEXIST) => {}
             Err(errno) => return Err(Error::system("remove the directory", errno)),

@@ -3,20 +3,22 @@
 use std::ffi::OsStr;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 use std::sync::Arc;
 
 use nix::dir::Dir;
 use nix::fcntl::OFlag;
 use nix::sys::stat::Mode;
 
-use super::Store;
 use super::lifecycle::restore;
-use super::mark::{self, Content, clear, open_directory, remove_file};
+use super::mark::{self, Content, clear, in_use, not_empty, open_directory, remove_file};
+use super::{DATABASE, Store};
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::TokenName;
 use crate::store::crash::point;
+use crate::store::db::DbToken;
 use crate::store::file::{FileToken, TOKEN_OBJECT};
 use crate::store::leftover::{BUILDING, REMOVING};
+use crate::store::{Patience, TokenName};
 
 impl Store {
     /// Puts right what a crash left behind ([`crate::store::leftover`]), in every token; does nothing in a store that is read only.
@@ -61,15 +63,28 @@ impl Store {
             return;
         };
         let path = self.path.join(name.as_os_str());
-        match self.recover_marks(name, directory.as_fd()) {
+        let recovered = if mark::is_staging(name.as_os_str()) {
+            self.recover_staging(name, directory.as_fd())
+        } else {
+            self.recover_marks(name, directory.as_fd())
+        };
+        match recovered {
             Ok(true) => {}
             Ok(false) => return,
             Err(error) if error.kind() == ErrorKind::Busy => return,
             Err(error) => return self.diagnostics.error(&error.at(path)),
         }
-        let is_file_token = Content::of(directory.as_fd())
-            .is_ok_and(|content| content.names.iter().any(|name| name == TOKEN_OBJECT));
-        if is_file_token {
+        let Ok(content) = Content::of(directory.as_fd()) else {
+            return;
+        };
+        let has = |wanted: &str| content.names.iter().any(|name| name == wanted);
+        if has(DATABASE)
+            && let Err(error) = self.roll_back(name, &path)
+            && error.kind() != ErrorKind::Busy
+        {
+            self.diagnostics.error(&error);
+        }
+        if has(TOKEN_OBJECT) {
             let token = FileToken::open(
                 self.directory.as_fd(),
                 name.clone(),
@@ -81,6 +96,59 @@ impl Store {
                 token.recover();
             }
         }
+    }
+
+    /// Has SQLite roll back what a crashed writer left.
+    fn roll_back(&self, name: &TokenName, path: &Path) -> Result<()> {
+        // SQLite opens by path, which must lead to where we look.
+        self.check_in_place()?;
+        let (options, log) = (self.options.clone(), Arc::clone(&self.diagnostics));
+        let patience = Patience::at_most(self.options.lock_wait);
+        DbToken::open(name.clone(), path, options, log)?.roll_back(patience)
+    }
+
+    /// Clears away a directory that has not got its name yet, or has lost it; whether there still is one.
+    fn recover_staging(&self, name: &TokenName, directory: BorrowedFd<'_>) -> Result<bool> {
+        let building = mark::find(directory, BUILDING)?;
+        let removing = mark::find(directory, REMOVING)?;
+        let none = building.is_none() && removing.is_none();
+        let content = Content::of(directory)?;
+        if content.has_token() || (none && content.has_object()) {
+            return Err(Error::new(
+                ErrorKind::NotEmpty,
+                "this is how tokenfs calls what is no token yet or no longer, and there is one, or an object, in it",
+            ));
+        }
+        if removing.is_some() && content.has_object() {
+            // A SoftHSM that had a session made an object before it could see that the token was gone.
+            let original = mark::staged(name).ok_or_else(not_empty)?;
+            mark::rename_directory(self.directory.as_fd(), name, &original)?;
+            point("store.recover.renamed");
+            drop((building, removing));
+            self.recover_directory(&original);
+            return Ok(false);
+        }
+        // Whoever made the directory a moment ago finds the mark, and begins anew.
+        let made = if none {
+            Some(mark::make(directory, BUILDING)?.ok_or_else(in_use)?)
+        } else {
+            None
+        };
+        let cleared = clear(self.directory.as_fd(), name, directory, false, || {
+            point("store.recover.unlinked");
+        });
+        if let Err(error) = cleared {
+            if made.is_some() {
+                let _ = remove_file(directory, OsStr::new(BUILDING));
+            }
+            return Err(error);
+        }
+        drop(made);
+        self.diagnostics.warning(format!(
+            "{}: removed what a crash had left of a token that was being made or removed",
+            self.path.join(name.as_os_str()).display()
+        ));
+        Ok(false)
     }
 
     /// What the marks in a directory ask for; whether there still is a directory.

@@ -9,7 +9,7 @@ use std::time::Duration;
 use super::*;
 use crate::store::attribute::{Attributes, Value};
 use crate::store::file::encode;
-use crate::store::leftover::{BUILDING, REMOVING};
+use crate::store::leftover::{BUILDING, NEW_DIRECTORY, REMOVING};
 use crate::store::{Access, NewObject, ObjectId, ObjectName, Patience};
 
 struct Fixture {
@@ -337,17 +337,185 @@ fn a_name_is_free_again_after_a_crash() {
     fixture.create("t").unwrap();
     assert_eq!(fixture.files("t"), [BUILDING, "token.tokenfs-new"]);
     // Before there was a mark; and a SoftHSM started afterwards.
-    fixture.make("u", &["generation"]);
+    fixture.make(&format!("{NEW_DIRECTORY}u"), &["generation"]);
     fixture.create("u").unwrap();
     fixture.store.publish_token(&token("u"), soon()).unwrap();
     assert_eq!(
         fixture.files("u"),
         ["generation", "token.lock", "token.object"]
     );
+    assert!(!fixture.path(format!("{NEW_DIRECTORY}u")).exists());
     // What is somebody's stays his.
     fixture.make("v", &["notes"]);
-    assert_eq!(kind(fixture.create("v")), ErrorKind::Exists);
-    assert_eq!(fs::metadata(fixture.path("v")).unwrap().nlink(), 2);
+    fixture.make("w", &[]);
+    for name in ["v", "w"] {
+        assert_eq!(kind(fixture.create(name)), ErrorKind::Exists);
+        assert_eq!(fs::metadata(fixture.path(name)).unwrap().nlink(), 2);
+    }
+    // The longest name leaves no room for more.
+    let long = "x".repeat(255);
+    fixture.create(&long).unwrap();
+    fixture.store.publish_token(&token(&long), soon()).unwrap();
+    fixture.store.remove_token(&token(&long), soon()).unwrap();
+    assert!(!fixture.path(&long).exists());
+}
+
+/// Each state of a directory that has not got its name yet, or has lost it.
+#[test]
+fn a_directory_without_a_name_is_cleared_away_when_nobody_is_at_it() {
+    type State<'a> = (&'a [&'a str], Option<(&'a str, &'a [&'a str])>, usize);
+    let here = format!("{NEW_DIRECTORY}t");
+    let states: [State<'_>; 9] = [
+        (&[], None, 1),
+        (&["generation"], None, 1),
+        (&[BUILDING], None, 1),
+        (&[BUILDING, "generation"], None, 1),
+        (&[REMOVING, "token.tokenfs-new"], None, 1),
+        (&[REMOVING, "sqlite3.db.tokenfs-new", "generation"], None, 1),
+        // SoftHSM made an object right before the name was taken away.
+        (
+            &[REMOVING, "token.tokenfs-new", "a.object"],
+            Some(("t", &["a.lock", "a.object", "token.object"])),
+            1,
+        ),
+        // What none of our crashes leaves stays, and is said each time.
+        (&["token.object"], Some((&here, &["token.object"])), 1),
+        (&["notes"], Some((&here, &["notes"])), 1),
+    ];
+    for (before, after, lines) in states {
+        let fixture = fixture();
+        fixture.make(&here, before);
+        if before.contains(&"a.object") {
+            fs::write(fixture.path(&here).join("a.lock"), b"").unwrap();
+        }
+        let count = fixture.files(&here).len();
+        if let Some(mark) = before
+            .iter()
+            .find(|name| [BUILDING, REMOVING].contains(*name))
+        {
+            let mark = fs::File::options()
+                .write(true)
+                .open(fixture.path(&here).join(mark))
+                .unwrap();
+            crate::store::lock::lock_exclusive(&mark, Patience::Now).unwrap();
+            fixture.store.recover();
+            assert_eq!(fixture.files(&here).len(), count, "{before:?}");
+        }
+        assert!(fixture.store.tokens().unwrap().is_empty() || before == ["token.object"]);
+        for _ in 0..2 {
+            fixture.store.recover();
+        }
+        match after {
+            Some((name, files)) => assert_eq!(fixture.files(name), files, "{before:?}"),
+            None => assert!(!fixture.path(&here).exists(), "{before:?}"),
+        }
+        assert!(after.is_some_and(|(name, _)| name == here) || !fixture.path(&here).exists());
+        let log = fixture.log.render();
+        assert_eq!(log.lines().count(), lines, "{before:?}: {log}");
+    }
+}
+
+/// Two processes that make one token, and a third that puts things right meanwhile: one gets it, and nothing is left.
+#[test]
+fn one_of_two_makers_gets_the_name_whatever_is_put_right_meanwhile() {
+    let fixture = fixture();
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    let stores = [fixture.other(), fixture.other(), fixture.other()];
+    std::thread::scope(|scope| {
+        let [first, second, third] = &stores;
+        scope.spawn(|| {
+            while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                third.recover();
+            }
+        });
+        for round in 0..25 {
+            let name = format!("t{round}");
+            let token = token(&name);
+            let make = move |store: &Store, token: &TokenName| {
+                let made = store.create_token(token, access(0o700), access(0o600));
+                match made {
+                    Ok(_) => {
+                        store.publish_token(token, soon()).unwrap();
+                        1
+                    }
+                    Err(error) => {
+                        let expected = [ErrorKind::Exists, ErrorKind::Busy];
+                        assert!(expected.contains(&error.kind()), "{error}");
+                        0
+                    }
+                }
+            };
+            let other = token.clone();
+            let beside = scope.spawn(move || make(second, &other));
+            let made = make(first, &token) + beside.join().unwrap();
+            assert!(made <= 1, "{name}: made twice");
+            assert_eq!(fixture.path(&name).exists(), made == 1, "{name}");
+        }
+        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+    });
+    fixture.store.recover();
+    for entry in fs::read_dir(fixture.directory.path()).unwrap() {
+        let name = entry.unwrap().file_name().into_string().unwrap();
+        assert!(!name.starts_with(NEW_DIRECTORY), "{name}");
+    }
+}
+
+/// A journal that a crashed writer left counts, whoever looks first.
+#[test]
+fn a_hot_journal_is_rolled_back() {
+    let fixture = fixture();
+    let options = Options {
+        backend: Backend::Db,
+        ..Options::default()
+    };
+    let open = || {
+        let log = Arc::clone(&fixture.log);
+        Store::open(fixture.directory.path(), options.clone(), log).unwrap()
+    };
+    let store = open();
+    store
+        .create_token(&token("t"), access(0o700), access(0o600))
+        .unwrap();
+    store.publish_token(&token("t"), soon()).unwrap();
+    drop(store);
+    let (database, journal) = (
+        fixture.path("t/sqlite3.db"),
+        fixture.path("t/sqlite3.db-journal"),
+    );
+    let whole = fs::read(&database).unwrap();
+    // What a process has on disk that dies in the middle of a transaction that is too large for its memory.
+    let torn = {
+        let writer = rusqlite::Connection::open(&database).unwrap();
+        writer
+            .execute_batch(
+                "pragma cache_size = 1; begin immediate;
+                 insert into attribute_binary (value) values (zeroblob(100000)), (zeroblob(100000));
+                 update object set id = 5;",
+            )
+            .unwrap();
+        (fs::read(&database).unwrap(), fs::read(&journal).unwrap())
+    };
+    assert!(torn.0 != whole && torn.1.len() > 512, "nothing was spilled");
+    fs::write(&database, &torn.0).unwrap();
+    // Without a header it is none, and is left to SQLite.
+    fs::write(&journal, vec![0; torn.1.len()]).unwrap();
+    open().recover();
+    assert_eq!(fs::read(&database).unwrap(), torn.0);
+    fs::write(&journal, &torn.1).unwrap();
+    let read_only = Options {
+        read_only: true,
+        ..options.clone()
+    };
+    Store::open(fixture.directory.path(), read_only, Arc::default())
+        .unwrap()
+        .recover();
+    assert_eq!(fs::read(&journal).unwrap(), torn.1);
+    open().recover();
+    assert!(!journal.exists());
+    assert_eq!(fs::read(&database).unwrap(), whole);
+    assert_eq!(fixture.log.render().lines().count(), 1);
+    open().recover();
+    assert_eq!(fixture.log.render().lines().count(), 1);
 }
 
 #[test]
