@@ -215,7 +215,13 @@ impl Scene {
                     let gone = self.token.join(format!(".gone-{label}"));
                     fs::rename(&target, gone).unwrap_or_else(|e| panic!("mv {label} .gone: {e}"));
                 } else {
-                    fs::remove_dir_all(&target).unwrap_or_else(|e| panic!("rm -r {label}: {e}"));
+                    // A SoftHSM that lists the object meanwhile stores what it misses in it, which is then in the way.
+                    let mut outcome = Ok(());
+                    eventually(SOON, &format!("rm -r {label}"), || {
+                        outcome = fs::remove_dir_all(&target);
+                        !matches!(&outcome, Err(error) if error.raw_os_error() == Some(libc::ENOTEMPTY))
+                    });
+                    outcome.unwrap_or_else(|e| panic!("rm -r {label}: {e}"));
                     File::open(&self.token).unwrap().sync_all().unwrap();
                 }
                 self.counts.removed.fetch_add(1, Relaxed);

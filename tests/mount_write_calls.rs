@@ -424,7 +424,7 @@ both_backends! {
 
     fn a_doubled_serial_number_is_refused(backend) {
         // Every program that uses SoftHSM would abort at its start (SlotManager::insertToken).
-        let mut bench = Bench::alone(backend);
+        let bench = Bench::alone(backend);
         let token = bench.directory();
         let token = token.display();
         let said = bench.fails(&format!("cp -a {token} {token}-copy"));

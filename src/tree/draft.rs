@@ -18,6 +18,10 @@ use crate::store::{Access, Metadata, Object, ObjectId, ObjectName, TokenName};
 /// How long something has to be left alone to be taken for finished.
 pub(super) const LEFT_ALONE: Duration = Duration::from_millis(200);
 
+/// How long an object has to be left alone from which its `CKA_CLASS` was unlinked: it is being removed, and a busy machine can take its
+/// time over that. An object without a class is nothing that anybody wants to see in between.
+const HALF_UNLINKED: Duration = Duration::from_secs(1);
+
 /// How long until what failed is tried again.
 const TRY_AGAIN: Duration = Duration::from_secs(1);
 
@@ -136,7 +140,16 @@ impl Draft {
                 (complete && new.writers == 0).then_some(self.touched + LEFT_ALONE)
             }
             None if self.gone => Some(self.touched + HALF_REMOVED),
-            None => self.unlinked().next().map(|_| self.touched + LEFT_ALONE),
+            None => {
+                let is_class =
+                    |slot: Slot| slot.map.is_none() && slot.key.attribute_type == pkcs11::CKA_CLASS;
+                let wait = if self.unlinked().any(is_class) {
+                    HALF_UNLINKED
+                } else {
+                    LEFT_ALONE
+                };
+                self.unlinked().next().map(|_| self.touched + wait)
+            }
         }?;
         Some(self.not_before.map_or(due, |limit| limit.max(due)))
     }
