@@ -224,12 +224,16 @@ impl Filesystem for Adapter {
         );
     }
 
-    fn opendir(&self, _request: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+    fn opendir(&self, request: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+        let pid = request.pid();
         self.waiting.answer(
             reply,
             move |tree, patience| by_inode(tree.open_dir(ino.0, patience)),
-            |_, reply, answer| match answer {
-                Ok(handle) => reply.opened(FileHandle(handle.0), FopenFlags::empty()),
+            move |tree, reply, answer| match answer {
+                Ok(handle) => {
+                    tree.used_by(handle, pid);
+                    reply.opened(FileHandle(handle.0), FopenFlags::empty());
+                }
                 Err(error) => reply.error(errno(&error)),
             },
         );

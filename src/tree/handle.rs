@@ -7,7 +7,7 @@ use std::time::SystemTime;
 
 use super::draft::Bytes;
 use super::node::Node;
-use super::{Attributes, Listed};
+use super::{Attributes, Ino, Listed};
 use crate::error::{Error, Result};
 
 /// The number of an open file or directory.
@@ -23,8 +23,8 @@ pub(super) enum Handle {
     Shared(Arc<Writer>),
     /// A file that is open for writing: a copy of its own until it is closed or synced.
     Writer(Arc<Writer>),
-    /// The entries of a directory as they were when it was opened.
-    Listing(Arc<[Listed]>),
+    /// The entries of a directory as they were when it was opened, and what `stat` said then.
+    Listing(Arc<[Listed]>, Attributes),
 }
 
 /// A descriptor that a file is being written through.
@@ -106,6 +106,8 @@ impl State {
 pub(super) struct Handles {
     last: u64,
     open: HashMap<HandleId, Handle>,
+    /// The process that opened it, or wrote through it last.
+    users: HashMap<HandleId, u32>,
 }
 
 impl Handles {
@@ -130,6 +132,25 @@ impl Handles {
     }
 
     pub(super) fn remove(&mut self, id: HandleId) -> Option<Handle> {
+        self.users.remove(&id);
         self.open.remove(&id)
+    }
+
+    pub(super) fn used_by(&mut self, id: HandleId, pid: u32) {
+        if self.open.contains_key(&id) {
+            self.users.insert(id, pid);
+        }
+    }
+
+    /// What the process `pid` was told of `ino` when it opened that.
+    pub(super) fn at_open(&self, ino: Ino, pid: u32) -> Option<Attributes> {
+        let mut opened = self.users.iter().filter(|(_, user)| **user == pid);
+        opened.find_map(|(id, _)| {
+            let attributes = match self.open.get(id)? {
+                Handle::Content(_, attributes) | Handle::Listing(_, attributes) => *attributes,
+                Handle::Writer(writer) | Handle::Shared(writer) => writer.attributes,
+            };
+            (attributes.ino == ino).then_some(attributes)
+        })
     }
 }

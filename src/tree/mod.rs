@@ -253,12 +253,23 @@ impl Tree {
         }
     }
 
-    /// What `stat` says to the process `pid`: who is writing a file sees the size that it has for them.
+    /// What `stat` says to the process `pid`: who is writing a file sees the size that it has for them, and who has something open that is
+    /// gone by now sees what it was. (The kernel does not say through which descriptor `fstat` asks.)
     ///
     /// # Errors
     /// As [`Tree::attributes`].
     pub fn attributes_for(&self, ino: Ino, pid: u32, patience: Patience) -> Result<Entry> {
-        let mut entry = self.attributes(ino, patience)?;
+        let mut entry = match self.attributes(ino, patience) {
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                let opened = lock(&self.handles).at_open(ino, pid);
+                let attributes = opened.ok_or(error)?;
+                return Ok(Entry {
+                    attributes,
+                    valid: Duration::ZERO,
+                });
+            }
+            answer => answer?,
+        };
         if entry.attributes.kind == FileKind::File {
             let (is_written, size) = self.written_size(&self.node(ino)?, pid);
             if is_written {
@@ -355,7 +366,8 @@ impl Tree {
             return self.open_scratch(&node, *id, OpenForWriting::default());
         }
         self.wait_until_closed(&node, patience)?;
-        let (attributes, object) = self.noted(self.describe(&node, patience))?;
+        let (mut attributes, object) = self.noted(self.describe(&node, patience))?;
+        attributes.ino = ino;
         if attributes.kind == FileKind::Directory {
             return Err(Error::new(ErrorKind::IsADirectory, "a directory"));
         }
@@ -392,6 +404,8 @@ impl Tree {
     /// [`ErrorKind::NotADirectory`], and what the store fails with.
     pub fn open_dir(&self, ino: Ino, patience: Patience) -> Result<HandleId> {
         let node = self.node(ino)?;
+        let (mut attributes, _) = self.noted(self.describe(&node, patience))?;
+        attributes.ino = ino;
         let children = self.noted(self.children(&node, patience))?;
         let listing: Vec<Listed> = {
             let inodes = lock(&self.inodes);
@@ -405,7 +419,7 @@ impl Tree {
                 })
                 .collect()
         };
-        Ok(self.open_handle(Handle::Listing(listing.into())))
+        Ok(self.open_handle(Handle::Listing(listing.into(), attributes)))
     }
 
     /// The entries of an open directory, without `.` and `..`. They stay as they are while it is open.
@@ -414,7 +428,7 @@ impl Tree {
     /// [`ErrorKind::NotFound`] if the handle is not known.
     pub fn read_dir(&self, handle: HandleId) -> Result<Arc<[Listed]>> {
         match lock(&self.handles).get(handle) {
-            Some(Handle::Listing(listing)) => Ok(Arc::clone(listing)),
+            Some(Handle::Listing(listing, _)) => Ok(Arc::clone(listing)),
             _ => Err(Error::not_found("no such handle")),
         }
     }

@@ -52,6 +52,7 @@ impl Tree {
     /// Notes which process uses a descriptor. The kernel asks for the attributes of an open file without saying through
     /// which descriptor, and one who has written expects to be told of that.
     pub fn used_by(&self, handle: HandleId, pid: u32) {
+        lock(&self.handles).used_by(handle, pid);
         if let Ok(writer) = self.writer(handle) {
             writer.user.store(pid, Ordering::Relaxed);
         }
@@ -117,6 +118,10 @@ impl Tree {
         resized: bool,
     ) -> HandleId {
         self.count_writers(&node, |writers| writers + 1);
+        let attributes = super::Attributes {
+            ino: lock(&self.inodes).number(&node),
+            ..attributes
+        };
         let state = State {
             resized,
             ..State::default()
@@ -159,6 +164,10 @@ impl Tree {
                     return Err(Error::new(ErrorKind::IsADirectory, "a directory"));
                 }
             }
+        };
+        let attributes = super::Attributes {
+            ino: lock(&self.inodes).number(node),
+            ..attributes
         };
         if how.truncate {
             lock(&bytes).clear();
