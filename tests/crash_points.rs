@@ -7,15 +7,22 @@ mod support;
 mod write_common;
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::sync::Mutex;
 
 use crash_common::*;
 use support::*;
-use write_common::leftovers;
 
 /// Which points were passed, and by how many deaths, in all tests of this file.
 type Covered = BTreeMap<&'static str, usize>;
+
+/// Which points a story gets to, and how often.
+fn passed(stage: &Stage, story: &Story) -> BTreeMap<&'static str, usize> {
+    stage.reset_for(story);
+    let mut step = stage.step(&[], &story.operations);
+    let output = step.env("TOKENFS_CRASH_POINT", "?").output().unwrap();
+    assert!(output.status.success(), "{}", said(&output));
+    points_in(&said(&output))
+}
 
 /// Kills `step` at every passing of every point in every story; the points that were met, with the first story that did.
 fn die_in_the_store(
@@ -24,38 +31,38 @@ fn die_in_the_store(
 ) -> BTreeMap<&'static str, &'static str> {
     let mut stage = Stage::new(backend);
     let mut stories_of = BTreeMap::new();
-    let (mut deaths, mut wrong) = (0, Vec::new());
+    let mut deaths = 0;
     let mut hits = Vec::new();
     for story in stage.stories() {
         let states = stage.states(&story);
         let (began, started) = (deaths, std::time::Instant::now());
-        let other = match backend {
-            Backend::File => "db.",
-            Backend::Db => "file.",
-        };
-        let points = tokenfs::store::crash::POINTS.iter();
-        for point in points.filter(|point| !point.starts_with(other)) {
+        for (point, times) in passed(&stage, &story) {
             // A point may be passed several times: for each row, say.
-            for time in 1..=if full() { usize::MAX } else { 2 } {
-                stage.reset();
+            for time in 1..=if full() { times } else { times.min(2) } {
+                stage.reset_for(&story);
                 let mut step = stage.step(&[], &story.operations);
                 let output = step
                     .env("TOKENFS_CRASH_POINT", format!("{point}:{time}"))
                     .output();
                 match ended(&output.unwrap()) {
-                    Ok(End::Finished) => break,
                     Ok(End::Killed) => {}
-                    Err(why) => {
-                        panic!("{backend}: {}: killed at {point}:{time}: {why}", story.name)
-                    }
+                    other => panic!(
+                        "{backend}: {}: not killed at {point}:{time}: {other:?}",
+                        story.name
+                    ),
                 }
                 deaths += 1;
-                stories_of.entry(*point).or_insert(story.name);
-                hits.push((story.clone(), states.clone(), format!("{point}:{time}")));
-                *covered.lock().unwrap().entry(*point).or_default() += 1;
-                if let Err(why) = stage.judge(&states) {
-                    wrong.push(format!("{}, killed at {point}:{time}: {why}", story.name));
-                }
+                stories_of.entry(point).or_insert(story.name);
+                *covered.lock().unwrap().entry(point).or_default() += 1;
+                let what = format!("{}, killed at {point}:{time}", story.name);
+                stage.judge(&what, &states);
+                let points = stage.put_right.clone();
+                hits.push((
+                    story.clone(),
+                    states.clone(),
+                    format!("{point}:{time}"),
+                    points,
+                ));
             }
         }
         println!(
@@ -65,65 +72,105 @@ fn die_in_the_store(
             started.elapsed()
         );
     }
-    // Points that only whoever puts something right gets to.
-    let points = tokenfs::store::crash::POINTS.iter();
-    for point in points.filter(|point| point.contains("recover")) {
-        for (story, states, first) in &hits {
-            stage.reset();
-            let mut step = stage.step(&[], &story.operations);
-            let _ = step.env("TOKENFS_CRASH_POINT", first).output().unwrap();
-            let mut recover = stage.step(&[], &[vec!["recover".to_owned()]]);
-            let output = recover.env("TOKENFS_CRASH_POINT", point).output();
-            if ended(&output.unwrap()) != Ok(End::Killed) {
+    // A second death, of whoever puts the first one right.
+    let mut again = BTreeMap::<_, usize>::new();
+    for (story, states, first, points) in &hits {
+        for (point, times) in points {
+            let met = again.entry(*point).or_default();
+            // Of those that each write has, too, a few are enough.
+            if !full() && *met >= if point.contains("recover") { 2 } else { 1 } {
                 continue;
             }
-            deaths += 1;
-            *covered.lock().unwrap().entry(*point).or_default() += 1;
-            if let Err(why) = stage.judge(states) {
-                wrong.push(format!(
-                    "{}, killed at {first}, put right until {point}: {why}",
+            for time in 1..=if full() { *times } else { 1 } {
+                stage.reset_for(story);
+                let mut step = stage.step(&[], &story.operations);
+                let _ = step.env("TOKENFS_CRASH_POINT", first).output().unwrap();
+                let mut recover = stage.step(&[], &[vec!["recover".to_owned()]]);
+                let output = recover
+                    .env("TOKENFS_CRASH_POINT", format!("{point}:{time}"))
+                    .output();
+                assert_eq!(
+                    ended(&output.unwrap()),
+                    Ok(End::Killed),
+                    "{}, killed at {first}: {point}:{time} is not met again",
                     story.name
-                ));
-            }
-            if !full() {
-                break;
+                );
+                *met += 1;
+                deaths += 1;
+                *covered.lock().unwrap().entry(*point).or_default() += 1;
+                let what = format!(
+                    "{}, killed at {first}, put right until {point}:{time}",
+                    story.name
+                );
+                stage.judge(&what, states);
             }
         }
     }
     println!("{backend}: {deaths} deaths at {} points", stories_of.len());
-    assert!(
-        wrong.is_empty(),
-        "{backend}: {} of {deaths} deaths left something wrong:\n{}",
-        wrong.len(),
-        wrong.join("\n")
-    );
+    stage.verdict(&format!("{deaths} deaths at points"));
     stories_of
 }
 
-/// The same stories as shells tell them in a mount.
-fn in_a_shell(story: &str) -> &'static str {
+/// The points that no death in these stories gets to, and why not.
+const EXCEPTIONS: [(&str, &str); 3] = [
+    (
+        "file.rewrite.raised",
+        "only a power failure tears what is written in place; store::file::crash_tests has each way in which it can be torn",
+    ),
+    (
+        "file.update.exchanged-back",
+        "only if somebody puts another file in place between two calls; it is then put back",
+    ),
+    (
+        "store.remove.restored",
+        "only if SoftHSM makes an object between two calls; store.recover.restored is the same after a death",
+    ),
+];
+
+/// The same stories as shells tell them in a mount, in steps that each lead to another store.
+fn in_a_shell(story: &str) -> &'static [&'static str] {
     match story {
-        "change an attribute" | "change and sync" => "printf changed >$o/CKA_LABEL",
+        // What no shell does to a mount.
+        _ if story.starts_with("an object made while")
+            || [
+                "a token that was given back its name",
+                "a journal of what SoftHSM has destroyed",
+                "give a token up",
+            ]
+            .contains(&story) =>
+        {
+            &[]
+        }
+        "change an attribute" | "change and sync" | "change an attribute and the time" => {
+            &["printf changed >$o/CKA_LABEL"]
+        }
         "make an object longer than a page" => {
-            "for i in {1..3000}; do printf 'long '; done >$o/CKA_VALUE"
+            &["for i in {1..3000}; do printf 'long '; done >$o/CKA_VALUE"]
         }
-        "make it shorter again" => "printf a >$o/CKA_VALUE",
-        "remove an attribute" => "rm $o/CKA_APPLICATION; sync $o",
-        "create an object" => "cp -a $k 00000000-0000-4000-8000-00000000000a",
-        "create, change and remove" => "cp -a $k 00000000-0000-4000-8000-00000000000a; rm -r 0*a",
-        "remove an object" => "mv $k .gone",
-        "chmod" => "chmod 640 $o/CKA_LABEL",
-        "set the time" => "touch -d @1500000000 $o",
-        "change the token's own" | "make the token's own longer" => {
-            "printf '%-32s' test! >token/CKA_OS_TOKENLABEL"
+        "make it shorter again" => &["printf a >$o/CKA_VALUE"],
+        "remove an attribute" => &["rm $o/CKA_APPLICATION; sync $o"],
+        "create an object" => &["cp -a $k 00000000-0000-4000-8000-00000000000a"],
+        "create, change and remove" => {
+            &["cp -a $k 00000000-0000-4000-8000-00000000000a", "rm -r 0*a"]
         }
+        "remove an object" => &["mv $k .gone"],
+        "create an object with a time" => &["cp -a $k 00000000-0000-4000-8000-00000000000a"],
+        "chown" => &["chown $(id -u):$(id -g) $o"],
+        "chmod" => &["chmod 640 $o/CKA_LABEL"],
+        "set the time" => &["touch -d @1500000000 $o"],
+        "change the token's own" => &["printf '%-32s' test! >token/CKA_OS_TOKENLABEL"],
+        "make the token's own longer" => &[
+            "for i in {1..3000}; do printf 'long '; done >token/0x80001334.bytes",
+            "printf a >token/0x80001334.bytes",
+        ],
         // Two tokens with one serial number are more than SoftHSM can live with.
-        "create a token" => concat!(
+        "create a token" => &[concat!(
             "rm -rf $out/copy; cp -a . $out/copy; printf 0011223344556677 >$out/copy/token/CKA_OS_TOKENSERIAL; ",
             "printf '%-32s' copied >$out/copy/token/CKA_OS_TOKENLABEL; ",
             "cp -a $out/copy ../c0000000-0000-4000-8000-00000000000c; sync .."
-        ),
-        "remove a token" => "rm -r ../$second; sync ..",
+        )],
+        // Things go one by one.
+        "remove a token" => &["rm -r ../$second/*-*", "rm -r ../$second; sync .."],
         other => panic!("no shell for {other}"),
     }
 }
@@ -143,45 +190,42 @@ fn shell(stage: &Stage, mount: &Mount, line: &str) -> std::process::Output {
     shell.output().unwrap()
 }
 
-fn die_in_a_mount(backend: Backend, stories: &BTreeMap<&'static str, &'static str>) {
-    let mut stage = Stage::new(backend);
-    let (mut deaths, mut survived, mut wrong) = (0, Vec::new(), Vec::new());
-    for (point, story) in stories {
-        let line = in_a_shell(story);
+/// The stores that some lines lead through.
+fn states_of(stage: &Stage, lines: &[&str]) -> Vec<Stored> {
+    let told = |count: usize| {
         stage.reset();
-        let before = stage.softhsm.read();
         let mount = Mount::new(&stage.softhsm);
-        let output = shell(&stage, &mount, line);
+        let line = lines[..count].join("; ");
+        let output = shell(stage, &mount, &line);
+        let backend = stage.backend();
         assert!(
             output.status.success(),
             "{backend}: `{line}`: {}",
             said(&output)
         );
         mount.unmount();
-        let mut states = vec![before, stage.softhsm.read()];
-        // What removes several things removes them one by one.
-        if story.contains("token") || story.contains("create") {
-            for name in [&stage.second, &stage.token] {
-                let mut between = states[0].clone();
-                if let Some(token) = between.get_mut(name)
-                    && *name == stage.second
-                {
-                    token.objects.clear();
-                    states.push(between);
-                }
-            }
+        stage.softhsm.read()
+    };
+    stage.reset();
+    let mut states = vec![stage.softhsm.read()];
+    states.extend((1..=lines.len()).map(told));
+    states
+}
+
+fn die_in_a_mount(backend: Backend, stories: &BTreeMap<&'static str, &'static str>) {
+    let mut stage = Stage::new(backend);
+    let (mut deaths, mut survived) = (0, Vec::new());
+    let mut known: BTreeMap<String, Vec<Stored>> = BTreeMap::new();
+    for (point, story) in stories {
+        let lines = in_a_shell(story);
+        if lines.is_empty() {
+            continue;
         }
-        if *story == "create, change and remove" {
-            stage.reset();
-            let mount = Mount::new(&stage.softhsm);
-            shell(
-                &stage,
-                &mount,
-                "cp -a $k 00000000-0000-4000-8000-00000000000a",
-            );
-            mount.unmount();
-            states.push(stage.softhsm.read());
-        }
+        let line = lines.join("; ");
+        let states = known
+            .entry(line.clone())
+            .or_insert_with(|| states_of(&stage, lines))
+            .clone();
         stage.reset();
         let options = MountOptions::new().environment("TOKENFS_CRASH_POINT", point);
         let Ok(mut mount) =
@@ -189,43 +233,22 @@ fn die_in_a_mount(backend: Backend, stories: &BTreeMap<&'static str, &'static st
         else {
             panic!("{backend}: cannot mount with {point}");
         };
-        let output = shell(&stage, &mount, line);
-        let alive = || fs::read_dir(mount.path()).is_ok();
-        std::thread::sleep(write_common::HELD);
-        if alive() {
+        let output = shell(&stage, &mount, &line);
+        if dies(&mount) {
+            deaths += 1;
+        } else {
             mount.kill(nix::sys::signal::Signal::SIGKILL);
             survived.push(*point);
-        } else {
-            deaths += 1;
         }
         drop(mount);
-        if let Err(why) = stage.judge_by_softhsm(&states) {
-            wrong.push(format!(
-                "`{line}`, killed at {point}: SoftHSM: {why}\nthe shell: {}",
-                said(&output)
-            ));
-        }
-        // The next mount puts it right.
-        Mount::new(&stage.softhsm).unmount();
-        let left = leftovers(&stage.softhsm.tokendir);
-        if !left.is_empty() {
-            wrong.push(format!(
-                "`{line}`, killed at {point}: left after the next mount: {left:?}"
-            ));
-        }
-        if let Err(why) = stage.check(&stage.softhsm.tokendir, &[], &[0]) {
-            wrong.push(format!(
-                "`{line}`, killed at {point}, after the next mount: {why}"
-            ));
-        }
-        if let Err(why) = stage.judge_by_softhsm(&states) {
-            wrong.push(format!(
-                "`{line}`, killed at {point}: SoftHSM after the next mount: {why}"
-            ));
-        }
+        let what = format!(
+            "`{line}`, killed at {point} (the shell: {})",
+            said(&output).trim_end()
+        );
+        stage.judge_by_mount(&what, &states);
     }
     println!("{backend}: {deaths} mounts died at a point; not met: {survived:?}");
-    assert!(wrong.is_empty(), "{backend}:\n{}", wrong.join("\n"));
+    stage.verdict(&format!("{deaths} mounts died at a point"));
     assert!(deaths > 0, "no mount died");
 }
 
@@ -248,7 +271,11 @@ fn a_death_at_each_point_leaves_the_store_as_before_or_as_after() {
     let missed: Vec<_> = points
         .iter()
         .filter(|point| !covered.contains_key(*point))
+        .filter(|point| !EXCEPTIONS.iter().any(|(name, _)| name == *point))
         .collect();
+    for (name, why) in EXCEPTIONS {
+        println!("not met: {name}: {why}");
+    }
     println!(
         "{} of {} points, {} deaths: {covered:?}",
         covered.len(),

@@ -10,6 +10,7 @@ mod support;
 mod write_common;
 
 use std::collections::BTreeSet;
+use std::ffi::OsString;
 use std::fs;
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -22,8 +23,9 @@ use write_common::leftovers;
 const READY: &str = "tokenfs-step-ready";
 
 /// The calls of the operations of a story.
-fn calls(stage: &Stage, operations: &[Vec<String>]) -> Vec<Call> {
-    stage.reset();
+fn calls(stage: &Stage, story: &Story) -> Vec<Call> {
+    let operations = &story.operations;
+    stage.reset_for(story);
     let output = stage.softhsm.directory.path().join("trace");
     run(&mut stage.step(&tracing(&output), operations));
     let calls = calls_after(&fs::read_to_string(&output).unwrap(), READY);
@@ -31,55 +33,61 @@ fn calls(stage: &Stage, operations: &[Vec<String>]) -> Vec<Call> {
     calls
 }
 
+/// The calls to die before: in a full run all but those that concern nothing but the process itself, otherwise up to `most` of those
+/// that change something, at equal distances, and always the last.
+fn chosen(calls: &[Call], most: usize) -> Vec<&Call> {
+    const OWN: [&str; 8] = [
+        "exit_group",
+        "exit",
+        "sigaltstack",
+        "rt_sigprocmask",
+        "munmap",
+        "brk",
+        "mmap",
+        "futex",
+    ];
+    if full() {
+        let calls = calls.iter();
+        return calls.filter(|call| !OWN.contains(&&*call.name)).collect();
+    }
+    let calls: Vec<&Call> = calls.iter().filter(|c| c.changes_something()).collect();
+    let every = calls.len().div_ceil(most).max(1);
+    let last = calls.len().saturating_sub(1);
+    let indexed = calls.into_iter().enumerate();
+    indexed
+        .filter(|(index, _)| index % every == seed() % every || *index == last)
+        .map(|(_, call)| call)
+        .collect()
+}
+
 fn die_everywhere(
     stage: &mut Stage,
     name: &str,
     operations: &[Vec<String>],
     states: &[Stored],
+    wanted: fn(&Call) -> bool,
+    most: usize,
     prepare: &dyn Fn(&Stage),
-) -> (usize, Vec<String>) {
+) -> usize {
     prepare(stage);
     let output = stage.softhsm.directory.path().join("trace");
     run(&mut stage.step(&tracing(&output), operations));
-    let calls = calls_after(&fs::read_to_string(&output).unwrap(), READY);
-    let (mut deaths, mut wrong) = (0, Vec::new());
-    let chosen: Vec<&Call> = calls
-        .iter()
-        .filter(|call| full() || call.changes_something())
-        .collect();
-    for (index, call) in chosen.iter().enumerate() {
-        // Long stories, such as the building of a token, repeat themselves in the middle.
-        let inside = index > 15 && index + 15 < chosen.len();
-        if !full() && inside && index % (chosen.len() / 30).max(1) != 0 {
-            continue;
-        }
-        if [
-            "exit_group",
-            "exit",
-            "sigaltstack",
-            "rt_sigprocmask",
-            "munmap",
-            "brk",
-            "mmap",
-            "futex",
-        ]
-        .contains(&call.name.as_str())
-        {
-            continue;
-        }
+    let mut calls = calls_after(&fs::read_to_string(&output).unwrap(), READY);
+    calls.retain(wanted);
+    let mut deaths = 0;
+    for call in chosen(&calls, most) {
         prepare(stage);
         let mut step = stage.step(&killing(&call.name, call.number), operations);
         match ended(&step.output().unwrap()) {
             Ok(End::Killed) => deaths += 1,
             // It took another way this time.
             Ok(End::Finished) => {}
-            Err(why) => wrong.push(format!("{name}, killed before {}: {why}", shown(call))),
+            Err(why) => stage.wrong(format!("{name}, killed before {}: {why}", shown(call))),
         }
-        if let Err(why) = stage.judge(states) {
-            wrong.push(format!("{name}, killed before {}: {why}", shown(call)));
-        }
+        let what = format!("{name}, killed before {}", shown(call));
+        stage.judge(&what, states);
     }
-    (deaths, wrong)
+    deaths
 }
 
 fn shown(call: &Call) -> String {
@@ -90,53 +98,51 @@ fn shown(call: &Call) -> String {
 both_backends! {
     fn a_death_at_each_call_leaves_the_store_as_before_or_as_after(backend) {
         let mut stage = Stage::new(backend);
-        let (mut deaths, mut wrong) = (0, Vec::new());
+        let mut deaths = 0;
         let stories = stage.stories();
         for story in &stories {
             let states = stage.states(story);
-            let (died, more) = die_everywhere(&mut stage, story.name, &story.operations, &states, &Stage::reset);
+            let died = die_everywhere(&mut stage, story.name, &story.operations, &states, |_| true, 10, &|stage| stage.reset_for(story));
             println!("{backend}: {}: {died} deaths", story.name);
             deaths += died;
-            wrong.extend(more);
         }
-        println!("{backend}: {deaths} deaths in {} kinds of write", stories.len());
-        assert!(wrong.is_empty(), "{backend}: {} of {deaths} deaths left something wrong:\n{}", wrong.len(), wrong.join("\n"));
+        println!("{backend}: {deaths} deaths in {} kinds of write, TOKENFS_TEST_SEED={}", stories.len(), seed());
+        stage.verdict(&format!("{deaths} deaths at calls"));
         assert!(deaths > 50, "only {deaths} deaths");
     }
 
     fn a_death_while_it_is_put_right_does_no_harm(backend) {
         let mut stage = Stage::new(backend);
-        let (mut deaths, mut wrong) = (0, Vec::new());
+        let mut deaths = 0;
         let recover = vec![vec!["recover".to_owned()]];
         for story in stage.stories() {
             let states = stage.states(&story);
-            let changing: Vec<Call> = calls(&stage, &story.operations).into_iter().filter(Call::changes_something).collect();
-            // Two of the places where something is left over; all of them in a full run.
-            let places: Vec<_> = changing.iter().filter(|call| {
-                stage.reset();
-                let _ = stage.step(&killing(&call.name, call.number), &story.operations).output().unwrap();
-                !leftovers(&stage.softhsm.tokendir).is_empty()
-            }).collect();
-            let every = if full() { 1 } else { (places.len() / 2).max(1) };
-            for place in places.into_iter().step_by(every) {
+            let calls: Vec<Call> = calls(&stage, &story).into_iter().filter(Call::changes_something).collect();
+            let mut places = 0;
+            for place in chosen(&calls, 6) {
+                stage.reset_for(&story);
+                let _ = stage.step(&killing(&place.name, place.number), &story.operations).output().unwrap();
+                if leftovers(&stage.softhsm.tokendir).is_empty() || (!full() && places == 2) {
+                    continue;
+                }
+                places += 1;
                 let again = |stage: &Stage| {
-                    stage.reset();
+                    stage.reset_for(&story);
                     let _ = stage.step(&killing(&place.name, place.number), &story.operations).output().unwrap();
                 };
-                let (died, more) = die_everywhere(&mut stage, story.name, &recover, &states, &again);
-                deaths += died;
-                wrong.extend(more.into_iter().map(|why| format!("after a death before {}: {why}", shown(place))));
+                let name = format!("{}, after a death before {}, put right", story.name, shown(place));
+                deaths += die_everywhere(&mut stage, &name, &recover, &states, Call::changes_something, 4, &again);
             }
         }
-        println!("{backend}: {deaths} deaths while it was put right");
-        assert!(wrong.is_empty(), "{backend}: {} of {deaths} deaths left something wrong:\n{}", wrong.len(), wrong.join("\n"));
+        println!("{backend}: {deaths} deaths while it was put right, TOKENFS_TEST_SEED={}", seed());
+        stage.verdict(&format!("{deaths} deaths while it was put right"));
     }
 
     fn data_is_synced_before_what_refers_to_it(backend) {
         let stage = Stage::new(backend);
         let mut wrong = Vec::new();
         for story in stage.stories() {
-            let calls = calls(&stage, &story.operations);
+            let calls = calls(&stage, &story);
             let order = Order::of(&calls);
             println!("{backend}: {}: {} calls, {} syncs", story.name, calls.len(), order.syncs);
             let more = order.wrong.iter().map(|why| format!("{}: {why}", story.name));
@@ -154,45 +160,45 @@ both_backends! {
 
     fn a_mount_dies_at_its_calls(backend) {
         let mut stage = Stage::new(backend);
-        let (mut deaths, mut wrong) = (0, Vec::new());
+        let mut deaths = 0;
         let lines = [
             "printf changed >$o/CKA_LABEL", "cp -a $k 00000000-0000-4000-8000-00000000000a", "mv $k .gone",
             "printf x >$o/.n && mv $o/.n $o/CKA_LABEL",
         ];
-        let names = ["pwrite64", "write", "fsync", "fdatasync", "renameat2", "linkat", "unlinkat", "unlink", "openat", "ftruncate", "fchmod"];
+        let mut calls_of_all = 0;
         for line in lines {
             stage.reset();
             let before = stage.softhsm.read();
             let mount = Mount::new(&stage.softhsm);
-            shell(&stage, &mount, line);
+            let output = stage.softhsm.directory.path().join("trace");
+            let mut strace = attach(mount.pid(), &tracing(&output));
+            assert!(shell(&stage, &mount, line).status.success(), "{line}");
+            std::thread::sleep(write_common::HELD);
             mount.unmount();
+            let _ = strace.wait();
             let states = [before, stage.softhsm.read()];
-            for name in names {
-                let limit = if full() { 100 } else { 3 };
-                for number in 1..=limit {
-                    stage.reset();
-                    let mut mount = Mount::new(&stage.softhsm);
-                    let mut strace = attach(mount.pid(), name, number);
-                    let output = shell(&stage, &mount, line);
-                    std::thread::sleep(if line.starts_with("cp") { write_common::HELD } else { Duration::from_millis(20) });
-                    let died = fs::read_dir(mount.path()).is_err();
-                    if !died {
-                        mount.kill(nix::sys::signal::Signal::SIGKILL);
-                    }
-                    let _ = strace.wait();
-                    drop(mount);
-                    deaths += usize::from(died);
-                    if let Err(why) = stage.judge(&states) {
-                        wrong.push(format!("`{line}`, killed at {name} number {number}: {why}\nthe shell: {}", said(&output)));
-                    }
-                    if !died {
-                        break;
-                    }
+            let calls: Vec<Call> = calls_after(&fs::read_to_string(&output).unwrap(), "").into_iter().filter(Call::changes_something).collect();
+            let calls: Vec<Call> = calls.into_iter().filter(|call| !call.arguments.contains("/dev/fuse")).collect();
+            calls_of_all += calls.len();
+            for call in chosen(&calls, 5) {
+                stage.reset();
+                let mut mount = Mount::new(&stage.softhsm);
+                let mut strace = attach(mount.pid(), &killing(&call.name, call.number));
+                let output = shell(&stage, &mount, line);
+                if dies(&mount) {
+                    deaths += 1;
+                } else {
+                    // Its threads have shared the work in another way this time.
+                    mount.kill(nix::sys::signal::Signal::SIGKILL);
                 }
+                let _ = strace.wait();
+                drop(mount);
+                let what = format!("`{line}`, killed before {} (the shell: {})", shown(call), said(&output).trim_end());
+                stage.judge_by_mount(&what, &states);
             }
         }
-        println!("{backend}: {deaths} mounts died at a call");
-        assert!(wrong.is_empty(), "{backend}: {} of {deaths} deaths left something wrong:\n{}", wrong.len(), wrong.join("\n"));
+        println!("{backend}: {deaths} mounts died at one of {calls_of_all} calls that change something, TOKENFS_TEST_SEED={}", seed());
+        stage.verdict(&format!("{deaths} deaths of mounts"));
         assert!(deaths > 5, "only {deaths} mounts died");
     }
 }
@@ -208,19 +214,11 @@ fn shell(stage: &Stage, mount: &Mount, line: &str) -> std::process::Output {
     shell.output().unwrap()
 }
 
-/// `strace` on a running process, which it kills at the `number`th call of a name.
-fn attach(pid: u32, name: &str, number: usize) -> std::process::Child {
-    let mut strace: Command = tool("strace");
-    strace.args([
-        "-f",
-        "-o",
-        "/dev/null",
-        "-p",
-        &pid.to_string(),
-        "-e",
-        &format!("trace={name}"),
-    ]);
-    strace.args(["-e", &format!("inject={name}:signal=KILL:when={number}")]);
+/// `strace` with these arguments on a running process.
+fn attach(pid: u32, arguments: &[OsString]) -> std::process::Child {
+    let (strace, arguments) = arguments.split_first().unwrap();
+    let mut strace = Command::new(strace);
+    strace.args(arguments).args(["-p", &pid.to_string()]);
     let child = strace.stderr(Stdio::null()).spawn().unwrap();
     let tracer = || {
         let tasks = fs::read_dir(format!("/proc/{pid}/task"))

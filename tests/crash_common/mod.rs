@@ -7,18 +7,19 @@
 pub mod trace;
 
 use std::cell::RefCell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::ffi::OsString;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
-use std::time::Duration;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use crate::support::independent::{self, Object, Token};
 use crate::support::*;
-use crate::write_common::{fill, leftovers, object_of_class};
+use crate::write_common::{HELD, fill, leftovers, object_of_class};
 
 /// A store as the independent reader finds it.
 pub type Stored = BTreeMap<String, Token>;
@@ -28,6 +29,8 @@ pub type Stored = BTreeMap<String, Token>;
 pub struct Story {
     pub name: &'static str,
     pub operations: Vec<Vec<String>>,
+    /// What somebody else has done before, where that is what it is about.
+    pub before: Option<fn(&Stage)>,
 }
 
 /// How a process ended.
@@ -50,8 +53,30 @@ pub struct Stage {
     pub private: String,
     /// How many deaths were judged.
     judged: usize,
+    /// The crash points that the next writer got to after the last of them.
+    pub put_right: BTreeMap<&'static str, usize>,
+    /// What is wrong, one death each.
+    wrong: Vec<String>,
+    /// Checks that go on meanwhile: each waits for a second, to be sure that nobody is at work.
+    checks: VecDeque<(String, Checking)>,
     /// Copies that were made a while ago.
     aged: RefCell<Vec<PathBuf>>,
+}
+
+type Checking = JoinHandle<Result<(), String>>;
+
+/// How many copies grow old together.
+const COPIES: usize = 200;
+
+/// How many checks go on at once.
+const CHECKS: usize = 24;
+
+/// The seed of what a plain run chooses.
+pub fn seed() -> usize {
+    match std::env::var("TOKENFS_TEST_SEED") {
+        Ok(seed) => seed.parse().expect("TOKENFS_TEST_SEED"),
+        Err(_) => 0,
+    }
 }
 
 /// Copies a directory with modes, owners being those of the caller.
@@ -108,6 +133,9 @@ impl Stage {
             token,
             second,
             judged: 0,
+            put_right: BTreeMap::new(),
+            wrong: Vec::new(),
+            checks: VecDeque::new(),
             aged: RefCell::default(),
         }
     }
@@ -127,13 +155,15 @@ impl Stage {
         let label = hex(&format!("{:32}", "test!"));
         let story = |name, lines: &[String]| Story {
             name,
+            before: None,
             operations: lines
                 .iter()
                 .map(|line| line.split(' ').map(str::to_owned).collect())
                 .collect(),
         };
         let changed = hex("changed");
-        vec![
+        let (uid, gid) = (nix::unistd::getuid(), nix::unistd::getgid());
+        let mut stories = vec![
             story(
                 "change an attribute",
                 &[format!("update {t} {d} 3 {changed}")],
@@ -185,15 +215,79 @@ impl Stage {
                     format!("remove {t} {new}"),
                 ],
             ),
-        ]
+            story(
+                "change an attribute and the time",
+                &[
+                    format!("update {t} {d} 3 {changed} 1500000000"),
+                    format!("update {t} {d} 3 {changed} 1600000000"),
+                ],
+            ),
+            story(
+                "create an object with a time",
+                &[format!("create {t} {new} {k} 1500000000")],
+            ),
+            story("chown", &[format!("chown {t} {d} {uid} {gid}")]),
+            story("give a token up", &[format!("unbuild {copy}")]),
+        ];
+        if self.backend() == Backend::File {
+            let met = |name, before: fn(&Self)| Story {
+                before: Some(before),
+                ..story(name, &["recover".to_owned()])
+            };
+            stories.extend([
+                met("an object made while its token was removed", |stage| {
+                    stage.begin_removal();
+                }),
+                met("an object made while its token lost its name", |stage| {
+                    let second = stage.begin_removal();
+                    let name = format!(".tokenfs-new-{}", stage.second);
+                    fs::rename(&second, second.with_file_name(name)).unwrap();
+                }),
+                met("a token that was given back its name", |stage| {
+                    let token = stage.softhsm.tokendir.join(&stage.token);
+                    fs::copy(token.join("token.object"), token.join("token.tokenfs-new")).unwrap();
+                }),
+                met("a journal of what SoftHSM has destroyed", |stage| {
+                    let token = stage.softhsm.tokendir.join(&stage.token);
+                    let journal = "00000000-0000-4000-8000-00000000000a.tokenfs-journal";
+                    fs::write(token.join(journal), "TKFJRNL1").unwrap();
+                }),
+            ]);
+        }
+        stories
+    }
+
+    /// The second token, with an object, as if it had had none when its removal began.
+    fn begin_removal(&self) -> PathBuf {
+        let second = self.softhsm.tokendir.join(&self.second);
+        fs::write(second.join(".tokenfs-removing"), "").unwrap();
+        fs::rename(
+            second.join("token.object"),
+            second.join("token.tokenfs-new"),
+        )
+        .unwrap();
+        second
+    }
+
+    /// Puts the store back to where a story begins.
+    pub fn reset_for(&self, story: &Story) {
+        self.reset();
+        if let Some(before) = story.before {
+            before(self);
+        }
     }
 
     /// Puts the store back: as it was, and not as young as a copy made now, which a writer would leave in peace for half a second
     /// since SoftHSM may still be making it.
     pub fn reset(&self) {
+        if self.backend() == Backend::Db {
+            // A row has no age.
+            fs::remove_dir_all(&self.softhsm.tokendir).unwrap();
+            return copy(&self.base, &self.softhsm.tokendir);
+        }
         let mut aged = self.aged.borrow_mut();
         if aged.is_empty() {
-            for number in 0..200 {
+            for number in 0..COPIES {
                 let path = self.softhsm.directory.path().join(format!("aged-{number}"));
                 copy(&self.base, &path);
                 aged.push(path);
@@ -229,7 +323,7 @@ impl Stage {
     pub fn states(&self, story: &Story) -> Vec<Stored> {
         let mut states = Vec::new();
         for count in 0..=story.operations.len() {
-            self.reset();
+            self.reset_for(story);
             if count > 0 {
                 run(&mut self.step(&[], &story.operations[..count]));
             }
@@ -238,7 +332,7 @@ impl Stage {
             assert!(damaged, "{}: damaged without any crash", story.name);
             let left = leftovers(&self.softhsm.tokendir);
             assert!(
-                left.is_empty(),
+                left.is_empty() || (count == 0 && story.before.is_some()),
                 "{}: left without any crash: {left:?}",
                 story.name
             );
@@ -247,21 +341,102 @@ impl Stage {
         states
     }
 
-    /// Judges what a death has left. An error says what is wrong with it.
-    pub fn judge(&mut self, states: &[Stored]) -> Result<(), String> {
-        let aside = self.softhsm.directory.path().join("aside");
-        let mended = self.softhsm.directory.path().join("mended");
+    /// Judges what a death has left; [`Stage::verdict`] says what was wrong with it. `what` says which death it was.
+    pub fn judge(&mut self, what: &str, states: &[Stored]) {
+        if let Err(why) = self.judge_now(what, states, Self::recover_here) {
+            self.wrong.push(format!("{what}: {why}"));
+        }
+    }
+
+    /// The same; the next writer after SoftHSM is a mount.
+    pub fn judge_by_mount(&mut self, what: &str, states: &[Stored]) {
+        let mount = |stage: &Self| {
+            let config = ["--config".into(), stage.softhsm.conf.clone().into()];
+            let mount = MountOptions::new().mount_with(&config)?;
+            mount.unmount();
+            Ok(())
+        };
+        if let Err(why) = self.judge_now(what, states, mount) {
+            self.wrong.push(format!("{what}: {why}"));
+        }
+    }
+
+    /// What else is wrong.
+    pub fn wrong(&mut self, why: String) {
+        self.wrong.push(why);
+    }
+
+    /// Waits for the checks. Panics if anything was wrong.
+    #[track_caller]
+    pub fn verdict(&mut self, of: &str) {
+        while self.finish_check() {}
+        let wrong = std::mem::take(&mut self.wrong);
+        assert!(
+            wrong.is_empty(),
+            "{}: {of}: {} left something wrong:\n{}",
+            self.backend(),
+            wrong.len(),
+            wrong.join("\n")
+        );
+    }
+
+    /// Waits for the oldest check; whether there was one.
+    fn finish_check(&mut self) -> bool {
+        let Some((what, check)) = self.checks.pop_front() else {
+            return false;
+        };
+        if let Err(why) = check.join().unwrap() {
+            self.wrong.push(format!("{what}: {why}"));
+        }
+        true
+    }
+
+    fn judge_now(
+        &mut self,
+        what: &str,
+        states: &[Stored],
+        next: impl Fn(&Self) -> Result<(), String>,
+    ) -> Result<(), String> {
+        self.judged += 1;
+        self.put_right.clear();
+        let directory = self.softhsm.directory.path();
+        let aside = directory.join(format!("aside-{}", self.judged));
+        let mended = directory.join(format!("mended-{}", self.judged));
         for path in [&aside, &mended] {
-            if path.exists() {
-                fs::remove_dir_all(path).unwrap();
-            }
             copy(&self.softhsm.tokendir, path);
         }
+        let judged = self.judge_copy(&aside, states, next);
+        if judged.is_err() {
+            fs::remove_dir_all(&aside).unwrap();
+            fs::remove_dir_all(&mended).unwrap();
+            return judged;
+        }
+        // 3. The check, before and after the next writer.
+        if self.checks.len() >= CHECKS {
+            self.finish_check();
+        }
+        let (backend, states) = (self.backend(), states.to_vec());
+        let check = std::thread::spawn(move || {
+            let checked = check_both(backend, &aside, &mended, &states);
+            fs::remove_dir_all(&aside).unwrap();
+            fs::remove_dir_all(&mended).unwrap();
+            checked
+        });
+        self.checks.push_back((what.to_owned(), check));
+        Ok(())
+    }
+
+    fn judge_copy(
+        &mut self,
+        aside: &Path,
+        states: &[Stored],
+        next: impl Fn(&Self) -> Result<(), String>,
+    ) -> Result<(), String> {
         // 1. A SoftHSM that comes first.
         self.judge_by_softhsm(states)
             .map_err(|why| format!("SoftHSM, before any repair: {why}"))?;
         // The next writer after that.
-        self.recover(&self.softhsm.tokendir)?;
+        next(self)?;
         let objects = |stored: &Stored| -> Vec<_> {
             let tokens = stored.values().map(|token| token.objects.clone());
             tokens.collect()
@@ -301,62 +476,35 @@ impl Stage {
             ));
         }
         // 2. The next writer directly.
-        self.recover(&aside)?;
-        let now = independent::read_store(&aside);
+        self.put_right = points_in(&self.recover(aside)?);
+        let now = independent::read_store(aside);
         if !states.contains(&now) {
             return Err(format!("put right, it is {}", difference(states, &now)));
         }
-        if !leftovers(&aside).is_empty() {
-            return Err(format!("put right, there is left {:?}", leftovers(&aside)));
-        }
-        // 3. The check, which takes a second to be sure that nobody is at work.
-        self.judged += 1;
-        if !full() && !self.judged.is_multiple_of(6) {
-            return Ok(());
-        }
-        self.check(&aside, &[], &[0])?;
-        self.check(&mended, &[], &[0, 1])?;
-        self.check(&mended, &["--repair"], &[0, 1])?;
-        self.check(&mended, &[], &[0])?;
-        let now = independent::read_store(&mended);
-        if !states.contains(&now) {
-            return Err(format!(
-                "mended by check --repair, it is {}",
-                difference(states, &now)
-            ));
-        }
-        if !leftovers(&mended).is_empty() {
-            return Err(format!("check --repair has left {:?}", leftovers(&mended)));
+        if !leftovers(aside).is_empty() {
+            return Err(format!("put right, there is left {:?}", leftovers(aside)));
         }
         Ok(())
     }
-
     /// `tokenfs check`, which must end with one of these codes.
     pub fn check(&self, tokendir: &Path, more: &[&str], codes: &[i32]) -> Result<String, String> {
-        let mut check = tokenfs();
-        check.arg("check").arg("--tokendir").arg(tokendir);
-        check.args(["--backend", &self.backend().to_string()]);
-        let output = check.args(more).output().unwrap();
-        let said = said(&output);
-        if output
-            .status
-            .code()
-            .is_some_and(|code| codes.contains(&code))
-        {
-            return Ok(said);
-        }
-        Err(format!("tokenfs check {more:?}: {}\n{said}", output.status))
+        check(self.backend(), tokendir, more, codes)
     }
 
-    /// The next writer: it puts right what is left over.
-    pub fn recover(&self, tokendir: &Path) -> Result<(), String> {
+    fn recover_here(&self) -> Result<(), String> {
+        self.recover(&self.softhsm.tokendir).map(drop)
+    }
+
+    /// The next writer: it puts right what is left over. What it says, crash points included.
+    pub fn recover(&self, tokendir: &Path) -> Result<String, String> {
         let mut step = Command::new(example("step"));
         step.arg(self.backend().to_string())
             .arg(tokendir)
-            .arg("recover");
+            .arg("recover")
+            .env("TOKENFS_CRASH_POINT", "?");
         let output = step.output().unwrap();
         if output.status.success() {
-            return Ok(());
+            return Ok(said(&output));
         }
         Err(format!(
             "the next writer: {}\n{}",
@@ -442,6 +590,77 @@ impl Stage {
         }
         Ok(())
     }
+}
+
+/// The crash points that a process says it got to, and how often.
+pub fn points_in(said: &str) -> BTreeMap<&'static str, usize> {
+    let mut points = BTreeMap::new();
+    for name in said
+        .lines()
+        .filter_map(|line| line.strip_prefix("crash point "))
+    {
+        let mut all = tokenfs::store::crash::POINTS.iter();
+        let point = all.find(|point| **point == name).expect("a crash point");
+        *points.entry(*point).or_default() += 1;
+    }
+    points
+}
+
+/// Whether a mount is dead, or dies of what it still holds when the shell is done.
+pub fn dies(mount: &Mount) -> bool {
+    let deadline = Instant::now() + HELD;
+    while fs::read_dir(mount.path()).is_ok() {
+        if Instant::now() > deadline {
+            return false;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    true
+}
+
+/// What `tokenfs check` says of a store that the next writer has put right, and of one that it has to mend itself.
+fn check_both(
+    backend: Backend,
+    aside: &Path,
+    mended: &Path,
+    states: &[Stored],
+) -> Result<(), String> {
+    check(backend, aside, &[], &[0])?;
+    // It waits for a second if there is anything, and then looks again, so that this says what would be found now.
+    check(backend, mended, &["--repair"], &[0, 1])?;
+    check(backend, mended, &[], &[0])?;
+    let now = independent::read_store(mended);
+    if !states.contains(&now) {
+        return Err(format!(
+            "mended by check --repair, it is {}",
+            difference(states, &now)
+        ));
+    }
+    if !leftovers(mended).is_empty() {
+        return Err(format!("check --repair has left {:?}", leftovers(mended)));
+    }
+    Ok(())
+}
+
+fn check(
+    backend: Backend,
+    tokendir: &Path,
+    more: &[&str],
+    codes: &[i32],
+) -> Result<String, String> {
+    let mut check = tokenfs();
+    check.arg("check").arg("--tokendir").arg(tokendir);
+    check.args(["--backend", &backend.to_string()]);
+    let output = check.args(more).output().unwrap();
+    let said = said(&output);
+    if output
+        .status
+        .code()
+        .is_some_and(|code| codes.contains(&code))
+    {
+        return Ok(said);
+    }
+    Err(format!("tokenfs check {more:?}: {}\n{said}", output.status))
 }
 
 /// What a session sees of an object without the empty values that it gives to what is not stored.

@@ -6,12 +6,13 @@
 //!
 //! | operation | |
 //! |---|---|
-//! | `update TOKEN OBJECT TYPE HEX` | sets a byte string; the object `-` is the token itself |
+//! | `update TOKEN OBJECT TYPE HEX [SECONDS]` | sets a byte string, and the time; the object `-` is the token itself |
 //! | `unset TOKEN OBJECT TYPE` | removes it |
-//! | `create TOKEN NAME LIKE` | makes a copy of an object |
+//! | `create TOKEN NAME LIKE [SECONDS]` | makes a copy of an object |
 //! | `remove TOKEN NAME` | |
-//! | `chmod TOKEN NAME OCTAL`, `mtime TOKEN NAME SECONDS` | |
+//! | `chmod TOKEN NAME OCTAL`, `chown TOKEN NAME UID GID`, `mtime TOKEN NAME SECONDS` | |
 //! | `copy-token TOKEN NAME LABEL` | makes a token with the objects of another, with that label and another serial number |
+//! | `unbuild TOKEN` | begins a token, and removes it before it is published |
 //! | `remove-token TOKEN` | |
 //! | `sync TOKEN` | |
 //! | `recover` | |
@@ -53,6 +54,10 @@ fn patience() -> Patience {
     Patience::at_most(Duration::from_secs(20))
 }
 
+fn time(seconds: &str) -> SystemTime {
+    UNIX_EPOCH + Duration::from_secs(seconds.parse().unwrap())
+}
+
 fn unhex(text: &str) -> Vec<u8> {
     let digits = text.as_bytes().chunks(2);
     digits
@@ -75,7 +80,15 @@ type Operation<'a> = Box<dyn FnOnce() -> Result<()> + 'a>;
 fn prepare<'a>(store: &'a Store, words: &[&'a str]) -> Operation<'a> {
     let token = |name: &str| store.token(&token_name(name)).expect("the token");
     match *words {
-        ["update", name, object, attribute_type, value] => {
+        [
+            "update",
+            name,
+            object,
+            attribute_type,
+            value,
+            ref mtime @ ..,
+        ] => {
+            let mtime = mtime.first().map(|seconds| time(seconds));
             let (token, id, value) = (token(name), object_id(object), unhex(value));
             let _ = token.object(&id, patience());
             let attribute_type = attribute_type.parse().unwrap();
@@ -84,7 +97,7 @@ fn prepare<'a>(store: &'a Store, words: &[&'a str]) -> Operation<'a> {
                     attributes.insert(attribute_type, Value::Bytes(value.clone()));
                     Ok(())
                 };
-                token.update(&id, &mut edit, None, patience())
+                token.update(&id, &mut edit, mtime, patience())
             })
         }
         ["unset", name, object, attribute_type] => {
@@ -102,14 +115,14 @@ fn prepare<'a>(store: &'a Store, words: &[&'a str]) -> Operation<'a> {
                 token.update(&id, &mut edit, None, patience())
             })
         }
-        ["create", name, object, like] => {
+        ["create", name, object, like, ref mtime @ ..] => {
             let (token, name) = (token(name), object_name(object));
             let new = NewObject {
                 attributes: (token.object(&object_id(like), patience()).unwrap())
                     .attributes
                     .clone(),
                 access: access(&*token, &object_id(like)),
-                mtime: None,
+                mtime: mtime.first().map(|seconds| time(seconds)),
             };
             Box::new(move || token.create(&name, &new, patience()))
         }
@@ -125,11 +138,19 @@ fn prepare<'a>(store: &'a Store, words: &[&'a str]) -> Operation<'a> {
             };
             Box::new(move || token.set_metadata(&target, &change, patience()))
         }
+        ["chown", name, object, uid, gid] => {
+            let (token, target) = (token(name), Target::Object(object_id(object)));
+            let change = MetadataChange {
+                uid: Some(uid.parse().unwrap()),
+                gid: Some(gid.parse().unwrap()),
+                ..MetadataChange::default()
+            };
+            Box::new(move || token.set_metadata(&target, &change, patience()))
+        }
         ["mtime", name, object, seconds] => {
             let (token, target) = (token(name), Target::Object(object_id(object)));
-            let time: SystemTime = UNIX_EPOCH + Duration::from_secs(seconds.parse().unwrap());
             let change = MetadataChange {
-                mtime: Some(Time::At(time)),
+                mtime: Some(Time::At(time(seconds))),
                 ..MetadataChange::default()
             };
             Box::new(move || token.set_metadata(&target, &change, patience()))
@@ -173,6 +194,16 @@ fn prepare<'a>(store: &'a Store, words: &[&'a str]) -> Operation<'a> {
                 store.publish_token(&copy, patience())
             })
         }
+        ["unbuild", name] => Box::new(move || {
+            let (name, uid) = (token_name(name), nix::unistd::getuid().as_raw());
+            let access = |mode| Access {
+                mode,
+                uid,
+                gid: nix::unistd::getgid().as_raw(),
+            };
+            store.create_token(&name, access(0o700), access(0o600))?;
+            store.remove_token(&name, patience())
+        }),
         ["remove-token", name] => Box::new(move || {
             let name = token_name(name);
             store.remove_token(&name, patience())

@@ -407,10 +407,10 @@ impl Store {
     }
 }
 
-/// Makes a directory a token again whose removal was begun.
+/// Makes a directory a token again whose removal was begun, before the mark that says so may go.
 ///
 /// # Errors
-/// What renaming fails with.
+/// What renaming and syncing fail with.
 pub(super) fn restore(directory: BorrowedFd<'_>) -> Result<()> {
     match fstatat(directory, HIDDEN_OBJECT, AtFlags::AT_SYMLINK_NOFOLLOW) {
         Ok(stat) if is_file(&stat) => {}
@@ -423,10 +423,15 @@ pub(super) fn restore(directory: BorrowedFd<'_>) -> Result<()> {
         Path::new(TOKEN_OBJECT),
         RenameFlags::NOREPLACE,
     )
-    .map_err(|errno| Error::system("rename", Errno::from_raw(errno.raw_os_error())))
+    .map_err(|errno| Error::system("rename", Errno::from_raw(errno.raw_os_error())))?;
+    sync_directory(directory)
 }
 
-fn sync_directory(directory: BorrowedFd<'_>) -> Result<()> {
+/// Waits until the names in a directory are on disk.
+///
+/// # Errors
+/// What `fsync` fails with.
+pub(super) fn sync_directory(directory: BorrowedFd<'_>) -> Result<()> {
     nix::unistd::fsync(directory).map_err(|errno| Error::system("fsync", errno))
 }
 

@@ -18,6 +18,7 @@ use rustix::fs::{RenameFlags, renameat_with};
 use rustix::io::Errno as Refusal;
 
 use super::DATABASE;
+use super::lifecycle::sync_directory;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::file::{TOKEN_OBJECT, is_known, object_name};
 use crate::store::leftover::{BUILDING, NEW_DIRECTORY, REMOVING};
@@ -268,7 +269,11 @@ pub(super) fn clear(
         }
         if named != &staging && staged(&staging).is_some() {
             match rename_directory(tokendir, name, &staging) {
-                Ok(()) => named = &staging,
+                Ok(()) => {
+                    named = &staging;
+                    // After a power failure, too, it has the mark for as long as it has its name.
+                    sync_directory(tokendir)?;
+                }
                 // Another has been left, or is being made: a crash now would leave an empty directory.
                 Err(error) if error.kind() == ErrorKind::Exists => {}
                 Err(error) if error.kind() == ErrorKind::NotFound => {}
@@ -280,6 +285,7 @@ pub(super) fn clear(
             // What came meanwhile has to be found where it was made.
             if named != name {
                 rename_directory(tokendir, named, name)?;
+                sync_directory(tokendir)?;
                 step();
             }
             return Err(error);

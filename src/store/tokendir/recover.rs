@@ -10,7 +10,7 @@ use nix::dir::Dir;
 use nix::fcntl::OFlag;
 use nix::sys::stat::Mode;
 
-use super::lifecycle::restore;
+use super::lifecycle::{restore, sync_directory};
 use super::mark::{self, Content, clear, in_use, not_empty, open_directory, remove_file};
 use super::{DATABASE, Store};
 use crate::error::{Error, ErrorKind, Result};
@@ -123,6 +123,7 @@ impl Store {
             // A SoftHSM that had a session made an object before it could see that the token was gone.
             let original = mark::staged(name).ok_or_else(not_empty)?;
             mark::rename_directory(self.directory.as_fd(), name, &original)?;
+            sync_directory(self.directory.as_fd())?;
             point("store.recover.renamed");
             drop((building, removing));
             self.recover_directory(&original);
