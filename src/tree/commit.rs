@@ -19,6 +19,8 @@ pub(super) enum Text<'a> {
     Whole(&'a [u8]),
     /// This comes behind what is stored.
     Appended(&'a [u8]),
+    /// What is stored, cut or extended to so many bytes; if there is nothing, this.
+    Resized(usize, &'a [u8]),
 }
 
 impl Tree {
@@ -49,6 +51,17 @@ impl Tree {
                     whole.extend_from_slice(text);
                     text::parse(slot.key, &whole, context)?
                 }
+                Text::Resized(size, fallback) => {
+                    let stored = siblings.and_then(|siblings| siblings.get(slot.key));
+                    let mut whole = match stored {
+                        Some(stored) => {
+                            text::render(slot.key.attribute_type, stored, context)?.into_owned()
+                        }
+                        None => fallback.to_vec(),
+                    };
+                    whole.resize(*size, 0);
+                    text::parse(slot.key, &whole, context)?
+                }
             };
             slot.set(attributes, value)
         })
@@ -63,6 +76,18 @@ impl Tree {
         patience: Patience,
     ) -> Result<()> {
         self.commit(node, &Text::Whole(text), mtime, patience)
+    }
+
+    /// Cuts or extends the text of `node`: what it is at that moment. `fallback` is what it becomes if it has none.
+    pub(super) fn commit_resized(
+        &self,
+        node: &Node,
+        size: u64,
+        fallback: &[u8],
+        patience: Patience,
+    ) -> Result<()> {
+        let size = usize::try_from(size).unwrap_or(usize::MAX);
+        self.commit(node, &Text::Resized(size, fallback), None, patience)
     }
 
     /// Makes `value` the value of `node`.
@@ -102,11 +127,28 @@ impl Tree {
         let Some(first) = nodes.first() else {
             return Ok(());
         };
-        // Before the value is there: nobody must take it for the one that was unlinked, and remove it.
-        let held: Vec<Slot> = nodes
+        let Some((token, id)) = first.object() else {
+            return Err(Error::new(ErrorKind::Invalid, "not in an object"));
+        };
+        let key = (token.clone(), id.clone());
+        let slots: Vec<Slot> = nodes
             .iter()
-            .flat_map(|node| self.release_hold(node))
+            .filter_map(|node| Slot::of(node).map(|(_, _, slot)| slot))
             .collect();
+        // Before the value is there: nobody must take it for the one that was unlinked, and remove it.
+        let held = self.with_drafts(&key, patience, |drafts| {
+            let draft = drafts.entry(&key);
+            for slot in &slots {
+                *draft.committing.entry(*slot).or_insert(0) += 1;
+            }
+            let ours = |held: &Slot| slots.iter().any(|slot| held == slot || held.is_in(*slot));
+            Ok(draft
+                .removed
+                .iter()
+                .copied()
+                .filter(ours)
+                .collect::<Vec<_>>())
+        })?;
         let outcome = self.change(first, mtime, patience, &mut |attributes| {
             // What the store has there still is not there for whoever unlinked it.
             for slot in &held {
@@ -114,51 +156,32 @@ impl Tree {
             }
             edit(attributes)
         });
-        match &outcome {
-            Ok(()) => nodes.iter().for_each(|node| self.settled(node)),
-            Err(_) => self.hold_again(first, &held),
-        }
-        outcome
-    }
-
-    /// Gives up that `node`, and what is in it, was unlinked; returns what that was.
-    fn release_hold(&self, node: &Node) -> Vec<Slot> {
-        let Some((token, id, slot)) = Slot::of(node) else {
-            return Vec::new();
-        };
         let mut drafts = lock(&self.drafts);
-        match drafts.get_mut(&(token.clone(), id.clone())) {
-            Some(draft) if !draft.busy => {
-                let ours = |held: &Slot| *held == slot || held.is_in(slot);
-                let held: Vec<Slot> = draft.removed.iter().copied().filter(ours).collect();
-                draft.removed.retain(|held| !ours(held));
-                held
+        if let Some(draft) = drafts.get_mut(&key) {
+            for slot in slots {
+                let Some(count) = draft.committing.get_mut(&slot) else {
+                    // It was unlinked meanwhile: what has come is to go again.
+                    continue;
+                };
+                *count -= 1;
+                if *count == 0 {
+                    draft.committing.remove(&slot);
+                }
+                if outcome.is_ok() {
+                    draft.fresh.remove(&slot);
+                    draft
+                        .removed
+                        .retain(|held| *held != slot && !held.is_in(slot));
+                }
             }
-            _ => Vec::new(),
         }
-    }
-
-    fn hold_again(&self, node: &Node, held: &[Slot]) {
-        if let Some((token, id, _)) = Slot::of(node)
-            && !held.is_empty()
-        {
-            let mut drafts = lock(&self.drafts);
-            let draft = drafts.entry(&(token.clone(), id.clone()));
-            draft.removed.extend(held);
-        }
-    }
-
-    /// What stands in `node` has a value now.
-    fn settled(&self, node: &Node) {
-        if let Some((token, id, slot)) = Slot::of(node) {
-            let key = (token.clone(), id.clone());
-            let mut drafts = lock(&self.drafts);
-            if let Some(draft) = drafts.get_mut(&key) {
-                draft.fresh.remove(&slot);
-            }
+        if outcome.is_ok() {
             drafts.touch(&key);
-            drafts.tidy(&key);
         }
+        drafts.tidy(&key);
+        drop(drafts);
+        self.wake();
+        outcome
     }
 
     /// Changes the object that `node` is in: its draft if it is new, else what the store has.
@@ -194,18 +217,20 @@ impl Tree {
             Some((token, ObjectId::Token, slot))
                 if slot.key.attribute_type == pkcs11::CKA_OS_TOKENSERIAL =>
             {
-                self.serials_of_others(token, patience)?
+                self.slots_of_others(token, patience)?
             }
             _ => Vec::new(),
         };
         self.update_store(&key, mtime, patience, &mut |attributes| {
             edit(attributes)?;
             match attributes.bytes(pkcs11::CKA_OS_TOKENSERIAL) {
-                Some(serial) if serials.iter().any(|other| other == serial) => {
-                    Err(doubled_serial())
-                }
+                Some(serial) if serials.contains(&slot_id(serial)) => Err(doubled_serial()),
                 _ => Ok(()),
+            }?;
+            if *id == ObjectId::Token {
+                check_lengths(attributes)?;
             }
+            Ok(())
         })?;
         if *id == ObjectId::Token
             && let Some(build) = lock(&self.drafts).build_mut(token)
@@ -215,8 +240,8 @@ impl Tree {
         Ok(())
     }
 
-    /// The serial numbers of all tokens but this one, as far as they can be read.
-    fn serials_of_others(&self, token: &TokenName, patience: Patience) -> Result<Vec<Vec<u8>>> {
+    /// The slots that SoftHSM gives all tokens but this one, as far as they can be read.
+    fn slots_of_others(&self, token: &TokenName, patience: Patience) -> Result<Vec<u64>> {
         let mut serials = Vec::new();
         for other in self.store.tokens()? {
             if other == *token {
@@ -227,7 +252,7 @@ impl Tree {
             }) {
                 Ok(object) => {
                     let serial = object.attributes.bytes(pkcs11::CKA_OS_TOKENSERIAL);
-                    serials.extend(serial.map(<[u8]>::to_vec));
+                    serials.push(slot_id(serial.unwrap_or_default()));
                 }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return Err(error),
                 Err(_) => {}
@@ -285,11 +310,51 @@ impl Tree {
     }
 }
 
+/// The number of the slot in which SoftHSM shows a token with this serial number: the last eight characters as a hexadecimal number of
+/// 31 bits, as `strtoul` reads them (`SlotManager`'s constructor).
+fn slot_id(serial: &[u8]) -> u64 {
+    let start = serial.len().saturating_sub(8);
+    let text = String::from_utf8_lossy(serial.get(start..).unwrap_or_default());
+    let text = text.trim_start().trim_start_matches(['+', '-']);
+    let text = text
+        .strip_prefix("0x")
+        .or(text.strip_prefix("0X"))
+        .unwrap_or(text);
+    let end = text
+        .find(|digit: char| !digit.is_ascii_hexdigit())
+        .unwrap_or(text.len());
+    let number = u64::from_str_radix(text.get(..end).unwrap_or_default(), 16);
+    number.unwrap_or(0) & 0x7fff_ffff
+}
+
+/// SoftHSM copies both into fields of this length (`CK_TOKEN_INFO`) without a look at how long they are, and every program that uses it
+/// would crash.
+fn check_lengths(own: &Attributes) -> Result<()> {
+    let longest = [
+        (pkcs11::CKA_OS_TOKENLABEL, "CKA_OS_TOKENLABEL", 32),
+        (pkcs11::CKA_OS_TOKENSERIAL, "CKA_OS_TOKENSERIAL", 16),
+    ];
+    for (attribute_type, name, most) in longest {
+        if own
+            .bytes(attribute_type)
+            .is_some_and(|value| value.len() > most)
+        {
+            return Err(Error::new(
+                ErrorKind::Invalid,
+                format!(
+                    "{name} has {most} bytes at most; more would make every program crash that uses SoftHSM"
+                ),
+            ));
+        }
+    }
+    Ok(())
+}
+
 /// SoftHSM's `SlotManager::insertToken` asserts that serial numbers differ, and ends the program otherwise.
 fn doubled_serial() -> Error {
     Error::new(
         ErrorKind::Invalid,
-        "another token in this store has this serial number, and every program that uses SoftHSM would abort at its start; a copy of a \
+        "another token in this store has this serial number (its last eight digits count), and every program that uses SoftHSM would abort at its start; a copy of a \
          token belongs into another store, or needs a serial number of its own",
     )
 }

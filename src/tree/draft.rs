@@ -18,6 +18,9 @@ use crate::store::{Access, Metadata, Object, ObjectId, ObjectName, TokenName};
 /// How long something has to be left alone to be taken for finished.
 pub(super) const LEFT_ALONE: Duration = Duration::from_millis(200);
 
+/// How long a new object has to be left alone that has no `CKA_PRIVATE`.
+const UNDECIDED: Duration = Duration::from_secs(5);
+
 /// How long an object has to be left alone from which its `CKA_CLASS` was unlinked: it is being removed, and a busy machine can take its
 /// time over that. An object without a class is nothing that anybody wants to see in between.
 const HALF_UNLINKED: Duration = Duration::from_secs(1);
@@ -80,6 +83,9 @@ pub(super) struct Draft {
     pub removed: BTreeSet<Slot>,
     /// Files that were created and have no value yet.
     pub fresh: BTreeMap<Slot, Bytes>,
+    /// How many commits are on their way to each place. What was unlinked there stays held until the first of them has come, and is not
+    /// written; who unlinks the place meanwhile takes it out of here, and means what comes too.
+    pub committing: BTreeMap<Slot, usize>,
     /// The time that the object was given since its content last changed: what was unlinked before that does not change it.
     pub given: Option<SystemTime>,
     /// The directory itself was removed (a token's own: its last step is the token's).
@@ -96,6 +102,7 @@ impl Draft {
             new,
             removed: BTreeSet::new(),
             fresh: BTreeMap::new(),
+            committing: BTreeMap::new(),
             given: None,
             gone: false,
             busy: false,
@@ -106,16 +113,20 @@ impl Draft {
 
     /// Whether nothing is said here that the store does not say.
     fn is_empty(&self) -> bool {
-        self.new.is_none() && self.removed.is_empty() && self.fresh.is_empty() && !self.gone
+        self.new.is_none()
+            && self.removed.is_empty()
+            && self.fresh.is_empty()
+            && self.committing.is_empty()
+            && !self.gone
     }
 
     /// What was unlinked and not created again meanwhile.
     pub fn unlinked(&self) -> impl Iterator<Item = Slot> {
-        let fresh = &self.fresh;
+        let (fresh, committing) = (&self.fresh, &self.committing);
         self.removed
             .iter()
             .copied()
-            .filter(move |slot| !fresh.contains_key(slot))
+            .filter(move |slot| !fresh.contains_key(slot) && !committing.contains_key(slot))
     }
 
     /// An attribute map has another name: the files in it that have no value yet go with it.
@@ -136,8 +147,14 @@ impl Draft {
         }
         let due = match &self.new {
             Some(new) => {
-                let complete = new.attributes.of_type(pkcs11::CKA_CLASS).is_some();
-                (complete && new.writers == 0).then_some(self.touched + LEFT_ALONE)
+                let has = |attribute_type| new.attributes.of_type(attribute_type).is_some();
+                // Before it says whether it is private nobody can tell what its texts are: a copy that pauses there is not finished.
+                let wait = if has(pkcs11::CKA_PRIVATE) {
+                    LEFT_ALONE
+                } else {
+                    UNDECIDED
+                };
+                (has(pkcs11::CKA_CLASS) && new.writers == 0).then_some(self.touched + wait)
             }
             None if self.gone => Some(self.touched + HALF_REMOVED),
             None => {

@@ -15,6 +15,7 @@ use super::{Entry, FileKind, HandleId, NAME_MAX, Tree, lock};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::attribute::{Attributes, Kind, Value};
 use crate::store::db::uuid::is_uuid;
+use crate::store::leftover::JOURNAL_SUFFIX;
 use crate::store::{Access, Backend, ObjectId, ObjectName, Patience, TokenName};
 
 /// Who makes something: it belongs to them.
@@ -301,9 +302,23 @@ impl Tree {
         let directory = self.node(parent)?;
         let made = self.make_dir_in(&directory, name, mode, caller, patience);
         let node = self.noted_entry(&directory, name, made)?;
-        let look = self.noted(self.look(node, patience))?;
-        self.tell(parent, &look);
-        Ok(look.entry)
+        match self.noted(self.look(node.clone(), patience)) {
+            Ok(look) => {
+                self.tell(parent, &look);
+                Ok(look.entry)
+            }
+            Err(error) => {
+                // What only the mount knows of is gone again, so that it can be tried anew.
+                match &node {
+                    Node::Scratch(_) => lock(&self.scratch).remove(&directory, name),
+                    Node::Object(token, id @ ObjectId::Object(_)) => {
+                        lock(&self.drafts).remove(&(token.clone(), id.clone()));
+                    }
+                    _ => {}
+                }
+                Err(error)
+            }
+        }
     }
 
     fn make_dir_in(
@@ -375,6 +390,10 @@ impl Tree {
             check_uuid(object)?;
         } else {
             self.check_owner(access)?;
+            // Room for what a write puts beside it.
+            if object.as_bytes().len() + JOURNAL_SUFFIX.len() > NAME_MAX {
+                return Err(Error::new(ErrorKind::NameTooLong, "the name is too long"));
+            }
         }
         let new = New {
             attributes: Attributes::new(),
@@ -425,12 +444,15 @@ impl Tree {
             let draft = drafts.entry(&key);
             let was_fresh = draft.fresh.remove(&slot).is_some();
             draft.fresh.retain(|held, _| !held.is_in(slot));
+            // What is on its way there is to go again when it has come.
+            let was_committing = draft.committing.remove(&slot).is_some();
+            draft.committing.retain(|held, _| !held.is_in(slot));
             match &mut draft.new {
                 Some(new) => {
                     slot.remove(&mut new.attributes);
                 }
                 // What was unlinked before it was created again is held already.
-                None if was_fresh => {}
+                None if was_fresh && !was_committing => {}
                 None => {
                     draft.removed.retain(|held| !held.is_in(slot));
                     draft.removed.insert(slot);

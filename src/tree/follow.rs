@@ -1,10 +1,12 @@
 //! What becomes of an open file that is renamed, unlinked or replaced, and of what was unlinked and is held back when something
 //! is written beside it.
 
+use std::os::unix::ffi::OsStrExt;
 use std::time::SystemTime;
 
 use super::draft::Key;
 use super::handle::{Handle, HandleId, Place, Writer};
+use super::name::{self, Name};
 use super::node::Node;
 use super::slot::Slot;
 use super::{Tree, lock};
@@ -43,6 +45,34 @@ impl Tree {
         }
     }
 
+    /// The scratch directory `node` has become `target`, an object or a map: who has a file in it open goes on to write into the
+    /// attribute that it is now.
+    pub(super) fn follow_scratch(&self, node: &Node, target: &Node) {
+        let Ok(files) = self.scratch_files(node) else {
+            return;
+        };
+        let writers = lock(&self.handles).writers();
+        for file in files {
+            let Name::Attribute(key) = name::parse(file.name.as_bytes()) else {
+                continue;
+            };
+            let now = match target {
+                Node::Object(token, id) => Node::Attribute(token.clone(), id.clone(), key),
+                Node::Attribute(token, id, map) => {
+                    Node::MapEntry(token.clone(), id.clone(), map.attribute_type, key)
+                }
+                _ => continue,
+            };
+            if file.content.is_none() {
+                self.follow_scratch(&file.node, &now);
+                continue;
+            }
+            for writer in writers.iter().filter(|writer| writer.node == file.node) {
+                *lock(&writer.place) = Place::Moved(now.clone());
+            }
+        }
+    }
+
     /// The attribute that a writer's content is to become, if it is to become one.
     pub(super) fn committed_as(&self, writer: &Writer) -> Option<Node> {
         match &*lock(&writer.place) {
@@ -65,6 +95,7 @@ impl Tree {
         if let Some(Handle::Writer(writer)) = removed {
             self.uncount(&writer);
         }
+        self.wake();
     }
 
     pub(super) fn uncount(&self, writer: &Writer) {

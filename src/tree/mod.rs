@@ -170,6 +170,7 @@ pub struct Tree {
     work: (Mutex<bool>, Condvar),
     /// Counts the changes that were reported.
     changes: AtomicU64,
+    numbers: AtomicU64,
     mounted_at: SystemTime,
 }
 
@@ -191,6 +192,7 @@ impl Tree {
             closing: Mutex::default(),
             work: (Mutex::default(), Condvar::new()),
             changes: AtomicU64::new(0),
+            numbers: AtomicU64::new(0),
             mounted_at: SystemTime::now(),
         }
     }
@@ -534,6 +536,11 @@ impl Tree {
             }
         }
         outcome
+    }
+
+    /// A number that no one else gets.
+    fn next_number(&self) -> u64 {
+        self.numbers.fetch_add(1, Ordering::Relaxed)
     }
 
     /// How many changes have been reported.

@@ -106,15 +106,22 @@ impl Tree {
         match (&node, place) {
             (Node::Scratch(id), Place::Attribute(target)) => {
                 self.publish_scratch(*id, kind, &target, patience)?;
-                lock(&self.scratch).unname(from.directory, from.name);
+                if kind == FileKind::Directory {
+                    self.follow_scratch(&node, &target);
+                    lock(&self.scratch).remove(from.directory, from.name);
+                    self.rebind(ino, &target, to_parent, patience);
+                } else {
+                    lock(&self.scratch).unname(from.directory, from.name);
+                }
             }
             (Node::Scratch(_), Place::Scratch) => {
                 lock(&self.scratch).rename((from.directory, from.name), (to.directory, to.name))?;
             }
             (Node::Scratch(id), Place::Object(token, object)) => {
                 self.publish_object(*id, &token, &object, patience)?;
-                lock(&self.scratch).remove(from.directory, from.name);
                 let target = Node::Object(token, ObjectId::Object(object));
+                self.follow_scratch(&node, &target);
+                lock(&self.scratch).remove(from.directory, from.name);
                 self.rebind(ino, &target, to_parent, patience);
             }
             (Node::Attribute(..) | Node::MapEntry(..), Place::Attribute(target)) => {
@@ -125,11 +132,8 @@ impl Tree {
                 self.rebind(ino, &target, to_parent, patience);
             }
             (Node::Attribute(..) | Node::MapEntry(..), Place::Scratch) => {
-                let made = self.copy_to_scratch(&node, to, patience)?;
-                if let Err(error) = self.take_out(&node, patience) {
-                    lock(&self.scratch).remove(to.directory, to.name);
-                    return Err(error);
-                }
+                let made =
+                    self.move_to_scratch(&node, to, patience, || self.take_out(&node, patience))?;
                 lock(&self.scratch).clear(&node);
                 self.rebind(ino, &Node::Scratch(made), to_parent, patience);
             }
@@ -155,11 +159,9 @@ impl Tree {
                 if !is_here {
                     return Err(other_device());
                 }
-                let made = self.copy_to_scratch(&node, to, patience)?;
-                if let Err(error) = self.remove_object(token, object, patience) {
-                    lock(&self.scratch).remove(to.directory, to.name);
-                    return Err(error);
-                }
+                let made = self.move_to_scratch(&node, to, patience, || {
+                    self.remove_object(token, object, patience)
+                })?;
                 let key = (token.clone(), ObjectId::Object(object.clone()));
                 self.moved(&key, |_| Some(super::handle::Place::Gone));
                 lock(&self.scratch).clear_object(&key);
@@ -367,20 +369,22 @@ impl Tree {
                 "the file has no value yet, so it cannot be renamed",
             ));
         }
-        let content = view::content(from, &object)?;
         self.replacing_all(&[from, to], None, patience, &mut |attributes| {
+            // The text that it has at this moment, whatever it was when somebody looked last.
+            let context = |slot: Slot, attributes: &Attributes| {
+                slot.siblings(attributes)
+                    .map(Context::of)
+                    .unwrap_or_default()
+            };
+            let before = context(source, attributes);
             let Some(value) = source.remove(attributes) else {
                 return Err(Error::not_found("the attribute is gone"));
             };
-            let value = match &content {
-                Some(content) => {
-                    let context = target
-                        .siblings(attributes)
-                        .map(Context::of)
-                        .unwrap_or_default();
-                    text::parse(target.key, content, context)?
-                }
-                None => value,
+            let value = if let Value::Map(_) = value {
+                value
+            } else {
+                let content = text::render(source.key.attribute_type, &value, before)?;
+                text::parse(target.key, &content, context(target, attributes))?
             };
             target.set(attributes, value)
         })?;
@@ -404,6 +408,29 @@ impl Tree {
         drop(drafts);
         lock(&self.scratch).clear(from);
         Ok(())
+    }
+
+    /// Makes a copy in scratch of what `take_away` removes from its place. What had the name before is there until that is done.
+    fn move_to_scratch(
+        &self,
+        node: &Node,
+        to: End<'_>,
+        patience: Patience,
+        take_away: impl FnOnce() -> Result<()>,
+    ) -> Result<ScratchId> {
+        // No program makes a name with a newline in it, and no two threads are given the same number.
+        let name = format!(".tokenfs\n{}", self.next_number());
+        let aside = End {
+            directory: to.directory,
+            name: OsStr::new(&name),
+        };
+        let made = self.copy_to_scratch(node, aside, patience)?;
+        if let Err(error) = take_away() {
+            lock(&self.scratch).remove(aside.directory, aside.name);
+            return Err(error);
+        }
+        lock(&self.scratch).rename((aside.directory, aside.name), (to.directory, to.name))?;
+        Ok(made)
     }
 
     /// A copy in scratch of an attribute, a map or an object, with the mode and owner that it has.

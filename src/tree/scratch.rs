@@ -205,11 +205,13 @@ impl Scratch {
     }
 
     fn drop_entry(&mut self, id: ScratchId) {
-        if let Some(entry) = self.entries.remove(&id)
-            && let Content::Directory(names) = entry.content
-        {
-            for id in names.into_values() {
-                self.drop_entry(id);
+        // Not by recursion: nobody says how deep directories are.
+        let mut left = vec![id];
+        while let Some(id) = left.pop() {
+            if let Some(entry) = self.entries.remove(&id)
+                && let Content::Directory(names) = entry.content
+            {
+                left.extend(names.into_values());
             }
         }
     }

@@ -196,8 +196,9 @@ impl Tree {
                 ..*change
             };
             let target = Target::Object(ObjectId::Token);
-            self.token(token)?
-                .set_metadata(&target, &shared, patience)?;
+            self.ask(token, patience, |token| {
+                token.set_metadata(&target, &shared, patience)
+            })?;
         }
         if is_directory && change.mtime.is_some() {
             self.finish_object(&key, mtime, patience)?;

@@ -219,17 +219,18 @@ impl Tree {
             }
             validate::check_finished(Some(&before), attributes)
         };
-        // The time that it was given after they were unlinked stays, unless somebody else has changed it meanwhile.
-        let token = self.token(&key.0)?;
-        let given = draft.given.filter(|given| {
-            let metadata = token.object_metadata(&key.1, patience);
-            metadata.is_ok_and(|metadata| metadata.mtime == *given)
-        });
-        match token.update(&key.1, &mut remove, given, patience) {
-            // The object is gone, and what was to be removed with it.
-            Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
-            outcome => outcome,
-        }
+        self.ask(&key.0, patience, |token| {
+            // The time that it was given after they were unlinked stays, unless somebody else has changed it meanwhile.
+            let given = draft.given.filter(|given| {
+                let metadata = token.object_metadata(&key.1, patience);
+                metadata.is_ok_and(|metadata| metadata.mtime == *given)
+            });
+            match token.update(&key.1, &mut remove, given, patience) {
+                // The object is gone, and what was to be removed with it.
+                Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+                outcome => outcome,
+            }
+        })
     }
 
     /// Makes a token that is being built one, if it has its own attributes.
@@ -307,13 +308,11 @@ impl Tree {
             }
             Node::Attribute(token, id, _) | Node::MapEntry(token, id, _, _) => {
                 let key = (token.clone(), id.clone());
-                let incomplete = lock(&self.drafts).get(&key).is_some_and(|draft| {
-                    draft.new.as_ref().is_some_and(|new| {
-                        new.attributes.of_type(crate::pkcs11::CKA_CLASS).is_none()
-                    })
-                });
-                // One file of an object that is still being made does not make it whole.
-                if incomplete {
+                // One file of an object that is being made does not make it whole: that is for its directory to say.
+                if lock(&self.drafts)
+                    .get(&key)
+                    .is_some_and(|draft| draft.new.is_some())
+                {
                     return Ok(());
                 }
                 self.write_draft(&key, patience)?;

@@ -273,9 +273,10 @@ impl Tree {
 
     /// The objects of a token, those that are not in the store yet included.
     pub(super) fn objects(&self, token: &TokenName, patience: Patience) -> Result<Vec<ObjectName>> {
+        // First those that are new: one that gets into the store in between is in both then, and not in neither.
+        let new = lock(&self.drafts).new_objects(token);
         let listed = self.ask(token, patience, |token| token.list(patience))?;
         let mut objects = listed.to_vec();
-        let new = lock(&self.drafts).new_objects(token);
         if !new.is_empty() {
             objects.extend(new);
             objects.sort_unstable();

@@ -259,8 +259,9 @@ impl Tree {
             lock(&writer.state).refused = true;
             return Err(error);
         }
-        drop(content);
+        // Both at once: a flush in another thread must not see the one without the other.
         let mut state = lock(&writer.state);
+        drop(content);
         state.refused = false;
         state.error = None;
         state.appended = if !writer.append || state.resized {
@@ -327,8 +328,8 @@ impl Tree {
             return Ok(());
         }
         content.resize(size, 0);
-        drop(content);
         let mut state = lock(&writer.state);
+        drop(content);
         state.resized = true;
         state.appended = None;
         state.version += 1;
@@ -362,6 +363,8 @@ impl Tree {
             let scratch = lock(&self.scratch);
             return match &scratch.get(*id)?.content {
                 Content::File(bytes) => {
+                    let present = lock(bytes).len() as u64;
+                    scratch.check_room(size.saturating_sub(present))?;
                     lock(bytes).resize(as_index(size), 0);
                     Ok(())
                 }
@@ -381,7 +384,7 @@ impl Tree {
             return Ok(());
         }
         content.resize(as_index(size), 0);
-        self.commit_text(node, &content, None, patience)
+        self.commit_resized(node, size, &content, patience)
     }
 }
 

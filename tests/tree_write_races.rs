@@ -1,0 +1,690 @@
+//! Review.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::time::Duration;
+use tokenfs::diagnostics::Diagnostics;
+use tokenfs::store::attribute::{Attributes, Value};
+use tokenfs::store::file::encode;
+use tokenfs::store::{Options, Patience, Store};
+use tokenfs::tree::node::ROOT;
+use tokenfs::tree::*;
+
+const PRIVATE: u64 = 2;
+fn patient() -> Patience {
+    Patience::at_most(Duration::from_secs(5))
+}
+fn os(s: &str) -> &OsStr {
+    OsStr::new(s)
+}
+fn me() -> Caller {
+    Caller { uid: 0, gid: 0 }
+}
+struct F {
+    tree: Tree,
+    dir: tempfile::TempDir,
+    token: Ino,
+    object: Ino,
+}
+fn fixture() -> F {
+    let dir = tempfile::tempdir().unwrap();
+    fs::create_dir(dir.path().join("t")).unwrap();
+    let mut own = Attributes::new();
+    own.insert(
+        tokenfs::pkcs11::CKA_OS_TOKENLABEL,
+        Value::Bytes(b"one".to_vec()),
+    );
+    fs::write(dir.path().join("t/token.object"), encode(1, &own)).unwrap();
+    let mut a = Attributes::new();
+    a.insert(0, Value::Ulong(0));
+    a.insert(PRIVATE, Value::Bool(false));
+    a.insert(3, Value::Bytes(b"old".to_vec()));
+    fs::write(dir.path().join("t/key.object"), encode(1, &a)).unwrap();
+    fs::write(dir.path().join("t/key.lock"), b"").unwrap();
+    std::thread::sleep(Duration::from_millis(700));
+    let log = Arc::new(Diagnostics::new());
+    let options = Options {
+        lock_wait: Duration::from_secs(1),
+        ..Options::default()
+    };
+    let store = Store::open(dir.path(), options, Arc::clone(&log)).unwrap();
+    let tree = Tree::new(store, Settings::default(), log);
+    let token = tree
+        .lookup(ROOT, os("t"), patient())
+        .unwrap()
+        .attributes
+        .ino;
+    let object = tree
+        .lookup(token, os("key"), patient())
+        .unwrap()
+        .attributes
+        .ino;
+    F {
+        tree,
+        dir,
+        token,
+        object,
+    }
+}
+fn lock(path: &std::path::Path, kind: i32) -> File {
+    let f = File::options().read(true).write(true).open(path).unwrap();
+    let l = libc::flock {
+        l_type: kind as i16,
+        l_whence: 0,
+        l_start: 0,
+        l_len: 0,
+        l_pid: 0,
+    };
+    let fd = nix::fcntl::fcntl(&f, nix::fcntl::FcntlArg::F_OFD_SETLK(&l));
+    fd.unwrap();
+    let _ = f.as_raw_fd();
+    f
+}
+fn labels(f: &F) -> (bool, bool) {
+    let seen = f.tree.lookup(f.object, os("CKA_LABEL"), patient()).is_ok();
+    let bytes = fs::read(f.dir.path().join("t/key.object")).unwrap();
+    let stored = bytes.windows(3).any(|w| w == b"new");
+    (seen, stored)
+}
+
+#[test]
+fn a_commit_beside_a_busy_removal() {
+    let f = fixture();
+    f.tree.unlink(f.object, os("CKA_LABEL"), patient()).unwrap();
+    std::thread::sleep(Duration::from_millis(250));
+    // create again before the settle, so object is cached and readable
+    std::thread::scope(|s| {
+        let held = lock(&f.dir.path().join("t/key.lock"), libc::F_RDLCK);
+        s.spawn(|| {
+            f.tree.settle();
+        }); // busy: waits for .lock until lock_wait (1 s)
+        std::thread::sleep(Duration::from_millis(200));
+        let (_, h) = f
+            .tree
+            .create(
+                f.object,
+                os("CKA_LABEL"),
+                Creation {
+                    mode: 0o600,
+                    ..Creation::default()
+                },
+                me(),
+                patient(),
+            )
+            .unwrap();
+        f.tree.write(h, 0, b"new").unwrap();
+        s.spawn(|| {
+            std::thread::sleep(Duration::from_millis(1300));
+            drop(held);
+        });
+        f.tree.flush(h, patient()).unwrap(); // close() said 0
+        f.tree.release(h, patient()).unwrap();
+    });
+    eprintln!("after close: (seen in mount, in store) = {:?}", labels(&f));
+    std::thread::sleep(Duration::from_millis(1500));
+    f.tree.settle();
+    eprintln!("2 s later: {:?}", labels(&f));
+    eprintln!("{}", f.tree.diagnostics().render());
+    assert_eq!(labels(&f), (true, true));
+}
+
+#[test]
+fn a_commit_beside_the_removal_of_another() {
+    let f = fixture();
+    // X unlinked and made again (open), Y unlinked: only Y is due.
+    f.tree.unlink(f.object, os("CKA_LABEL"), patient()).unwrap();
+    f.tree.unlink(f.object, os("CKA_CLASS"), patient()).unwrap();
+    let (_, h) = f
+        .tree
+        .create(
+            f.object,
+            os("CKA_LABEL"),
+            Creation {
+                mode: 0o600,
+                ..Creation::default()
+            },
+            me(),
+            patient(),
+        )
+        .unwrap();
+    std::thread::sleep(Duration::from_millis(250));
+    std::thread::scope(|s| {
+        let held = lock(&f.dir.path().join("t/key.lock"), libc::F_RDLCK);
+        s.spawn(|| {
+            f.tree.settle();
+        });
+        std::thread::sleep(Duration::from_millis(100));
+        f.tree.write(h, 0, b"new").unwrap();
+        s.spawn(|| {
+            std::thread::sleep(Duration::from_millis(300));
+            drop(held);
+        });
+        f.tree.flush(h, patient()).unwrap();
+        f.tree.release(h, patient()).unwrap();
+    });
+    eprintln!("after close: {:?}", labels(&f));
+    std::thread::sleep(Duration::from_millis(400));
+    f.tree.settle();
+    eprintln!("later: {:?}", labels(&f));
+    assert_eq!(labels(&f), (true, true));
+}
+
+#[test]
+fn a_scratch_directory_with_an_open_file() {
+    let f = fixture();
+    let d = f
+        .tree
+        .make_dir(f.token, os(".x"), 0o700, me(), patient())
+        .unwrap()
+        .attributes
+        .ino;
+    for (n, v) in [
+        ("CKA_CLASS", "0\n"),
+        ("CKA_PRIVATE", "false\n"),
+        ("CKA_LABEL", "old"),
+    ] {
+        let (_, h) = f
+            .tree
+            .create(
+                d,
+                os(n),
+                Creation {
+                    mode: 0o600,
+                    ..Creation::default()
+                },
+                me(),
+                patient(),
+            )
+            .unwrap();
+        f.tree.write(h, 0, v.as_bytes()).unwrap();
+        f.tree.flush(h, patient()).unwrap();
+        f.tree.release(h, patient()).unwrap();
+    }
+    let l = f
+        .tree
+        .lookup(d, os("CKA_LABEL"), patient())
+        .unwrap()
+        .attributes
+        .ino;
+    let h = f
+        .tree
+        .open_for_writing(l, OpenForWriting::default(), patient())
+        .unwrap();
+    f.tree
+        .rename(
+            (f.token, os(".x")),
+            (f.token, os("obj")),
+            RenameHow::default(),
+            patient(),
+        )
+        .unwrap();
+    f.tree.write(h, 0, b"new").unwrap();
+    f.tree.flush(h, patient()).unwrap();
+    f.tree.release(h, patient()).unwrap();
+    let bytes = fs::read(f.dir.path().join("t/obj.object")).unwrap();
+    assert!(
+        bytes.windows(3).any(|w| w == b"new"),
+        "close said 0 and nothing was written"
+    );
+}
+
+#[test]
+fn a_slow_scratch_file_in_a_new_object() {
+    let f = fixture();
+    let d = f
+        .tree
+        .make_dir(f.token, os("obj"), 0o700, me(), patient())
+        .unwrap()
+        .attributes
+        .ino;
+    for (n, v) in [("CKA_CLASS", "0\n"), ("CKA_PRIVATE", "false\n")] {
+        let (_, h) = f
+            .tree
+            .create(
+                d,
+                os(n),
+                Creation {
+                    mode: 0o600,
+                    ..Creation::default()
+                },
+                me(),
+                patient(),
+            )
+            .unwrap();
+        f.tree.write(h, 0, v.as_bytes()).unwrap();
+        f.tree.flush(h, patient()).unwrap();
+        f.tree.release(h, patient()).unwrap();
+    }
+    let (_, h) = f
+        .tree
+        .create(
+            d,
+            os(".CKA_VALUE.x8Kd2p"),
+            Creation {
+                mode: 0o600,
+                ..Creation::default()
+            },
+            me(),
+            patient(),
+        )
+        .unwrap();
+    for i in 0..10 {
+        f.tree.write(h, i, b"x").unwrap();
+        std::thread::sleep(Duration::from_millis(50));
+        f.tree.settle();
+    }
+    assert!(
+        !f.dir.path().join("t/obj.object").exists(),
+        "half an object is in the store while rsync writes"
+    );
+}
+
+#[test]
+fn a_rename_that_cannot_finish() {
+    let f = fixture();
+    let held = lock(&f.dir.path().join("t/key.lock"), libc::F_RDLCK);
+    let r = f.tree.rename(
+        (f.token, os("key")),
+        (f.token, os("other")),
+        RenameHow::default(),
+        Patience::at_most(Duration::from_secs(1)),
+    );
+    drop(held);
+    eprintln!("{:?}", r.as_ref().map_err(|e| e.to_string()));
+    assert!(r.is_err());
+    assert!(
+        !f.dir.path().join("t/other.object").exists(),
+        "the rename failed and the copy is there"
+    );
+}
+
+#[test]
+fn scratch_that_is_truncated_by_path() {
+    let f = fixture();
+    for i in 0..6 {
+        let n = format!(".big{i}");
+        let (e, h) = f
+            .tree
+            .create(
+                f.object,
+                os(&n),
+                Creation {
+                    mode: 0o600,
+                    ..Creation::default()
+                },
+                me(),
+                patient(),
+            )
+            .unwrap();
+        f.tree.release(h, patient()).unwrap();
+        let c = SetAttributes {
+            size: Some(64 << 20),
+            ..SetAttributes::default()
+        };
+        let r = f.tree.set_attributes(e.attributes.ino, None, &c, patient());
+        if i >= 4 {
+            assert!(r.is_err(), "{i}: more than 256 MiB of scratch");
+        }
+    }
+}
+
+#[test]
+fn deep_scratch() {
+    let f = fixture();
+    let mut d = f
+        .tree
+        .make_dir(f.token, os(".x"), 0o700, me(), patient())
+        .unwrap()
+        .attributes
+        .ino;
+    let top = d;
+    for (n, v) in [("CKA_CLASS", "0\n"), ("CKA_PRIVATE", "false\n")] {
+        let (_, h) = f
+            .tree
+            .create(
+                top,
+                os(n),
+                Creation {
+                    mode: 0o600,
+                    ..Creation::default()
+                },
+                me(),
+                patient(),
+            )
+            .unwrap();
+        f.tree.write(h, 0, v.as_bytes()).unwrap();
+        f.tree.release(h, patient()).unwrap();
+    }
+    for _ in 0..90_000 {
+        d = f
+            .tree
+            .make_dir(d, os(".d"), 0o700, me(), patient())
+            .unwrap()
+            .attributes
+            .ino;
+    }
+    eprintln!("made");
+    std::thread::scope(|s| {
+        s.spawn(|| {
+            f.tree
+                .rename(
+                    (f.token, os(".x")),
+                    (f.token, os("obj")),
+                    RenameHow::default(),
+                    patient(),
+                )
+                .unwrap()
+        });
+    });
+}
+
+#[test]
+fn a_copy_that_stalls() {
+    let f = fixture();
+    let d = f
+        .tree
+        .make_dir(f.token, os("obj"), 0o700, me(), patient())
+        .unwrap()
+        .attributes
+        .ino;
+    for (n, v) in [
+        ("CKA_CLASS", "0\n"),
+        ("CKA_LABEL", "label"),
+        ("CKA_PRIVATE", "false\n"),
+    ] {
+        let tmp = format!(".{n}.x8Kd2p");
+        let (_, h) = f
+            .tree
+            .create(
+                d,
+                os(&tmp),
+                Creation {
+                    mode: 0o600,
+                    ..Creation::default()
+                },
+                me(),
+                patient(),
+            )
+            .unwrap();
+        f.tree.write(h, 0, v.as_bytes()).unwrap();
+        f.tree.flush(h, patient()).unwrap();
+        f.tree.release(h, patient()).unwrap();
+        std::thread::sleep(Duration::from_millis(250)); // the network
+        f.tree.settle();
+        let r = f
+            .tree
+            .rename((d, os(&tmp)), (d, os(n)), RenameHow::default(), patient());
+        eprintln!("{n}: {:?}", r.map_err(|e| e.to_string()));
+        f.tree.settle();
+    }
+    std::thread::sleep(Duration::from_millis(250));
+    f.tree.settle();
+    let l = f.tree.lookup(d, os("CKA_LABEL"), patient());
+    assert!(l.is_ok());
+}
+
+#[test]
+fn a_scratch_directory_that_becomes_a_map_and_stays_in_memory() {
+    let f = fixture();
+    let mut left = 0;
+    for _ in 0..50_001 {
+        let r = f.tree.make_dir(f.object, os(".m"), 0o700, me(), patient());
+        if r.is_err() {
+            break;
+        }
+        let d = r.unwrap().attributes.ino;
+        let (_, h) = f
+            .tree
+            .create(
+                d,
+                os("CKA_EXTRACTABLE"),
+                Creation {
+                    mode: 0o600,
+                    ..Creation::default()
+                },
+                me(),
+                patient(),
+            )
+            .map_err(|e| e.to_string())
+            .unwrap();
+        f.tree.write(h, 0, b"true\n").unwrap();
+        f.tree.release(h, patient()).unwrap();
+        // one only, to see where a write goes
+        f.tree
+            .rename(
+                (f.object, os(".m")),
+                (f.object, os("CKA_WRAP_TEMPLATE")),
+                RenameHow::default(),
+                patient(),
+            )
+            .unwrap();
+        let r = f.tree.create(
+            d,
+            os("CKA_SIGN"),
+            Creation {
+                mode: 0o600,
+                ..Creation::default()
+            },
+            me(),
+            patient(),
+        );
+        if let Ok((_, h)) = r {
+            f.tree.write(h, 0, b"true\n").unwrap();
+            f.tree.flush(h, patient()).unwrap();
+            f.tree.release(h, patient()).unwrap();
+            left += 1;
+        }
+        break;
+    }
+    let m = f
+        .tree
+        .lookup(f.object, os("CKA_WRAP_TEMPLATE"), patient())
+        .unwrap()
+        .attributes
+        .ino;
+    assert!(
+        left == 0 || f.tree.lookup(m, os("CKA_SIGN"), patient()).is_ok(),
+        "written through the directory that was renamed, acknowledged, and nowhere"
+    );
+}
+
+fn rewrite(f: &F, label: &[u8]) {
+    let mut a = Attributes::new();
+    a.insert(0, Value::Ulong(0));
+    a.insert(PRIVATE, Value::Bool(false));
+    a.insert(3, Value::Bytes(label.to_vec()));
+    fs::write(f.dir.path().join("t/key.object"), encode(2, &a)).unwrap();
+}
+
+#[test]
+fn z1_rename_of_an_object_beside_softhsm() {
+    let f = fixture();
+    let held = lock(&f.dir.path().join("t/key.lock"), libc::F_RDLCK);
+    std::thread::scope(|s| {
+        let t = s.spawn(|| {
+            f.tree.rename(
+                (f.token, os("key")),
+                (f.token, os("other")),
+                RenameHow::default(),
+                patient(),
+            )
+        });
+        std::thread::sleep(Duration::from_millis(300));
+        rewrite(&f, b"new"); // a SoftHSM that got the lock first
+        drop(held);
+        eprintln!("{:?}", t.join().unwrap().map_err(|e| e.to_string()));
+    });
+    let bytes = fs::read(f.dir.path().join("t/other.object")).unwrap();
+    assert!(
+        bytes.windows(3).any(|w| w == b"new"),
+        "SoftHSM's update is lost"
+    );
+}
+
+#[test]
+fn z2_rename_of_an_attribute_beside_softhsm() {
+    let f = fixture();
+    let held = lock(&f.dir.path().join("t/key.lock"), libc::F_RDLCK);
+    std::thread::scope(|s| {
+        let t = s.spawn(|| {
+            f.tree.rename(
+                (f.object, os("CKA_LABEL")),
+                (f.object, os("CKA_ID")),
+                RenameHow::default(),
+                patient(),
+            )
+        });
+        std::thread::sleep(Duration::from_millis(300));
+        rewrite(&f, b"new");
+        drop(held);
+        eprintln!("{:?}", t.join().unwrap().map_err(|e| e.to_string()));
+    });
+    let bytes = fs::read(f.dir.path().join("t/key.object")).unwrap();
+    assert!(
+        bytes.windows(3).any(|w| w == b"new"),
+        "SoftHSM's update is lost"
+    );
+}
+
+#[test]
+fn z3_two_writers_of_what_was_unlinked() {
+    let f = fixture();
+    f.tree.unlink(f.object, os("CKA_CLASS"), patient()).unwrap();
+    let c = Creation {
+        mode: 0o600,
+        ..Creation::default()
+    };
+    let (_, a) = f
+        .tree
+        .create(f.object, os("CKA_CLASS"), c, me(), patient())
+        .unwrap();
+    let (_, b) = f
+        .tree
+        .create(f.object, os("CKA_CLASS"), c, me(), patient())
+        .unwrap();
+    f.tree.write(a, 0, b"garbage").unwrap();
+    f.tree.write(b, 0, b"3\n").unwrap();
+    let held = lock(&f.dir.path().join("t/key.lock"), libc::F_RDLCK);
+    std::thread::scope(|s| {
+        let ta = s.spawn(|| f.tree.flush(a, patient()));
+        std::thread::sleep(Duration::from_millis(100));
+        let tb = s.spawn(|| f.tree.flush(b, patient()));
+        std::thread::sleep(Duration::from_millis(100));
+        drop(held);
+        eprintln!(
+            "a {:?} b {:?}",
+            ta.join().unwrap().is_ok(),
+            tb.join().unwrap().is_ok()
+        );
+    });
+    f.tree.release(b, patient()).unwrap();
+    std::thread::sleep(Duration::from_millis(300));
+    f.tree.settle();
+    let (seen, _) = (
+        f.tree.lookup(f.object, os("CKA_CLASS"), patient()).is_ok(),
+        0,
+    );
+    assert!(seen, "b's close said 0");
+}
+
+#[test]
+fn z4_a_backup_of_a_failing_rename() {
+    let f = fixture();
+    let (_, h) = f
+        .tree
+        .create(
+            f.object,
+            os("CKA_LABEL~"),
+            Creation {
+                mode: 0o600,
+                ..Creation::default()
+            },
+            me(),
+            patient(),
+        )
+        .unwrap();
+    f.tree.write(h, 0, b"backup").unwrap();
+    f.tree.release(h, patient()).unwrap();
+    // busy draft: an unlink of another attribute is being written and waits
+    f.tree.unlink(f.object, os("CKA_CLASS"), patient()).unwrap();
+    std::thread::sleep(Duration::from_millis(250));
+    let held = lock(&f.dir.path().join("t/key.lock"), libc::F_RDLCK);
+    std::thread::scope(|s| {
+        s.spawn(|| f.tree.settle());
+        std::thread::sleep(Duration::from_millis(100));
+        let r = f.tree.rename(
+            (f.object, os("CKA_LABEL")),
+            (f.object, os("CKA_LABEL~")),
+            RenameHow::default(),
+            Patience::at_most(Duration::from_millis(300)),
+        );
+        eprintln!("{:?}", r.map_err(|e| e.to_string()));
+        drop(held);
+    });
+    assert!(
+        f.tree.lookup(f.object, os("CKA_LABEL~"), patient()).is_ok(),
+        "the rename failed and the target is gone"
+    );
+}
+
+#[test]
+fn z5_unlinked_while_it_is_committed() {
+    let f = fixture();
+    f.tree.unlink(f.object, os("CKA_LABEL"), patient()).unwrap();
+    let c = Creation {
+        mode: 0o600,
+        ..Creation::default()
+    };
+    let (_, a) = f
+        .tree
+        .create(f.object, os("CKA_LABEL"), c, me(), patient())
+        .unwrap();
+    f.tree.write(a, 0, b"new").unwrap();
+    let held = lock(&f.dir.path().join("t/key.lock"), libc::F_RDLCK);
+    std::thread::scope(|s| {
+        let ta = s.spawn(|| f.tree.flush(a, patient()));
+        std::thread::sleep(Duration::from_millis(100));
+        f.tree.unlink(f.object, os("CKA_LABEL"), patient()).unwrap();
+        eprintln!(
+            "after unlink visible: {}",
+            f.tree.lookup(f.object, os("CKA_LABEL"), patient()).is_ok()
+        );
+        drop(held);
+        eprintln!("flush {:?}", ta.join().unwrap().is_ok());
+    });
+    f.tree.release(a, patient()).unwrap();
+    std::thread::sleep(Duration::from_millis(300));
+    f.tree.settle();
+    eprintln!("later: {:?}", labels(&f));
+    assert!(
+        !f.tree.lookup(f.object, os("CKA_LABEL"), patient()).is_ok(),
+        "unlink said 0"
+    );
+}
+
+#[test]
+fn z6_the_old_value_is_seen_while_the_new_one_is_committed() {
+    let f = fixture();
+    f.tree.unlink(f.object, os("CKA_LABEL"), patient()).unwrap();
+    let c = Creation {
+        mode: 0o600,
+        ..Creation::default()
+    };
+    let (e, a) = f
+        .tree
+        .create(f.object, os("CKA_LABEL"), c, me(), patient())
+        .unwrap();
+    f.tree.write(a, 0, b"new").unwrap();
+    let held = lock(&f.dir.path().join("t/key.lock"), libc::F_RDLCK);
+    std::thread::scope(|s| {
+        let ta = s.spawn(|| f.tree.flush(a, patient()));
+        std::thread::sleep(Duration::from_millis(100));
+        let h = f.tree.open(e.attributes.ino, patient()).unwrap();
+        let seen = f.tree.read(h, 0, 100).unwrap();
+        drop(held);
+        ta.join().unwrap().unwrap();
+        assert_ne!(seen, b"old");
+    });
+}
