@@ -115,11 +115,11 @@ fn die_in_the_store(
 const EXCEPTIONS: [(&str, &str); 3] = [
     (
         "file.rewrite.raised",
-        "only a power failure tears what is written in place; store::file::crash_tests has each way in which it can be torn",
+        "only a power failure tears what is written in place; store_crash_file dies there, after a file that was torn by hand",
     ),
     (
         "file.update.exchanged-back",
-        "only if somebody puts another file in place between two calls; it is then put back",
+        "only if somebody puts another file in place between two calls; store_crash_file dies there",
     ),
     (
         "store.remove.restored",

@@ -217,7 +217,12 @@ fn prepare(tokendir: &Path, what: &str, template: &Path) {
             fs::write(token.join("b.tokenfs-new"), b"left").unwrap();
             fs::write(token.join("c.tokenfs-new"), b"left").unwrap();
             fs::write(token.join("c.tokenfs-journal"), b"left").unwrap();
+            fs::write(token.join("d.lock"), b"").unwrap();
             for (name, files) in [
+                (
+                    ".tokenfs-new-renamed",
+                    &[".tokenfs-removing", "token.tokenfs-new", "x.object"][..],
+                ),
                 ("built", &[".tokenfs-building", "x.object"][..]),
                 ("published", &[".tokenfs-building", "token.object"][..]),
                 (
