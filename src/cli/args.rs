@@ -34,7 +34,7 @@ const MOUNT_AFTER_HELP: &str = "\
 Options for -o, separated by commas (a backslash takes a comma into a value):
   ro                  never write to the store, not even to let SQLite roll back what a crashed
                       writer left in a database; that database is EIO then
-  rw                  the opposite; this version mounts read-only in any case: writes get EROFS
+  rw                  the opposite, which is the default
   allow_other         let all users use the mount, as far as the modes of its files let them
                       (for ordinary users only if /etc/fuse.conf has user_allow_other)
   allow_root          let root use it (root is the owner of its own mounts; others use allow_other)

@@ -429,9 +429,16 @@ impl Tree {
         }
         if let Node::Scratch(_) = node {
             lock(&self.scratch).remove(directory, name);
-            return Ok(());
+        } else {
+            self.take_out(&node, patience)?;
         }
-        self.take_out(&node, patience)
+        let mut inodes = lock(&self.inodes);
+        if let Some(ino) = inodes.find(&node)
+            && let Some(inode) = inodes.get_mut(ino)
+        {
+            inode.unlinked = true;
+        }
+        Ok(())
     }
 
     /// Takes a value out of its object: held back if the store has it.

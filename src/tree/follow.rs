@@ -92,13 +92,16 @@ impl Tree {
     /// Closes a file that nothing was written into.
     pub(super) fn discard(&self, handle: HandleId) {
         let removed = lock(&self.handles).remove(handle);
-        if let Some(Handle::Writer(writer)) = removed {
+        if let Some(Handle::Writer(writer) | Handle::Shared(writer)) = removed {
             self.uncount(&writer);
         }
         self.wake();
     }
 
     pub(super) fn uncount(&self, writer: &Writer) {
+        if let Some(key) = &writer.counted {
+            self.count(key, |writers| writers.saturating_sub(1));
+        }
         if !matches!(writer.node, Node::Scratch(_))
             && let Some(node) = self.committed_as(writer)
         {

@@ -5,7 +5,7 @@ use std::sync::atomic::AtomicU32;
 use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
 
-use super::draft::Bytes;
+use super::draft::{Bytes, Key};
 use super::node::Node;
 use super::{Attributes, Ino, Listed};
 use crate::error::{Error, Result};
@@ -42,6 +42,8 @@ pub(super) struct Writer {
     pub state: Mutex<State>,
     /// The process that wrote through it last, or opened it.
     pub user: AtomicU32,
+    /// The object that it was counted in: for scratch, the one in whose directory it was.
+    pub counted: Option<Key>,
     /// What has become of the file since it was opened.
     pub place: Mutex<Place>,
 }
@@ -142,9 +144,10 @@ impl Handles {
         }
     }
 
-    /// What the process `pid` was told of `ino` when it opened that.
-    pub(super) fn at_open(&self, ino: Ino, pid: u32) -> Option<Attributes> {
-        let mut opened = self.users.iter().filter(|(_, user)| **user == pid);
+    /// What somebody was told of `ino` when it was opened: the process `pid`, or anybody.
+    pub(super) fn at_open(&self, ino: Ino, pid: Option<u32>) -> Option<Attributes> {
+        let of = |user: &u32| pid.is_none_or(|pid| *user == pid);
+        let mut opened = self.users.iter().filter(|(_, user)| of(user));
         opened.find_map(|(id, _)| {
             let attributes = match self.open.get(id)? {
                 Handle::Content(_, attributes) | Handle::Listing(_, attributes) => *attributes,

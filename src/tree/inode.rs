@@ -22,6 +22,8 @@ pub struct Inode {
     pub seen: Option<Arc<Object>>,
     /// When the kernel was last told of it.
     pub told_at: Instant,
+    /// It was unlinked through the mount: whoever asks for it has it open.
+    pub unlinked: bool,
     lookups: u64,
     children: HashSet<Ino>,
 }
@@ -33,6 +35,7 @@ impl Inode {
             parent,
             seen: None,
             told_at: Instant::now(),
+            unlinked: false,
             lookups: 0,
             children: HashSet::new(),
         }
@@ -109,6 +112,7 @@ impl InodeTable {
             .entry(ino)
             .or_insert_with(|| Inode::new(node.clone(), parent));
         inode.lookups += 1;
+        inode.unlinked = false;
         inode.tell(seen);
         if let Some(directory) = self.inodes.get_mut(&parent) {
             directory.children.insert(ino);

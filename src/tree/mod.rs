@@ -263,7 +263,10 @@ impl Tree {
     pub fn attributes_for(&self, ino: Ino, pid: u32, patience: Patience) -> Result<Entry> {
         let mut entry = match self.attributes(ino, patience) {
             Err(error) if error.kind() == ErrorKind::NotFound => {
-                let opened = lock(&self.handles).at_open(ino, pid);
+                let unlinked = lock(&self.inodes)
+                    .get(ino)
+                    .is_some_and(|inode| inode.unlinked);
+                let opened = lock(&self.handles).at_open(ino, (!unlinked).then_some(pid));
                 let attributes = opened.ok_or(error)?;
                 return Ok(Entry {
                     attributes,

@@ -9,7 +9,7 @@ use std::ffi::{OsStr, OsString};
 use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
 
-use super::draft::Bytes;
+use super::draft::{Bytes, Key};
 use super::node::Node;
 use super::{Attributes, FileKind, lock};
 use crate::error::{Error, ErrorKind, Result};
@@ -44,6 +44,8 @@ pub(super) struct Entry {
     pub ctime: SystemTime,
     /// The attribute that it has been renamed to: what is written into it from then on belongs there.
     pub becomes: Option<Node>,
+    /// The object in whose directory it is: who writes into it is at work on that.
+    pub object: Option<Key>,
 }
 
 impl Entry {
@@ -148,14 +150,29 @@ impl Scratch {
             given: None,
             ctime: now,
             becomes: None,
+            object: self.object_of(directory),
         };
         self.entries.insert(id, entry);
         Ok(id)
     }
 
+    /// The object that a directory is, or is in.
+    fn object_of(&self, directory: &Node) -> Option<Key> {
+        match directory {
+            Node::Scratch(id) => self.entries.get(id)?.object.clone(),
+            other => other
+                .object()
+                .map(|(token, id)| (token.clone(), id.clone())),
+        }
+    }
+
     /// Gives something another name, in the place of whatever had that.
     pub fn rename(&mut self, from: (&Node, &OsStr), to: (&Node, &OsStr)) -> Result<()> {
         let id = self.find(from.0, from.1).ok_or_else(gone)?;
+        let object = self.object_of(to.0);
+        if let Some(entry) = self.entries.get_mut(&id) {
+            entry.object = object;
+        }
         let replaced = self.names_mut(to.0)?.insert(to.1.to_os_string(), id);
         if let Some(replaced) = replaced.filter(|replaced| *replaced != id) {
             self.drop_entry(replaced);

@@ -12,7 +12,8 @@ use super::handle::HandleId;
 use super::node::{Ino, Node};
 use super::slot::Slot;
 use super::{Tree, lock};
-use crate::error::{ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result};
+use crate::pkcs11;
 use crate::store::{
     MetadataChange, NewObject, ObjectId, Patience, Target, Time, TokenName, validate,
 };
@@ -86,7 +87,25 @@ impl Tree {
         let limit = self.store.options().lock_wait;
         let keys = lock(&self.drafts).keys(None);
         for key in keys {
-            let half_removed = lock(&self.drafts).get(&key).is_some_and(|draft| draft.gone);
+            let (half_removed, is_empty) =
+                lock(&self.drafts)
+                    .get(&key)
+                    .map_or((false, false), |draft| {
+                        let is_empty = draft
+                            .new
+                            .as_ref()
+                            .is_some_and(|new| new.attributes.is_empty());
+                        (draft.gone, is_empty)
+                    });
+            if is_empty {
+                // SoftHSM would show an object that nobody can use, or remove.
+                self.diagnostics.warning(format!(
+                    "{}: a directory that nothing was put into is not made an object",
+                    self.path_of(&Node::Object(key.0.clone(), key.1.clone()))
+                        .display()
+                ));
+                continue;
+            }
             if !half_removed {
                 let _ = self.write_draft(&key, Patience::at_most(limit));
             }
@@ -237,11 +256,18 @@ impl Tree {
     pub(super) fn publish(&self, token: &TokenName, patience: Patience) -> Result<()> {
         let outcome = self.end_building(token, patience, || {
             // Somebody else may have found it finished at the same time.
-            if self.store.is_building(token) {
-                self.store.publish_token(token, patience)
-            } else {
-                Ok(())
+            if !self.store.is_building(token) {
+                return Ok(());
             }
+            // SoftHSM aborts where two tokens have none (`SlotManager::insertToken`), or one that was refused here.
+            let own = self.token(token)?.object(&ObjectId::Token, patience)?;
+            if own.attributes.bytes(pkcs11::CKA_OS_TOKENSERIAL).is_none() {
+                return Err(Error::new(
+                    ErrorKind::Invalid,
+                    "a token without a CKA_OS_TOKENSERIAL is none; it stays pending",
+                ));
+            }
+            self.store.publish_token(token, patience)
         });
         match &outcome {
             Ok(()) => {
@@ -321,7 +347,14 @@ impl Tree {
             Node::Token(token) => {
                 let keys = lock(&self.drafts).keys(Some(token));
                 for key in keys {
-                    self.write_draft(&key, patience)?;
+                    let is_empty = lock(&self.drafts).get(&key).is_some_and(|draft| {
+                        let new = draft.new.as_ref();
+                        new.is_some_and(|new| new.attributes.is_empty())
+                    });
+                    // That its directory is synced does not make an object of what nothing was put into.
+                    if !is_empty {
+                        self.write_draft(&key, patience)?;
+                    }
                 }
                 if self.is_token(token) {
                     self.publish(token, patience)?;

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
 
-use super::draft::Bytes;
+use super::draft::{Bytes, Key};
 use super::handle::{Handle, HandleId, State, Writer};
 use super::node::{Ino, Node};
 use super::scratch::{Content, ScratchId};
@@ -134,19 +134,24 @@ impl Tree {
             state: Mutex::new(state),
             place: Mutex::default(),
             user: AtomicU32::new(0),
+            counted: None,
         };
         self.open_handle(Handle::Writer(Arc::new(writer)))
     }
 
     pub(super) fn count_writers(&self, node: &Node, count: impl Fn(usize) -> usize) {
         if let Some((token, id, _)) = Slot::of(node) {
-            let key = (token.clone(), id.clone());
-            let mut drafts = lock(&self.drafts);
-            if let Some(new) = drafts.get_mut(&key).and_then(|draft| draft.new.as_mut()) {
-                new.writers = count(new.writers);
-            }
-            drafts.touch(&key);
+            self.count(&(token.clone(), id.clone()), count);
         }
+    }
+
+    /// Counts who has a file open for writing in a new object, which is not finished as long as that is so.
+    pub(super) fn count(&self, key: &Key, count: impl Fn(usize) -> usize) {
+        let mut drafts = lock(&self.drafts);
+        if let Some(new) = drafts.get_mut(key).and_then(|draft| draft.new.as_mut()) {
+            new.writers = count(new.writers);
+        }
+        drafts.touch(key);
     }
 
     pub(super) fn open_scratch(
@@ -155,11 +160,13 @@ impl Tree {
         id: ScratchId,
         how: OpenForWriting,
     ) -> Result<HandleId> {
-        let (bytes, attributes) = {
+        let (bytes, attributes, counted) = {
             let scratch = lock(&self.scratch);
             let entry = scratch.get(id)?;
             match &entry.content {
-                Content::File(bytes) => (Arc::clone(bytes), entry.attributes()),
+                Content::File(bytes) => {
+                    (Arc::clone(bytes), entry.attributes(), entry.object.clone())
+                }
                 Content::Directory(_) => {
                     return Err(Error::new(ErrorKind::IsADirectory, "a directory"));
                 }
@@ -169,6 +176,9 @@ impl Tree {
             ino: lock(&self.inodes).number(node),
             ..attributes
         };
+        if let Some(key) = &counted {
+            self.count(key, |writers| writers + 1);
+        }
         if how.truncate {
             lock(&bytes).clear();
         }
@@ -180,6 +190,7 @@ impl Tree {
             state: Mutex::default(),
             place: Mutex::default(),
             user: AtomicU32::new(0),
+            counted,
         }))))
     }
 
@@ -297,10 +308,15 @@ impl Tree {
                 lock(&self.drafts).touch(&(token.clone(), id.clone()));
             }
             Node::Scratch(id) => {
+                let mut object = None;
                 if let Ok(entry) = lock(&self.scratch).get_mut(*id) {
                     entry.mtime = SystemTime::now();
                     entry.ctime = entry.mtime;
                     entry.given = None;
+                    object.clone_from(&entry.object);
+                }
+                if let Some(key) = object {
+                    lock(&self.drafts).touch(&key);
                 }
             }
             _ => {}
