@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use tokenfs::pkcs11::CKA_CLASS;
+use tokenfs::pkcs11;
 use tokenfs::store::attribute::{AttributeKey, Attributes, Kind, Value};
 use tokenfs::store::validate;
 use tokenfs::tree::name::{self, Name};
@@ -637,12 +637,8 @@ impl Model {
     }
 
     pub fn sync(&mut self, fd: usize) -> Answer {
-        self.close_duplicate(fd)?;
-        let node = self.fd(fd).node;
-        if !self.is_scratch(node) {
-            self.sync_file(node);
-        }
-        Ok(())
+        // One file of an object that is being made does not make it whole.
+        self.close_duplicate(fd)
     }
 
     // ------------------------------------------------------------------------------------------- by path
@@ -926,22 +922,16 @@ impl Model {
         }
     }
 
-    fn sync_file(&mut self, id: Id) {
-        if let Some(object) = self.object_of(id)
-            && self.values(object).of_type(CKA_CLASS).is_some()
-        {
-            self.store(object);
-        }
-    }
-
     pub fn sync_dir(&mut self, path: &str) -> Answer {
         let id = self.find(path)?;
         match self.role(id).ok_or(ENOTDIR)? {
             Role::Object { .. } => self.store(id),
-            Role::Map => self.sync_file(id),
             Role::Token { .. } => {
                 for object in self.listed(id).into_values() {
-                    self.store(object);
+                    // What nothing was put into is no object.
+                    if !self.values(object).is_empty() {
+                        self.store(object);
+                    }
                 }
                 self.publish(id);
             }
@@ -976,8 +966,12 @@ impl Model {
             let is_open = self.fds.iter().flatten().any(|fd| {
                 fd.how.write && !fd.detached && self.above(fd.node).any(|above| above == object)
             });
-            if !is_open {
-                self.sync_file(object);
+            let values = self.values(object);
+            let is_whole = [pkcs11::CKA_CLASS, pkcs11::CKA_PRIVATE]
+                .iter()
+                .all(|needed| values.of_type(*needed).is_some());
+            if !is_open && is_whole {
+                self.store(object);
             }
         }
     }

@@ -106,11 +106,15 @@ impl<W: World> Pair<'_, W> {
                 let world = self.world.make_dir(path);
                 // It says whether it is private, or it could not be written with a text in the clear: see
                 // `validate::check_finished`, which has tests of its own.
-                if self.compare(op, model, world).is_ok()
-                    && let [_, object] = path.split('/').collect::<Vec<_>>()[..]
-                    && object != "token"
-                    && !object.starts_with('.')
-                {
+                let made = self.compare(op, model, world).is_ok();
+                let [_, object] = path.split('/').collect::<Vec<_>>()[..] else {
+                    return;
+                };
+                if made && object == "token" {
+                    // Without one it is no token.
+                    let serial = format!("{path}/CKA_OS_TOKENSERIAL");
+                    self.step(&Op::Put(serial, b"00000000feedbeef"));
+                } else if made && !object.starts_with('.') {
                     self.step(&Op::Put(format!("{path}/CKA_PRIVATE"), b"false\n"));
                 }
             }
