@@ -50,6 +50,8 @@ pub struct FileToken {
     changes: Mutex<Changes>,
     /// What was written and not synced.
     pending: Mutex<BTreeSet<OsString>>,
+    /// Held while that is synced.
+    pub(super) syncing: Mutex<()>,
 }
 
 #[derive(Clone, Debug)]
@@ -85,6 +87,7 @@ impl FileToken {
             born: Ours::default(),
             changes: Mutex::default(),
             pending: Mutex::default(),
+            syncing: Mutex::default(),
         })
     }
 
