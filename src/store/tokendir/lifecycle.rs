@@ -228,7 +228,7 @@ impl Store {
     ///
     /// # Errors
     /// [`ErrorKind::NotFound`] if it is not being built; [`ErrorKind::WouldBlock`] with [`Patience::Now`]; what syncing and
-    /// renaming fail with, and then it is still being built.
+    /// renaming fail with, and then it is still being built. What fails once it has its name is said in the diagnostics.
     pub fn publish_token(&self, name: &TokenName, patience: Patience) -> Result<()> {
         let path = self.path.join(name.as_os_str());
         self.end(name, patience, |building| {
@@ -237,8 +237,9 @@ impl Store {
             self.sync()?;
             building.publish()?;
             point("store.publish.published");
-            let directory = open_directory(self.directory.as_fd(), name)?;
-            if let Err(error) = remove_file(&directory, OsStr::new(BUILDING)) {
+            let unmarked = open_directory(self.directory.as_fd(), name)
+                .and_then(|directory| remove_file(&directory, OsStr::new(BUILDING)));
+            if let Err(error) = unmarked {
                 // It is a token all the same.
                 self.diagnostics.error(&error.at(path.join(BUILDING)));
             }
