@@ -15,6 +15,7 @@
 //! - [`decode`], [`encode`]: the blobs. [`uuid`]: the names. [`times`]: times of single objects.
 //! - `scan`: SQL to rows. `snapshot`: rows to objects.
 //! - `write`: a change in its transaction. `statements`: its SQL. `access`: modes and owners. `build`: new tokens.
+//!   `hide`: those that are to go.
 //! - `connection`, `read`, `failure`, `exclusive`: SQLite's connection, one transaction, its errors, whose turn it is. `recover`:
 //!   what a crashed writer left.
 
@@ -26,6 +27,7 @@ pub mod decode;
 pub mod encode;
 mod exclusive;
 mod failure;
+mod hide;
 mod read;
 mod recover;
 mod scan;

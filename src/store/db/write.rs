@@ -204,7 +204,7 @@ impl DbToken {
         mtime: Option<SystemTime>,
         patience: Patience,
     ) -> Result<()> {
-        self.write(patience, &mut |work| work.update(id, edit, mtime))
+        self.write(patience, &mut |work| work.update(id, edit, mtime).map(Some))
     }
 
     pub(super) fn write_new(
@@ -221,18 +221,18 @@ impl DbToken {
             refuse(Error::new(ErrorKind::Invalid, detail))
         })?;
         validate::check(None, &new.attributes).map_err(refuse)?;
-        self.write(patience, &mut |work| work.create(name, text, new))
+        self.write(patience, &mut |work| work.create(name, text, new).map(Some))
     }
 
     pub(super) fn write_removal(&self, name: &ObjectName, patience: Patience) -> Result<()> {
-        self.write(patience, &mut |work| work.remove(name))
+        self.write(patience, &mut |work| work.remove(name).map(Some))
     }
 
-    /// Does `act` in a transaction, as often as it takes to get through.
-    fn write(
+    /// Does `act` in a transaction, as often as it takes to get through. If it gives no change, nothing is committed.
+    pub(super) fn write(
         &self,
         patience: Patience,
-        act: &mut dyn FnMut(&mut Work<'_>) -> Result<Change, Stop>,
+        act: &mut dyn FnMut(&mut Work<'_>) -> Result<Option<Change>, Stop>,
     ) -> Result<()> {
         let patience = self.may_write(patience)?;
         let (mut pause, longest) = PAUSES;
@@ -276,7 +276,7 @@ impl DbToken {
         &self,
         slot: &mut Slot,
         patience: Patience,
-        act: &mut dyn FnMut(&mut Work<'_>) -> Result<Change, Stop>,
+        act: &mut dyn FnMut(&mut Work<'_>) -> Result<Option<Change>, Stop>,
     ) -> Result<bool, Stop> {
         let before = stat(&self.path).map_err(Failure::Other)?;
         let fresh = self.connect(slot, &before)?;
@@ -329,7 +329,9 @@ impl DbToken {
         // A journal comes and goes with each commit, which is no change of the directory that anybody wants to see: without this a
         // backup of an unchanged token would find its directory changed.
         let directory = self.metadata().map(|metadata| metadata.mtime);
-        let change = act(&mut work)?;
+        let Some(change) = act(&mut work)? else {
+            return Ok(true);
+        };
         point("db.written");
         self.commit(&transaction, patience)?;
         drop(transaction);
