@@ -297,4 +297,6 @@ pub(crate) fn replaced() -> Error {
 }
 
 #[cfg(test)]
+mod db_tests;
+#[cfg(test)]
 mod tests;

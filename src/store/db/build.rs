@@ -11,7 +11,6 @@ use std::sync::{Arc, Mutex};
 use nix::libc;
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 
-use super::access::sync_directory;
 use super::connection::{Database, stat};
 use super::exclusive::Exclusive;
 use super::failure::{Failure, classify_write};
@@ -109,7 +108,8 @@ impl DbToken {
     /// afterwards.
     ///
     /// # Errors
-    /// What syncing and renaming fail with; [`ErrorKind::Exists`] if there is a `sqlite3.db` meanwhile.
+    /// What syncing and renaming fail with; [`ErrorKind::Exists`] if there is a `sqlite3.db` meanwhile. What fails after
+    /// the renaming is said in the diagnostics.
     pub fn publish(&self) -> Result<()> {
         let patience = self.may_write(Patience::at_most(self.options.lock_wait))?;
         if !self.built {
@@ -142,7 +142,10 @@ impl DbToken {
             Error::system("rename", errno).at(&target)
         })?;
         point("db.publish.renamed");
-        sync_directory(&self.directory)?;
+        // It is a token, whatever becomes of this; a later sync waits for the same.
+        if let Err(error) = self.sync_directory() {
+            self.diagnostics.error(&error);
+        }
         point("db.publish.done");
         Ok(())
     }

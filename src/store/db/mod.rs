@@ -15,6 +15,7 @@
 //! - [`decode`], [`encode`]: the blobs. [`uuid`]: the names. [`times`]: times of single objects.
 //! - `scan`: SQL to rows. `snapshot`: rows to objects.
 //! - `write`: a change in its transaction. `statements`: its SQL. `access`: modes and owners. `build`: new tokens.
+//!   `hide`: those that are to go.
 //! - `connection`, `read`, `failure`, `exclusive`: SQLite's connection, one transaction, its errors, whose turn it is. `recover`:
 //!   what a crashed writer left.
 
@@ -26,6 +27,7 @@ pub mod decode;
 pub mod encode;
 mod exclusive;
 mod failure;
+mod hide;
 mod read;
 mod recover;
 mod scan;
@@ -385,6 +387,10 @@ impl Token for DbToken {
 
     fn remove(&self, name: &ObjectName, patience: Patience) -> Result<()> {
         self.write_removal(name, patience)
+    }
+
+    fn rename(&self, from: &ObjectName, to: &ObjectName, patience: Patience) -> Result<()> {
+        self.write_name(from, to, patience)
     }
 
     /// Mode and owner of an object are those of the database, and so of all of them. Its time of last access cannot be set.

@@ -63,7 +63,7 @@ impl FileToken {
     /// an ordinary token.
     ///
     /// # Errors
-    /// What syncing and renaming fail with; it is still being built then.
+    /// What syncing and renaming fail with; it is still being built then. What fails after the renaming is said in the diagnostics.
     pub fn publish(&self) -> Result<()> {
         self.publish_all().map_err(|error| error.at(&self.path))
     }
@@ -107,7 +107,10 @@ impl FileToken {
         self.building.store(false, Ordering::Release);
         self.cache().clear();
         point("file.publish.renamed");
-        sync_directory(directory)?;
+        // It is a token, whatever becomes of this; a later sync waits for the same.
+        if let Err(error) = sync_directory(directory) {
+            self.diagnostics.error(&error.at(&self.path));
+        }
         point("file.publish.renamed-synced");
         Ok(())
     }

@@ -1,7 +1,9 @@
 //! Making and removing objects, and changing their modes, owners and times.
 
+use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::path::Path;
+use std::sync::PoisonError;
 
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, renameat};
@@ -258,9 +260,20 @@ impl FileToken {
             // Nothing of it is there before it is published.
             return Ok(());
         }
+        // One at a time: who comes second has to wait for what the first one has taken.
+        let _alone = self.syncing.lock().unwrap_or_else(PoisonError::into_inner);
+        // Taken out first, so that a mark that is set from here on stays.
+        let pending = std::mem::take(&mut *self.pending());
+        let synced = self.sync_names(&pending);
+        if synced.is_err() {
+            self.pending().extend(pending);
+        }
+        synced
+    }
+
+    fn sync_names(&self, names: &BTreeSet<OsString>) -> Result<()> {
         let directory = self.directory();
-        let pending: Vec<OsString> = self.pending().iter().cloned().collect();
-        for name in &pending {
+        for name in names {
             match open_regular(directory, Path::new(name), OFlag::O_RDONLY) {
                 Ok(file) => sync(&file).map_err(|error| error.at(self.path.join(name)))?,
                 Err(error) if error.kind() == ErrorKind::NotFound => {}
@@ -269,12 +282,7 @@ impl FileToken {
                 Err(error) => return Err(error.at(self.path.join(name))),
             }
         }
-        sync_directory(directory)?;
-        let mut waiting = self.pending();
-        for name in &pending {
-            waiting.remove(name);
-        }
-        Ok(())
+        sync_directory(directory)
     }
 
     /// Tells SoftHSM that an object has come or gone.
@@ -285,6 +293,6 @@ impl FileToken {
     }
 }
 
-fn already() -> Error {
+pub(super) fn already() -> Error {
     Error::new(ErrorKind::Exists, "there is an object of that name")
 }

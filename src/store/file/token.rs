@@ -50,6 +50,8 @@ pub struct FileToken {
     changes: Mutex<Changes>,
     /// What was written and not synced.
     pending: Mutex<BTreeSet<OsString>>,
+    /// Held while that is synced.
+    pub(super) syncing: Mutex<()>,
 }
 
 #[derive(Clone, Debug)]
@@ -85,6 +87,7 @@ impl FileToken {
             born: Ours::default(),
             changes: Mutex::default(),
             pending: Mutex::default(),
+            syncing: Mutex::default(),
         })
     }
 
@@ -302,6 +305,11 @@ impl Token for FileToken {
     fn remove(&self, name: &ObjectName, patience: Patience) -> Result<()> {
         self.unmake(name, patience)
             .map_err(|error| error.at(self.path_of(&ObjectId::Object(name.clone()))))
+    }
+
+    fn rename(&self, from: &ObjectName, to: &ObjectName, patience: Patience) -> Result<()> {
+        self.give_name(from, to, patience)
+            .map_err(|error| error.at(self.path_of(&ObjectId::Object(from.clone()))))
     }
 
     fn set_metadata(

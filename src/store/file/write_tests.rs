@@ -752,3 +752,19 @@ fn a_token_that_is_being_built_is_none_before_it_is_published() {
     assert_eq!(own.metadata.mode, 0o640);
     assert!(token.publish().is_err());
 }
+
+#[test]
+fn what_could_not_be_synced_is_synced_the_next_time() {
+    let fixture = fixture();
+    fixture.token.unsynced(Path::new("a.object"));
+    let impossible = "x".repeat(300);
+    fixture.token.unsynced(Path::new(&impossible));
+    assert!(fixture.token.sync(soon()).is_err());
+    assert_eq!(fixture.token.pending().len(), 2);
+    fixture
+        .token
+        .pending()
+        .remove(std::ffi::OsStr::new(&impossible));
+    fixture.token.sync(soon()).unwrap();
+    assert!(fixture.token.pending().is_empty());
+}

@@ -12,8 +12,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, openat, renameat};
-use nix::sys::stat::{Mode, fstatat, mkdirat};
+use nix::sys::stat::{Mode, fstat, fstatat, mkdirat};
 use rustix::fs::{RenameFlags, renameat_with};
+use rustix::io::Errno as Refusal;
 
 use super::mark::{
     self, Content, HIDDEN_DATABASE, HIDDEN_OBJECT, clear, in_use, not_empty, open_directory,
@@ -228,7 +229,7 @@ impl Store {
     ///
     /// # Errors
     /// [`ErrorKind::NotFound`] if it is not being built; [`ErrorKind::WouldBlock`] with [`Patience::Now`]; what syncing and
-    /// renaming fail with, and then it is still being built.
+    /// renaming fail with, and then it is still being built. What fails once it has its name is said in the diagnostics.
     pub fn publish_token(&self, name: &TokenName, patience: Patience) -> Result<()> {
         let path = self.path.join(name.as_os_str());
         self.end(name, patience, |building| {
@@ -237,8 +238,9 @@ impl Store {
             self.sync()?;
             building.publish()?;
             point("store.publish.published");
-            let directory = open_directory(self.directory.as_fd(), name)?;
-            if let Err(error) = remove_file(&directory, OsStr::new(BUILDING)) {
+            let unmarked = open_directory(self.directory.as_fd(), name)
+                .and_then(|directory| remove_file(&directory, OsStr::new(BUILDING)));
+            if let Err(error) = unmarked {
                 // It is a token all the same.
                 self.diagnostics.error(&error.at(path.join(BUILDING)));
             }
@@ -334,8 +336,17 @@ impl Store {
         };
         let mark = mark.ok_or_else(in_use)?;
         point("store.remove.marked");
-        let hidden = self.hide(directory, backend, patience);
-        if let Err(error) = hidden {
+        if let Err(error) = self.hide(name, directory, backend, patience) {
+            // Its name first: without the mark nothing brings it back. If that fails, the mark stays for the next writer.
+            match restore(directory) {
+                Ok(true) => point("store.remove.restored"),
+                Ok(false) => {}
+                Err(failed) => {
+                    self.diagnostics
+                        .error(&failed.at(self.path.join(name.as_os_str())));
+                    return Err(error);
+                }
+            }
             let _ = remove_file(directory, OsStr::new(REMOVING));
             return Err(error);
         }
@@ -343,13 +354,61 @@ impl Store {
         let cleared = clear(tokendir, name, directory, false, || {
             point("store.remove.unlinked");
         });
-        if cleared.is_err() && Content::of(directory)?.has_object() {
+        if cleared.is_err()
+            && let Ok(content) = Content::of(directory)
+            && let Ok(true) = self.has_object(name, directory, &content)
+        {
             // A SoftHSM that has a session made one after the last look.
             restore(directory)?;
             remove_file(directory, OsStr::new(REMOVING))?;
         }
         drop(mark);
         cleared
+    }
+
+    /// Whether there is an object in the directory `name` of a token that is being removed: a file, or one in the database that has
+    /// lost its name. A database that cannot be read counts as one: it was without objects before, and was read.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Busy`] if somebody holds the database's lock; [`ErrorKind::NotFound`] if the directory has another name now.
+    pub(super) fn has_object(
+        &self,
+        name: &TokenName,
+        directory: BorrowedFd<'_>,
+        content: &Content,
+    ) -> Result<bool> {
+        if content.has_object() {
+            return Ok(true);
+        }
+        match fstatat(directory, HIDDEN_DATABASE, AtFlags::AT_SYMLINK_NOFOLLOW) {
+            Ok(stat) if is_file(&stat) => {}
+            _ => return Ok(false),
+        }
+        // SQLite opens by path, which must lead to where we look.
+        self.check_in_place()?;
+        let named = fstatat(
+            &self.directory,
+            name.as_os_str(),
+            AtFlags::AT_SYMLINK_NOFOLLOW,
+        );
+        match (fstat(directory), named) {
+            (Ok(opened), Ok(named))
+                if (opened.st_dev, opened.st_ino) == (named.st_dev, named.st_ino) => {}
+            _ => return Err(Error::not_found("the directory has another name now")),
+        }
+        let path = self.path.join(name.as_os_str());
+        let (options, log) = (self.options.clone(), Arc::clone(&self.diagnostics));
+        let patience = Patience::at_most(self.options.lock_wait);
+        let listed = DbToken::open_hidden(name.clone(), &path, options, log)
+            .and_then(|hidden| hidden.list(patience));
+        match listed {
+            Ok(names) => Ok(!names.is_empty()),
+            Err(error) if error.kind() == ErrorKind::Busy => Err(error),
+            Err(error) => {
+                self.diagnostics.error(&error);
+                Ok(true)
+            }
+        }
     }
 
     /// That a token has no objects, and nothing that is not SoftHSM's.
@@ -375,12 +434,19 @@ impl Store {
         Ok(())
     }
 
-    /// The step with which it is no token any more.
-    fn hide(&self, directory: BorrowedFd<'_>, backend: Backend, patience: Patience) -> Result<()> {
+    /// The step with which it is no token any more. If it fails, the token may have lost its name.
+    fn hide(
+        &self,
+        name: &TokenName,
+        directory: BorrowedFd<'_>,
+        backend: Backend,
+        patience: Patience,
+    ) -> Result<()> {
         // The mark has to be there after a power failure when the token is not.
         sync_directory(directory)?;
         let failed = |errno| Error::system("rename", errno);
-        match backend {
+        // Held until the look below.
+        let _own = match backend {
             Backend::File => {
                 let flags =
                     OFlag::O_RDWR | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
@@ -389,42 +455,57 @@ impl Store {
                     .map_err(|errno| Error::system("open", errno))?;
                 lock::lock_exclusive(&own, patience)?;
                 renameat(directory, TOKEN_OBJECT, directory, HIDDEN_OBJECT).map_err(failed)?;
-                point("store.remove.hidden");
-                // A SoftHSM that has a session may have made an object meanwhile.
-                if Content::of(directory)?.has_object() {
-                    restore(directory)?;
-                    point("store.remove.restored");
-                    return Err(not_empty());
-                }
+                Some(own)
             }
             Backend::Db => {
-                renameat(directory, DATABASE, directory, HIDDEN_DATABASE).map_err(failed)?;
-                point("store.remove.hidden");
+                // SQLite opens by path, which must lead to where we look.
+                self.check_in_place()?;
+                let path = self.path.join(name.as_os_str());
+                let (options, log) = (self.options.clone(), Arc::clone(&self.diagnostics));
+                let token = DbToken::open(name.clone(), &path, options, log)?;
+                token.hide(patience, &mut || {
+                    renameat(directory, DATABASE, directory, HIDDEN_DATABASE).map_err(failed)
+                })?;
+                None
             }
+        };
+        point("store.remove.hidden");
+        // A SoftHSM that has a session may have made an object meanwhile.
+        if self.has_object(name, directory, &Content::of(directory)?)? {
+            return Err(not_empty());
         }
         // From here on nothing brings it back.
         sync_directory(directory)
     }
 }
 
-/// Makes a directory a token again whose removal was begun, before the mark that says so may go.
+/// Makes a directory a token again whose removal was begun, before the mark that says so may go; whether there was anything to be
+/// made one of.
 ///
 /// # Errors
 /// What renaming and syncing fail with.
-pub(super) fn restore(directory: BorrowedFd<'_>) -> Result<()> {
-    match fstatat(directory, HIDDEN_OBJECT, AtFlags::AT_SYMLINK_NOFOLLOW) {
-        Ok(stat) if is_file(&stat) => {}
-        _ => return Ok(()),
+pub(super) fn restore(directory: BorrowedFd<'_>) -> Result<bool> {
+    for (hidden, name) in [(HIDDEN_OBJECT, TOKEN_OBJECT), (HIDDEN_DATABASE, DATABASE)] {
+        match fstatat(directory, hidden, AtFlags::AT_SYMLINK_NOFOLLOW) {
+            Ok(stat) if is_file(&stat) => {}
+            _ => continue,
+        }
+        let failed = |errno| Error::system("rename", errno);
+        let (from, to) = (Path::new(hidden), Path::new(name));
+        match renameat_with(directory, from, directory, to, RenameFlags::NOREPLACE) {
+            Ok(()) => {}
+            // Where the file system cannot look and rename in one step.
+            Err(Refusal::INVAL | Refusal::NOSYS | Refusal::OPNOTSUPP)
+                if fstatat(directory, name, AtFlags::AT_SYMLINK_NOFOLLOW).is_err() =>
+            {
+                renameat(directory, from, directory, to).map_err(failed)?;
+            }
+            Err(errno) => return Err(failed(Errno::from_raw(errno.raw_os_error()))),
+        }
+        sync_directory(directory)?;
+        return Ok(true);
     }
-    renameat_with(
-        directory,
-        Path::new(HIDDEN_OBJECT),
-        directory,
-        Path::new(TOKEN_OBJECT),
-        RenameFlags::NOREPLACE,
-    )
-    .map_err(|errno| Error::system("rename", Errno::from_raw(errno.raw_os_error())))?;
-    sync_directory(directory)
+    Ok(false)
 }
 
 /// Waits until the names in a directory are on disk.

@@ -119,7 +119,7 @@ impl Store {
                 "this is how tokenfs calls what is no token yet or no longer, and there is one, or an object, in it",
             ));
         }
-        if removing.is_some() && content.has_object() {
+        if removing.is_some() && self.has_object(name, directory, &content)? {
             // A SoftHSM that had a session made an object before it could see that the token was gone.
             let original = mark::staged(name).ok_or_else(not_empty)?;
             mark::rename_directory(self.directory.as_fd(), name, &original)?;
@@ -168,7 +168,10 @@ impl Store {
             return Ok(true);
         }
         let mut content = Content::of(directory)?;
-        if removing.is_some() && !content.has_token() && content.has_object() {
+        if removing.is_some()
+            && !content.has_token()
+            && self.has_object(name, directory, &content)?
+        {
             // A SoftHSM that had a session made an object before it could see that the token was gone.
             restore(directory)?;
             point("store.recover.restored");

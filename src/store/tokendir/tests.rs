@@ -43,10 +43,16 @@ impl Fixture {
         files
     }
 
-    /// A directory with these files, each of which holds an object.
+    /// A directory with these files, each of which holds an object, but for a database that is hidden: that is one without objects.
     fn make(&self, name: &str, files: &[&str]) {
         fs::create_dir(self.path(name)).unwrap();
         for file in files {
+            if *file == mark::HIDDEN_DATABASE {
+                let (path, options) = (self.path(name), Options::default());
+                let files = access(0o600);
+                DbToken::build(token(name), &path, files, options, Arc::default()).unwrap();
+                continue;
+            }
             fs::write(self.path(name).join(file), encode(1, &Attributes::new())).unwrap();
         }
     }
