@@ -1,4 +1,5 @@
-//! Review.
+//! What two threads, or a failure in the middle, do to what is written: the tree without a mount, on the `file` backend. Each of these was
+//! found in a review, and lost something.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -90,7 +91,7 @@ fn labels(f: &F) -> (bool, bool) {
 }
 
 #[test]
-fn a_commit_beside_a_busy_removal() {
+fn what_is_committed_beside_a_removal_that_waits_stays() {
     let f = fixture();
     f.tree.unlink(f.object, os("CKA_LABEL"), patient()).unwrap();
     std::thread::sleep(Duration::from_millis(250));
@@ -122,16 +123,16 @@ fn a_commit_beside_a_busy_removal() {
         f.tree.flush(h, patient()).unwrap(); // close() said 0
         f.tree.release(h, patient()).unwrap();
     });
-    eprintln!("after close: (seen in mount, in store) = {:?}", labels(&f));
+    println!("after close: (seen in mount, in store) = {:?}", labels(&f));
     std::thread::sleep(Duration::from_millis(1500));
     f.tree.settle();
-    eprintln!("2 s later: {:?}", labels(&f));
-    eprintln!("{}", f.tree.diagnostics().render());
+    println!("2 s later: {:?}", labels(&f));
+    println!("{}", f.tree.diagnostics().render());
     assert_eq!(labels(&f), (true, true));
 }
 
 #[test]
-fn a_commit_beside_the_removal_of_another() {
+fn what_is_committed_beside_the_removal_of_another_stays() {
     let f = fixture();
     // X unlinked and made again (open), Y unlinked: only Y is due.
     f.tree.unlink(f.object, os("CKA_LABEL"), patient()).unwrap();
@@ -164,15 +165,15 @@ fn a_commit_beside_the_removal_of_another() {
         f.tree.flush(h, patient()).unwrap();
         f.tree.release(h, patient()).unwrap();
     });
-    eprintln!("after close: {:?}", labels(&f));
+    println!("after close: {:?}", labels(&f));
     std::thread::sleep(Duration::from_millis(400));
     f.tree.settle();
-    eprintln!("later: {:?}", labels(&f));
+    println!("later: {:?}", labels(&f));
     assert_eq!(labels(&f), (true, true));
 }
 
 #[test]
-fn a_scratch_directory_with_an_open_file() {
+fn what_is_open_in_a_scratch_directory_follows_it_into_its_object() {
     let f = fixture();
     let d = f
         .tree
@@ -231,7 +232,7 @@ fn a_scratch_directory_with_an_open_file() {
 }
 
 #[test]
-fn a_slow_scratch_file_in_a_new_object() {
+fn an_object_in_which_scratch_is_written_is_not_finished() {
     let f = fixture();
     let d = f
         .tree
@@ -282,7 +283,7 @@ fn a_slow_scratch_file_in_a_new_object() {
 }
 
 #[test]
-fn a_rename_that_cannot_finish() {
+fn a_rename_of_an_object_that_fails_leaves_one_of_it() {
     let f = fixture();
     let held = lock(&f.dir.path().join("t/key.lock"), libc::F_RDLCK);
     let r = f.tree.rename(
@@ -292,7 +293,7 @@ fn a_rename_that_cannot_finish() {
         Patience::at_most(Duration::from_secs(1)),
     );
     drop(held);
-    eprintln!("{:?}", r.as_ref().map_err(|e| e.to_string()));
+    println!("{:?}", r.as_ref().map_err(|e| e.to_string()));
     assert!(r.is_err());
     assert!(
         !f.dir.path().join("t/other.object").exists(),
@@ -301,7 +302,7 @@ fn a_rename_that_cannot_finish() {
 }
 
 #[test]
-fn scratch_that_is_truncated_by_path() {
+fn scratch_that_is_extended_by_path_is_limited_too() {
     let f = fixture();
     for i in 0..6 {
         let n = format!(".big{i}");
@@ -331,7 +332,7 @@ fn scratch_that_is_truncated_by_path() {
 }
 
 #[test]
-fn deep_scratch() {
+fn scratch_directories_can_be_deep() {
     let f = fixture();
     let mut d = f
         .tree
@@ -365,7 +366,7 @@ fn deep_scratch() {
             .attributes
             .ino;
     }
-    eprintln!("made");
+    println!("made");
     std::thread::scope(|s| {
         s.spawn(|| {
             f.tree
@@ -381,7 +382,7 @@ fn deep_scratch() {
 }
 
 #[test]
-fn a_copy_that_stalls() {
+fn a_copy_that_pauses_before_it_says_whether_it_is_private_is_not_finished() {
     let f = fixture();
     let d = f
         .tree
@@ -416,7 +417,7 @@ fn a_copy_that_stalls() {
         let r = f
             .tree
             .rename((d, os(&tmp)), (d, os(n)), RenameHow::default(), patient());
-        eprintln!("{n}: {:?}", r.map_err(|e| e.to_string()));
+        println!("{n}: {:?}", r.map_err(|e| e.to_string()));
         f.tree.settle();
     }
     std::thread::sleep(Duration::from_millis(250));
@@ -426,14 +427,11 @@ fn a_copy_that_stalls() {
 }
 
 #[test]
-fn a_scratch_directory_that_becomes_a_map_and_stays_in_memory() {
+fn a_scratch_directory_that_became_a_map_is_the_map() {
     let f = fixture();
     let mut left = 0;
-    for _ in 0..50_001 {
+    {
         let r = f.tree.make_dir(f.object, os(".m"), 0o700, me(), patient());
-        if r.is_err() {
-            break;
-        }
         let d = r.unwrap().attributes.ino;
         let (_, h) = f
             .tree
@@ -476,7 +474,6 @@ fn a_scratch_directory_that_becomes_a_map_and_stays_in_memory() {
             f.tree.release(h, patient()).unwrap();
             left += 1;
         }
-        break;
     }
     let m = f
         .tree
@@ -499,7 +496,7 @@ fn rewrite(f: &F, label: &[u8]) {
 }
 
 #[test]
-fn z1_rename_of_an_object_beside_softhsm() {
+fn a_rename_of_an_object_loses_nothing_that_softhsm_writes() {
     let f = fixture();
     let held = lock(&f.dir.path().join("t/key.lock"), libc::F_RDLCK);
     std::thread::scope(|s| {
@@ -514,7 +511,7 @@ fn z1_rename_of_an_object_beside_softhsm() {
         std::thread::sleep(Duration::from_millis(300));
         rewrite(&f, b"new"); // a SoftHSM that got the lock first
         drop(held);
-        eprintln!("{:?}", t.join().unwrap().map_err(|e| e.to_string()));
+        println!("{:?}", t.join().unwrap().map_err(|e| e.to_string()));
     });
     let bytes = fs::read(f.dir.path().join("t/other.object")).unwrap();
     assert!(
@@ -524,7 +521,7 @@ fn z1_rename_of_an_object_beside_softhsm() {
 }
 
 #[test]
-fn z2_rename_of_an_attribute_beside_softhsm() {
+fn a_rename_of_an_attribute_moves_what_is_stored_at_that_moment() {
     let f = fixture();
     let held = lock(&f.dir.path().join("t/key.lock"), libc::F_RDLCK);
     std::thread::scope(|s| {
@@ -539,7 +536,7 @@ fn z2_rename_of_an_attribute_beside_softhsm() {
         std::thread::sleep(Duration::from_millis(300));
         rewrite(&f, b"new");
         drop(held);
-        eprintln!("{:?}", t.join().unwrap().map_err(|e| e.to_string()));
+        println!("{:?}", t.join().unwrap().map_err(|e| e.to_string()));
     });
     let bytes = fs::read(f.dir.path().join("t/key.object")).unwrap();
     assert!(
@@ -549,7 +546,7 @@ fn z2_rename_of_an_attribute_beside_softhsm() {
 }
 
 #[test]
-fn z3_two_writers_of_what_was_unlinked() {
+fn of_two_writers_of_what_was_unlinked_the_one_that_is_refused_takes_nothing_away() {
     let f = fixture();
     f.tree.unlink(f.object, os("CKA_CLASS"), patient()).unwrap();
     let c = Creation {
@@ -573,7 +570,7 @@ fn z3_two_writers_of_what_was_unlinked() {
         let tb = s.spawn(|| f.tree.flush(b, patient()));
         std::thread::sleep(Duration::from_millis(100));
         drop(held);
-        eprintln!(
+        println!(
             "a {:?} b {:?}",
             ta.join().unwrap().is_ok(),
             tb.join().unwrap().is_ok()
@@ -590,7 +587,7 @@ fn z3_two_writers_of_what_was_unlinked() {
 }
 
 #[test]
-fn z4_a_backup_of_a_failing_rename() {
+fn a_rename_that_fails_leaves_what_had_the_name() {
     let f = fixture();
     let (_, h) = f
         .tree
@@ -620,7 +617,7 @@ fn z4_a_backup_of_a_failing_rename() {
             RenameHow::default(),
             Patience::at_most(Duration::from_millis(300)),
         );
-        eprintln!("{:?}", r.map_err(|e| e.to_string()));
+        println!("{:?}", r.map_err(|e| e.to_string()));
         drop(held);
     });
     assert!(
@@ -630,7 +627,7 @@ fn z4_a_backup_of_a_failing_rename() {
 }
 
 #[test]
-fn z5_unlinked_while_it_is_committed() {
+fn what_is_unlinked_while_it_is_committed_is_gone() {
     let f = fixture();
     f.tree.unlink(f.object, os("CKA_LABEL"), patient()).unwrap();
     let c = Creation {
@@ -647,25 +644,25 @@ fn z5_unlinked_while_it_is_committed() {
         let ta = s.spawn(|| f.tree.flush(a, patient()));
         std::thread::sleep(Duration::from_millis(100));
         f.tree.unlink(f.object, os("CKA_LABEL"), patient()).unwrap();
-        eprintln!(
+        println!(
             "after unlink visible: {}",
             f.tree.lookup(f.object, os("CKA_LABEL"), patient()).is_ok()
         );
         drop(held);
-        eprintln!("flush {:?}", ta.join().unwrap().is_ok());
+        println!("flush {:?}", ta.join().unwrap().is_ok());
     });
     f.tree.release(a, patient()).unwrap();
     std::thread::sleep(Duration::from_millis(300));
     f.tree.settle();
-    eprintln!("later: {:?}", labels(&f));
+    println!("later: {:?}", labels(&f));
     assert!(
-        !f.tree.lookup(f.object, os("CKA_LABEL"), patient()).is_ok(),
+        f.tree.lookup(f.object, os("CKA_LABEL"), patient()).is_err(),
         "unlink said 0"
     );
 }
 
 #[test]
-fn z6_the_old_value_is_seen_while_the_new_one_is_committed() {
+fn what_was_unlinked_is_not_seen_while_something_new_is_committed() {
     let f = fixture();
     f.tree.unlink(f.object, os("CKA_LABEL"), patient()).unwrap();
     let c = Creation {
