@@ -237,7 +237,7 @@ fn an_object_gets_another_name_beside_a_session() {
         let names = token.list(patient()).unwrap();
         token.rename(&names[0], &to, patient()).unwrap();
         for token in [&token, &ours(&softhsm)] {
-            assert_eq!(*token.list(patient()).unwrap(), [to.clone()]);
+            assert_eq!(*token.list(patient()).unwrap(), *std::slice::from_ref(&to));
             let id = ObjectId::Object(to.clone());
             assert_eq!(token.row(&id, patient()).unwrap(), row);
             let metadata = token.object_metadata(&id, patient()).unwrap();

@@ -482,7 +482,7 @@ impl Tree {
         }
     }
 
-    /// Gives an object another name: it is made under that, and removed under the old one.
+    /// Gives an object another name.
     fn rename_object(
         &self,
         token: &TokenName,
@@ -511,39 +511,22 @@ impl Tree {
         if was_new {
             return Ok(());
         }
-        // What was unlinked stays unlinked.
-        self.write_draft(&from_key, patience)?;
-        let object = self.ask(token, patience, |token| token.object(&from_key.1, patience))?;
-        let mut attributes = object.attributes.clone();
-        // Held still for a file of that name that has no value yet.
-        if let Some(draft) = lock(&self.drafts).get(&from_key) {
-            for slot in &draft.removed {
-                slot.remove(&mut attributes);
-            }
-        }
-        let new = NewObject {
-            attributes,
-            access: Access {
-                mode: object.metadata.mode,
-                uid: object.metadata.uid,
-                gid: object.metadata.gid,
-            },
-            mtime: Some(object.metadata.mtime),
-        };
-        self.ask(token, patience, |token| {
-            token.create(to, &new, patience)?;
-            token.remove(from, patience)
+        // Nobody commits into it meanwhile. What was unlinked goes on being held, and files without a value go along.
+        self.with_drafts(&from_key, patience, |drafts| {
+            drafts.entry(&from_key).busy = true;
+            Ok(())
         })?;
+        let outcome = self.ask(token, patience, |token| token.rename(from, to, patience));
         let mut drafts = lock(&self.drafts);
-        // An empty directory that was just made there is replaced.
-        drafts.remove(&to_key);
         if let Some(mut draft) = drafts.remove(&from_key) {
-            // What was unlinked is not there any more; files without a value are.
-            draft.removed.clear();
-            drafts.put(to_key.clone(), draft);
-            drafts.tidy(&to_key);
+            draft.busy = false;
+            let key = if outcome.is_ok() { &to_key } else { &from_key };
+            drafts.put(key.clone(), draft);
+            drafts.tidy(key);
         }
-        Ok(())
+        drop(drafts);
+        self.wake();
+        outcome
     }
 
     /// Removes an object, whether it is in the store by now or not.
