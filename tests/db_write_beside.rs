@@ -213,6 +213,89 @@ fn a_session_that_was_open_before_sees_what_we_write() {
     );
 }
 
+/// Names mean nothing to SoftHSM, and its writes nothing to them.
+#[test]
+fn an_object_gets_another_name_beside_a_session() {
+    let (softhsm, mut client) = Softhsm::with_token(Backend::Db);
+    let handle = client.create(&data("one")).unwrap();
+    let token = ours(&softhsm);
+    let ObjectId::Object(own) = find(&token, CKA_LABEL, b"one") else {
+        panic!()
+    };
+    let row = token
+        .row(&ObjectId::Object(own.clone()), patient())
+        .unwrap();
+    let mtime = |name: &ObjectName| {
+        let id = ObjectId::Object(name.clone());
+        token.object_metadata(&id, patient()).unwrap().mtime
+    };
+    let before = mtime(&own);
+    std::thread::sleep(Duration::from_millis(20));
+    // That of a row that is not there yet, too: SoftHSM makes objects, and does not take it away.
+    let next = name(&derived(token.name(), row + 1));
+    for to in [name(FOREIGN), next.clone()] {
+        let names = token.list(patient()).unwrap();
+        token.rename(&names[0], &to, patient()).unwrap();
+        for token in [&token, &ours(&softhsm)] {
+            assert_eq!(*token.list(patient()).unwrap(), *std::slice::from_ref(&to));
+            let id = ObjectId::Object(to.clone());
+            assert_eq!(token.row(&id, patient()).unwrap(), row);
+            let metadata = token.object_metadata(&id, patient()).unwrap();
+            assert_eq!(metadata.mtime, before);
+        }
+        assert_eq!(client.label(handle).unwrap().unwrap(), b"one");
+        assert_eq!(client.find_label("one").unwrap(), [handle]);
+    }
+    client.create(&data("two")).unwrap();
+    assert_eq!(
+        find(&token, CKA_LABEL, b"one"),
+        ObjectId::Object(next.clone())
+    );
+    let ObjectId::Object(two) = find(&token, CKA_LABEL, b"two") else {
+        panic!()
+    };
+    let error = token.rename(&next, &two, patient()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Exists);
+    for (from, to, kind) in [
+        (&own, &two, ErrorKind::NotFound),
+        (&own, &own, ErrorKind::NotFound),
+        (&next, &name("no-uuid"), ErrorKind::Invalid),
+    ] {
+        let error = token.rename(from, to, patient()).unwrap_err();
+        assert_eq!(error.kind(), kind);
+    }
+    let error = token.rename(&next, &own, Patience::Now).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::WouldBlock);
+    // Back to its own, of which nothing has to be remembered.
+    token.rename(&next, &own, patient()).unwrap();
+    token.rename(&own, &own, patient()).unwrap();
+    client.set_label(handle, "changed").unwrap();
+    assert_eq!(
+        find(&token, CKA_LABEL, b"changed"),
+        ObjectId::Object(own.clone())
+    );
+    let database = rusqlite::Connection::open(softhsm.token_directory().join(DATABASE)).unwrap();
+    let remembered: i64 = database
+        .query_row(
+            "select count(*) from attribute_text where type = ?",
+            [CKA_TOKENFS_UUID.cast_signed()],
+            |row| row.get(0),
+        )
+        .unwrap();
+    assert_eq!(remembered, 0);
+    // A writer is waited for, and what it writes is what has the name.
+    let writer = rusqlite::Connection::open(softhsm.token_directory().join(DATABASE)).unwrap();
+    writer.execute_batch("begin immediate").unwrap();
+    let short = Patience::at_most(Duration::from_millis(50));
+    let error = token.rename(&own, &name(FOREIGN), short).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Busy);
+    writer.execute_batch("rollback").unwrap();
+    drop((writer, database));
+    token.rename(&own, &name(FOREIGN), patient()).unwrap();
+    client.destroy(handle).unwrap();
+    assert_eq!(*token.list(patient()).unwrap(), [two]);
+}
+
 #[test]
 fn names_and_times_live_through_softhsms_writes_and_go_with_their_object() {
     let (softhsm, mut client) = Softhsm::with_token(Backend::Db);

@@ -123,6 +123,42 @@ fn softhsm_counts_on_from_the_generation_that_is_on_disk() {
 
 // ------------------------------------------------------------------------------------------------ what SoftHSM sees
 
+/// What SoftHSM has open goes on under the new name, and what it stores while we wait is what gets it.
+#[test]
+fn a_session_finds_an_object_that_got_another_name() {
+    let mut side = side();
+    let (key, object) = side.key("before");
+    let token = side.token();
+    std::thread::sleep(Duration::from_millis(500));
+    // It stores a change while we wait for its lock.
+    let held = exclusively(&side.path(&object, ".object"));
+    side.client.begin(&serde_json::json!({
+        "do": "set", "object": key,
+        "attributes": support::template::to_json(&[bytes(LABEL, "theirs")]),
+    }));
+    assert_eq!(side.client.poll(Duration::from_millis(300)), None);
+    std::thread::scope(|scope| {
+        let renaming = scope.spawn(|| token.rename(&object, &name("other"), patient()));
+        std::thread::sleep(Duration::from_millis(100));
+        assert!(!renaming.is_finished());
+        drop(held);
+        side.client.finish().unwrap();
+        renaming.join().unwrap().unwrap();
+    });
+    assert_eq!(*token.list(patient()).unwrap(), [name("other")]);
+    assert_eq!(get(&*token, &id(&name("other")), LABEL), b"theirs");
+    let found = side.client.find_label("theirs").unwrap();
+    assert_eq!(found.len(), 1);
+    side.client.set_label(found[0], "again").unwrap();
+    assert_eq!(get(&*token, &id(&name("other")), LABEL), b"again");
+    side.client.reinitialize().unwrap();
+    side.client.open("test", Some(PIN)).unwrap();
+    let found = side.client.find_label("again").unwrap();
+    assert_eq!(found.len(), 1);
+    side.client.destroy(found[0]).unwrap();
+    assert!(token.list(patient()).unwrap().is_empty());
+}
+
 #[test]
 fn a_session_sees_every_change_creation_and_removal_and_uses_what_we_made() {
     let mut side = side();

@@ -6,6 +6,7 @@
 //! | file | what | lock |
 //! |---|---|---|
 //! | `<object>.tokenfs-new` | the next version of an object that is not in place yet, or the one before that is not deleted yet | `<object>.lock`, exclusively |
+//! | the same, empty | SoftHSM has to be told that the object has another name; it has one of the two | the same |
 //! | `<object>.tokenfs-journal` | both versions of a file that is rewritten in place | `<object>.lock`, or `token.object` itself |
 //! | `.tokenfs-new-<token>` | in the tokendir: a directory that has no name yet, since its mark is not made, or none any more, since its mark goes next | the mark in it; without a mark it is nobody's |
 //! | `.tokenfs-building` | in a directory that is going to be a token and is none yet | the file itself |

@@ -253,6 +253,15 @@ pub trait Token: Send + Sync + fmt::Debug {
     /// [`ErrorKind::NotFound`]; otherwise as [`Token::update`].
     fn remove(&self, name: &ObjectName, patience: Patience) -> Result<()>;
 
+    /// Gives an object another name, which no object has: it is what it is at that moment under its locks, damaged or not, and
+    /// keeps its times, mode and owner. It is there under exactly one of the two names at every moment, after a crash too, and
+    /// SoftHSM is told. A name that it has already changes nothing.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] if there is no object `from`; [`ErrorKind::Exists`] if there is one called `to`;
+    /// [`ErrorKind::Invalid`] if no object can have that name, as with [`Token::create`]; otherwise as [`Token::update`].
+    fn rename(&self, from: &ObjectName, to: &ObjectName, patience: Patience) -> Result<()>;
+
     /// Changes mode, owner or times.
     ///
     /// # Errors

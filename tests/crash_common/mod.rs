@@ -182,6 +182,14 @@ impl Stage {
             story("remove an attribute", &[format!("unset {t} {d} 16")]),
             story("create an object", &[format!("create {t} {new} {k}")]),
             story("remove an object", &[format!("remove {t} {k}")]),
+            story("rename an object", &[format!("rename {t} {k} {new}")]),
+            story(
+                "rename an object and back",
+                &[
+                    format!("rename {t} {d} {new}"),
+                    format!("rename {t} {new} {d}"),
+                ],
+            ),
             story("chmod", &[format!("chmod {t} {d} 400")]),
             story("set the time", &[format!("mtime {t} {d} 1500000000")]),
             story(

@@ -130,6 +130,10 @@ fn prepare<'a>(store: &'a Store, words: &[&'a str]) -> Operation<'a> {
             let (token, name) = (token(name), object_name(object));
             Box::new(move || token.remove(&name, patience()))
         }
+        ["rename", name, from, to] => {
+            let (token, from, to) = (token(name), object_name(from), object_name(to));
+            Box::new(move || token.rename(&from, &to, patience()))
+        }
         ["chmod", name, object, mode] => {
             let (token, target) = (token(name), Target::Object(object_id(object)));
             let change = MetadataChange {

@@ -389,6 +389,10 @@ impl Token for DbToken {
         self.write_removal(name, patience)
     }
 
+    fn rename(&self, from: &ObjectName, to: &ObjectName, patience: Patience) -> Result<()> {
+        self.write_name(from, to, patience)
+    }
+
     /// Mode and owner of an object are those of the database, and so of all of them. Its time of last access cannot be set.
     fn set_metadata(
         &self,

@@ -115,6 +115,12 @@ pub(super) enum Change {
     },
     /// One is gone.
     Removed(ObjectName),
+    /// One has another name, and a time that is known, if it has any.
+    Renamed {
+        from: ObjectName,
+        to: ObjectName,
+        modified: Option<SystemTime>,
+    },
 }
 
 impl Snapshot {
@@ -231,6 +237,21 @@ impl Snapshot {
             self.with_metadata(metadata)
         };
         let (names_change, name) = match change {
+            Change::Renamed { from, to, modified } => {
+                if self.contested {
+                    return None;
+                }
+                let mut entry = next.objects.remove(&from)?;
+                if let Ok(object) = &entry.content.object {
+                    let attributes = object.attributes.clone();
+                    entry.content = Content::new(attributes, modified, metadata);
+                }
+                next.objects.insert(to, entry);
+                let mut names: Vec<ObjectName> = next.objects.keys().cloned().collect();
+                names.sort();
+                next.names = names.into();
+                return Some(next);
+            }
             Change::Put {
                 id,
                 row,

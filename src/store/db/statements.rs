@@ -173,6 +173,26 @@ pub(super) fn remember_name(
     Ok(())
 }
 
+/// Forgets the name of an object: it has the derived one from then on.
+pub(super) fn forget_name(connection: &Connection, object: i64) -> rusqlite::Result<()> {
+    connection
+        .prepare_cached("delete from attribute_text where type = ? and object_id = ?")?
+        .execute(params![CKA_TOKENFS_UUID.cast_signed(), object])?;
+    Ok(())
+}
+
+/// Sees to it that no object gets the row `object`, which is above all that there have been, unless it is asked for.
+pub(super) fn use_up(connection: &Connection, object: i64) -> rusqlite::Result<()> {
+    // SQLite remembers the highest one.
+    connection
+        .prepare_cached("insert into object (id) values (?)")?
+        .execute([object])?;
+    connection
+        .prepare_cached("delete from object where id = ?")?
+        .execute([object])?;
+    Ok(())
+}
+
 /// Remembers when an object was modified.
 pub(super) fn remember_time(
     connection: &Connection,

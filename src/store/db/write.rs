@@ -20,7 +20,7 @@ use super::connection::{Database, stat};
 use super::failure::{Failure, cannot_write, classify_write};
 use super::snapshot::{Change, Snapshot, TOKEN_ROW};
 use super::statements::{self, Plan};
-use super::uuid::{Derived, is_uuid};
+use super::uuid::{Derived, derived, is_uuid};
 use super::{Cached, DbToken, PAUSES, REOPENINGS, Slot, TAKEN, read, scan, times};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::attribute::Attributes;
@@ -145,6 +145,49 @@ impl Work<'_> {
         })
     }
 
+    /// `None` if the object has that name.
+    fn rename(
+        &mut self,
+        from: &ObjectName,
+        to: &ObjectName,
+        text: &str,
+    ) -> Result<Option<Change>, Stop> {
+        let id = ObjectId::Object(from.clone());
+        let row = self.snapshot.row(&id)?;
+        if from == to {
+            return Ok(None);
+        }
+        if self.snapshot.row(&ObjectId::Object(to.clone())).is_ok() {
+            let detail = format!("the token has an object {to} already");
+            return Err(Error::new(ErrorKind::Exists, detail).into());
+        }
+        if !self.has_text {
+            let detail = "the database has no table attribute_text, so that an object cannot have a name of its own";
+            return Err(Error::damaged(detail).into());
+        }
+        self.sql(statements::forget_name(self.connection, row))?;
+        if derived(&self.token.name, row) != text {
+            let highest = self.sql(statements::highest(self.connection))?;
+            let of = self.derived.row(&self.token.name, text, highest);
+            if let Some(of) = of.filter(|of| *of > highest) {
+                // The name belongs first to a row that SoftHSM would make one day: that one is never made then.
+                self.sql(statements::use_up(self.connection, of))?;
+            }
+            self.sql(statements::remember_name(self.connection, row, text))?;
+        }
+        point("db.renamed");
+        // The time would be that of this commit if it were not remembered. A damaged object has none of its own.
+        let modified = match self.snapshot.object(&id) {
+            Ok(object) => self.remember_time(row, object.metadata.mtime, &object.attributes)?,
+            Err(_) => None,
+        };
+        Ok(Some(Change::Renamed {
+            from: from.clone(),
+            to: to.clone(),
+            modified,
+        }))
+    }
+
     fn remove(&self, name: &ObjectName) -> Result<Change, Stop> {
         let row = self.snapshot.row(&ObjectId::Object(name.clone()))?;
         self.sql(statements::remove(self.connection, row))?;
@@ -174,6 +217,15 @@ impl Drop for Transaction<'_> {
             let _ = self.0.execute_batch("rollback");
         }
     }
+}
+
+/// A name as text, if an object can have it.
+fn uuid_of(name: &ObjectName) -> Result<&str> {
+    let text = name.as_os_str().to_str().filter(|text| is_uuid(text));
+    text.ok_or_else(|| {
+        let detail = format!("{name} is no UUID, and an object of a database is called by one");
+        Error::new(ErrorKind::Invalid, detail)
+    })
 }
 
 impl DbToken {
@@ -215,17 +267,24 @@ impl DbToken {
     ) -> Result<()> {
         let patience = self.may_write(patience)?;
         let refuse = |error: Error| error.at(&self.path);
-        let text = name.as_os_str().to_str().filter(|text| is_uuid(text));
-        let text = text.ok_or_else(|| {
-            let detail = format!("{name} is no UUID, and an object of a database is called by one");
-            refuse(Error::new(ErrorKind::Invalid, detail))
-        })?;
+        let text = uuid_of(name).map_err(refuse)?;
         validate::check(None, &new.attributes).map_err(refuse)?;
         self.write(patience, &mut |work| work.create(name, text, new).map(Some))
     }
 
     pub(super) fn write_removal(&self, name: &ObjectName, patience: Patience) -> Result<()> {
         self.write(patience, &mut |work| work.remove(name).map(Some))
+    }
+
+    pub(super) fn write_name(
+        &self,
+        from: &ObjectName,
+        to: &ObjectName,
+        patience: Patience,
+    ) -> Result<()> {
+        let patience = self.may_write(patience)?;
+        let text = uuid_of(to).map_err(|error| error.at(&self.path))?;
+        self.write(patience, &mut |work| work.rename(from, to, text))
     }
 
     /// Does `act` in a transaction, as often as it takes to get through. If it gives no change, nothing is committed.

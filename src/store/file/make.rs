@@ -293,6 +293,6 @@ impl FileToken {
     }
 }
 
-fn already() -> Error {
+pub(super) fn already() -> Error {
     Error::new(ErrorKind::Exists, "there is an object of that name")
 }

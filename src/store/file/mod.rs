@@ -31,6 +31,7 @@ mod names;
 mod noticed;
 pub mod read;
 mod recover;
+mod rename;
 mod rewrite;
 mod token;
 
@@ -71,6 +72,8 @@ pub(crate) const LOCK_SUFFIX: &str = ".lock";
 
 #[cfg(test)]
 mod crash_tests;
+#[cfg(test)]
+mod rename_tests;
 #[cfg(test)]
 mod tests;
 #[cfg(test)]

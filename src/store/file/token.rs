@@ -307,6 +307,11 @@ impl Token for FileToken {
             .map_err(|error| error.at(self.path_of(&ObjectId::Object(name.clone()))))
     }
 
+    fn rename(&self, from: &ObjectName, to: &ObjectName, patience: Patience) -> Result<()> {
+        self.give_name(from, to, patience)
+            .map_err(|error| error.at(self.path_of(&ObjectId::Object(from.clone()))))
+    }
+
     fn set_metadata(
         &self,
         target: &Target,

@@ -73,6 +73,10 @@ impl Token for Closed {
         self.refuse()
     }
 
+    fn rename(&self, _from: &ObjectName, _to: &ObjectName, _patience: Patience) -> Result<()> {
+        self.refuse()
+    }
+
     fn set_metadata(
         &self,
         _target: &Target,

@@ -1,0 +1,253 @@
+//! Giving an object another name: one `rename(2)`, so that at every moment it is there once.
+//!
+//! What a crash leaves is the file of `<from>.tokenfs-new`, which is empty and says that SoftHSM has to be told, and lock files without
+//! an object. The locks of both names are taken, in the order of the names.
+//!
+//! SoftHSM looks for an object before it takes its lock, and its store makes the file where there is none: one that waits for us with
+//! a change in hand brings the old name back, with all that the object holds. That is looked for, and put in its place.
+
+use std::path::Path;
+use std::thread;
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::fcntl::renameat;
+use nix::sys::stat::FileStat;
+use rustix::fs::{RenameFlags, renameat_with};
+use rustix::io::Errno as Refusal;
+
+use super::FileToken;
+use super::attire::{access_of, set_access_if_possible};
+use super::generation::Generation;
+use super::guard::{Temporary, Transaction, exists, stat_regular, unlink_if_there};
+use super::make::already;
+use super::names::{Names, TOKEN_STEM};
+use super::read::{Reading, is_named};
+use crate::error::{Error, ErrorKind, Result};
+use crate::store::crash::point;
+use crate::store::{ObjectId, ObjectName, Patience};
+
+/// How often it is looked, and after how long, whether a SoftHSM that has waited for us has stored the object under its old name.
+/// It does so right after it gets the lock.
+const LOOKS: u32 = 5;
+const PAUSE: Duration = Duration::from_millis(2);
+
+impl FileToken {
+    pub(super) fn give_name(
+        &self,
+        from: &ObjectName,
+        to: &ObjectName,
+        patience: Patience,
+    ) -> Result<()> {
+        self.check_writable(patience)?;
+        if from.as_os_str() == TOKEN_STEM {
+            return Err(Error::not_found("no object is called that"));
+        }
+        let target = Names::of_new(to)?;
+        let ids = [from, to].map(|name| ObjectId::Object(name.clone()));
+        let [from_id, to_id] = &ids;
+        let names = self.names(from_id);
+        let directory = self.directory();
+        let stat = stat_regular(directory, names.object())?;
+        if from == to {
+            return Ok(());
+        }
+        if exists(directory, target.object()) {
+            return Err(already());
+        }
+        let (reading, transaction) = self.lock_both(&names, &target, from < to, &stat, patience)?;
+        if let Err(error) = self.give_name_locked(&names, &target, &reading, patience) {
+            self.leave(&target, transaction);
+            return Err(error);
+        }
+        let mut changes = self.changes();
+        for id in [from_id, to_id] {
+            changes.forget(id);
+        }
+        drop(changes);
+        let mut cache = self.cache();
+        for id in [from_id, to_id] {
+            cache.remove(id);
+        }
+        drop(cache);
+        let base = reading.stat;
+        // Lets go of the locks, for whoever has waited for them.
+        drop((reading, transaction));
+        if !self.is_building()
+            && let Err(error) = self.carry_over(&names, &target, from < to, &base, patience)
+        {
+            let path = self.path.join(names.object());
+            self.diagnostics.warning(format!(
+                "{}: SoftHSM stored this object while it got the name \"{to}\", and now there are both: {error}",
+                path.display()
+            ));
+        }
+        Ok(())
+    }
+
+    /// The object, at rest and with what a crash left of an earlier write put right, since that goes by its name; and the lock of
+    /// its other name.
+    fn lock_both(
+        &self,
+        names: &Names,
+        target: &Names,
+        in_order: bool,
+        stat: &FileStat,
+        patience: Patience,
+    ) -> Result<(Reading, Transaction)> {
+        let lock = target.lock().unwrap_or(Path::new(""));
+        let take = || Transaction::take(self.directory(), lock, access_of(stat), patience);
+        if in_order {
+            let reading = self.read_for_writing(names, patience)?;
+            return Ok((reading, take()?));
+        }
+        let transaction = take()?;
+        match self.read_for_writing(names, patience) {
+            Ok(reading) => Ok((reading, transaction)),
+            Err(error) => {
+                self.leave(target, transaction);
+                Err(error)
+            }
+        }
+    }
+
+    /// Puts what SoftHSM has stored under the old name meanwhile in the place of what has the new one, `base`. A SoftHSM that
+    /// looked for the object before it lost its name and then waited for a lock of ours makes the file anew.
+    ///
+    /// # Errors
+    /// If there are two objects now.
+    fn carry_over(
+        &self,
+        names: &Names,
+        target: &Names,
+        in_order: bool,
+        base: &FileStat,
+        patience: Patience,
+    ) -> Result<()> {
+        let directory = self.directory();
+        let mut looks = 0;
+        while !exists(directory, names.object()) {
+            if looks == LOOKS {
+                return Ok(());
+            }
+            looks += 1;
+            thread::sleep(PAUSE);
+        }
+        let (reading, _transaction) = self.lock_both(names, target, in_order, base, patience)?;
+        reading.version.content.as_ref().map_err(Clone::clone)?;
+        let present = stat_regular(directory, target.object())?;
+        let version = |stat: &FileStat| {
+            let time = (stat.st_mtime, stat.st_mtime_nsec);
+            (stat.st_dev, stat.st_ino, stat.st_size, time)
+        };
+        if version(&present) != version(base) {
+            return Err(Error::new(
+                ErrorKind::Busy,
+                "somebody has changed the other one since",
+            ));
+        }
+        set_access_if_possible(&reading.file, access_of(base));
+        Generation::open(directory)?;
+        // Not if the other one was destroyed.
+        renameat_with(
+            directory,
+            names.object(),
+            directory,
+            target.object(),
+            RenameFlags::EXCHANGE,
+        )
+        .map_err(|errno| Error::system("exchange", Errno::from_raw(errno.raw_os_error())))?;
+        unlink_if_there(directory, names.object())?;
+        self.unsynced(target.object());
+        self.raise_generation(patience)?;
+        if let Some(lock) = names.lock() {
+            unlink_if_there(directory, lock)?;
+        }
+        Ok(())
+    }
+
+    /// Takes back the lock file that was made for a name that stays free.
+    fn leave(&self, names: &Names, transaction: Transaction) {
+        if !exists(self.directory(), names.object())
+            && let Some(lock) = names.lock()
+        {
+            transaction.give_up(self.directory(), lock);
+        }
+    }
+
+    fn give_name_locked(
+        &self,
+        names: &Names,
+        target: &Names,
+        reading: &Reading,
+        patience: Patience,
+    ) -> Result<()> {
+        let directory = self.directory();
+        let building = self.is_building();
+        self.clear_temporary(target, patience)?;
+        // Of an object that is gone.
+        unlink_if_there(directory, target.journal())?;
+        let trace = if building {
+            None
+        } else {
+            // Whatever would keep SoftHSM from being told is met before there is anything to tell.
+            Generation::open(directory)?;
+            // SoftHSM can have made names that leave no room for it.
+            let trace = names.fit().then(|| Temporary::new(directory, names.next()));
+            trace.transpose()?
+        };
+        point("file.rename.marked");
+        if !is_named(directory, names.object(), &reading.stat)? {
+            return Err(gone());
+        }
+        rename(self, names, target)?;
+        point("file.rename.renamed");
+        // A sync that has the old name in mind does not find it.
+        if !building {
+            self.unsynced(target.object());
+        }
+        if !building && let Err(error) = self.raise_generation(patience) {
+            // SoftHSM believes in the old name.
+            let _ = rename(self, target, names);
+            return Err(error);
+        }
+        point("file.rename.told");
+        drop(trace);
+        point("file.rename.unmarked");
+        if let Some(lock) = names.lock()
+            && let Err(error) = unlink_if_there(directory, lock)
+        {
+            // It has its new name all the same; a recovery removes what is left of the old one.
+            self.diagnostics.error(&error.at(self.path.join(lock)));
+        }
+        point("file.rename.done");
+        Ok(())
+    }
+}
+
+/// Gives an object the name of another one that does not exist. The locks of both are held.
+fn rename(token: &FileToken, from: &Names, to: &Names) -> Result<()> {
+    let directory = token.directory();
+    let failed = |errno| match errno {
+        Errno::EEXIST => already(),
+        Errno::ENOENT => gone(),
+        errno => Error::system("rename", errno),
+    };
+    let (from, to) = (from.object(), to.object());
+    match renameat_with(directory, from, directory, to, RenameFlags::NOREPLACE) {
+        Ok(()) => Ok(()),
+        // Where the file system cannot look and rename in one step, the lock has to do: whoever makes an object of a given name
+        // holds it, and SoftHSM gives its own names nobody has.
+        Err(Refusal::INVAL | Refusal::NOSYS | Refusal::OPNOTSUPP) => {
+            if exists(directory, to) {
+                return Err(already());
+            }
+            renameat(directory, from, directory, to).map_err(failed)
+        }
+        Err(errno) => Err(failed(Errno::from_raw(errno.raw_os_error()))),
+    }
+}
+
+fn gone() -> Error {
+    Error::not_found("SoftHSM has destroyed it meanwhile")
+}

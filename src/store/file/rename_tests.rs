@@ -1,0 +1,218 @@
+//! Renaming: what is on disk afterwards, what is refused, and what becomes of a crash.
+
+use std::fs;
+use std::os::fd::AsFd;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use super::tests::{Fixture, LABEL, hold, id, sample, soon};
+use super::write_tests::{files, fixture, generation, set_label};
+use super::*;
+use crate::diagnostics::Diagnostics;
+use crate::error::{ErrorKind, Result};
+use crate::store::{Access, NewObject, ObjectName, Options, Patience, Token, TokenName};
+
+/// What is there where there is the object `a` alone.
+const WHOLE: [&str; 4] = ["a.lock", "a.object", "generation", "token.object"];
+
+fn name(name: &str) -> ObjectName {
+    ObjectName::new(name.as_ref()).unwrap()
+}
+
+fn rename(fixture: &Fixture, from: &str, to: &str) -> Result<()> {
+    fixture.token.rename(&name(from), &name(to), soon())
+}
+
+#[test]
+fn an_object_is_the_same_file_under_another_name_and_softhsm_is_told() {
+    // In either order of the locks.
+    for to in ["b", "A"] {
+        let fixture = fixture();
+        fs::set_permissions(fixture.path("a.object"), fs::Permissions::from_mode(0o604)).unwrap();
+        let before = fs::metadata(fixture.path("a.object")).unwrap();
+        let old = fixture.token.object(&id("a"), soon()).unwrap();
+        rename(&fixture, "a", to).unwrap();
+        let after = fs::metadata(fixture.path(&format!("{to}.object"))).unwrap();
+        assert_eq!(after.ino(), before.ino());
+        assert_eq!(after.mode(), before.mode());
+        assert_eq!(after.modified().unwrap(), before.modified().unwrap());
+        let lock = fs::metadata(fixture.path(&format!("{to}.lock"))).unwrap();
+        assert_eq!(lock.mode() & 0o7777, 0o604);
+        let (object, lock) = (format!("{to}.object"), format!("{to}.lock"));
+        let mut expected = vec![&*lock, &*object, "generation", "token.object"];
+        expected.sort_unstable();
+        assert_eq!(files(&fixture), expected);
+        assert_eq!(generation(&fixture), 8);
+        assert_eq!(*fixture.token.list(soon()).unwrap(), [name(to)]);
+        let gone = fixture.token.object(&id("a"), soon()).unwrap_err();
+        assert_eq!(gone.kind(), ErrorKind::NotFound);
+        let new = fixture.token.object(&id(to), soon()).unwrap();
+        assert_eq!(new.attributes, old.attributes);
+        assert_eq!(new.generation, old.generation);
+        fixture.token.sync(soon()).unwrap();
+        set_label(&fixture, &id(to), b"other").unwrap();
+        rename(&fixture, to, to).unwrap();
+        rename(&fixture, to, "a").unwrap();
+        assert_eq!(files(&fixture), WHOLE);
+        assert_eq!(fixture.diagnostics.render(), "");
+    }
+}
+
+#[test]
+fn what_cannot_be_renamed_stays_as_it_is() {
+    let fixture = fixture();
+    fixture.write("b.object", &encode(1, &sample()));
+    thread::sleep(born::GROWN);
+    let all = files(&fixture);
+    for (from, to, kind) in [
+        ("a", "b", ErrorKind::Exists),
+        ("b", "a", ErrorKind::Exists),
+        ("c", "d", ErrorKind::NotFound),
+        ("c", "a", ErrorKind::NotFound),
+        ("c", "c", ErrorKind::NotFound),
+        ("token", "c", ErrorKind::NotFound),
+        ("a", "token", ErrorKind::Invalid),
+        ("a", &"x".repeat(250), ErrorKind::NameTooLong),
+    ] {
+        let error = rename(&fixture, from, to).unwrap_err();
+        assert_eq!(error.kind(), kind, "{from} {to}");
+        assert_eq!(files(&fixture), all, "{from} {to}");
+    }
+    let now = fixture
+        .token
+        .rename(&name("a"), &name("c"), Patience::Now)
+        .unwrap_err();
+    assert_eq!(now.kind(), ErrorKind::WouldBlock);
+    // SoftHSM cannot be told.
+    fs::remove_file(fixture.path("generation")).unwrap();
+    fs::create_dir(fixture.path("generation")).unwrap();
+    rename(&fixture, "a", "c").unwrap_err();
+    assert_eq!(files(&fixture), all);
+    // A damaged one has a name like any other.
+    fs::remove_dir(fixture.path("generation")).unwrap();
+    fixture.write("generation", &7u64.to_be_bytes());
+    fixture.write("a.object", b"damaged");
+    rename(&fixture, "a", "c").unwrap();
+    assert_eq!(fs::read(fixture.path("c.object")).unwrap(), b"damaged");
+}
+
+#[test]
+fn a_transaction_under_either_name_is_waited_for() {
+    for lock in ["a.lock", "b.lock"] {
+        for to in ["b", "0"] {
+            let fixture = fixture();
+            let lock = lock.replace('b', to);
+            let had_lock = fixture.path(&lock).exists();
+            if !had_lock {
+                fixture.write(&lock, b"");
+            }
+            let mut holder = hold(&fixture.path(&lock), 60.0);
+            let short = Patience::at_most(Duration::from_millis(60));
+            let error = fixture.token.rename(&name("a"), &name(to), short);
+            assert_eq!(error.unwrap_err().kind(), ErrorKind::Busy, "{lock}");
+            assert!(fixture.path("a.object").exists());
+            // What is stored meanwhile is what is renamed.
+            fixture.write("a.object", &encode(6, &sample()));
+            let killer = thread::spawn(move || {
+                thread::sleep(Duration::from_millis(100));
+                holder.kill().unwrap();
+                holder.wait().unwrap();
+            });
+            rename(&fixture, "a", to).unwrap();
+            killer.join().unwrap();
+            let object = fixture.token.object(&id(to), soon()).unwrap();
+            assert_eq!(object.generation, Some(6));
+            assert_eq!(files(&fixture).len(), 4);
+        }
+    }
+}
+
+#[test]
+fn an_object_that_softhsm_may_still_be_making_keeps_its_name_until_then() {
+    let fixture = fixture();
+    fixture.write("b.object", &encode(1, &sample()));
+    let short = Patience::at_most(Duration::from_millis(50));
+    let error = fixture.token.rename(&name("b"), &name("c"), short);
+    assert_eq!(error.unwrap_err().kind(), ErrorKind::Busy);
+    assert!(!fixture.path("c.lock").exists());
+    rename(&fixture, "b", "c").unwrap();
+}
+
+#[test]
+fn what_a_crash_left_of_the_object_is_put_right_before() {
+    let fixture = fixture();
+    let journal = journal::Journal {
+        old: encode(5, &sample()),
+        new: encode(6, &sample()),
+    };
+    fixture.write("a.tokenfs-journal", &journal.encode());
+    fixture.write("a.tokenfs-new", &encode(4, &sample()));
+    fixture.write("b.tokenfs-journal", &journal.encode());
+    fixture.write("b.tokenfs-new", &encode(4, &sample()));
+    rename(&fixture, "a", "b").unwrap();
+    assert_eq!(files(&fixture).len(), 4);
+    assert_eq!(fixture.token.list(soon()).unwrap().len(), 1);
+}
+
+/// Between each two steps.
+#[test]
+fn a_crash_leaves_the_object_under_one_name() {
+    for (there, files_left) in [("a", ["a.object", "a.lock"]), ("b", ["b.object", "b.lock"])] {
+        for marked in [true, false] {
+            let fixture = fixture();
+            fixture.write("b.lock", b"");
+            if marked {
+                fixture.write("a.tokenfs-new", b"");
+            }
+            if there == "b" {
+                fs::rename(fixture.path("a.object"), fixture.path("b.object")).unwrap();
+            }
+            fixture.token.recover();
+            let mut expected = vec!["generation", "token.object"];
+            expected.extend(files_left);
+            expected.sort_unstable();
+            assert_eq!(files(&fixture), expected, "{there} {marked}");
+            assert_eq!(generation(&fixture), if marked { 8 } else { 7 });
+            assert_eq!(*fixture.token.list(soon()).unwrap(), [name(there)]);
+        }
+    }
+}
+
+#[test]
+fn in_a_token_that_is_being_built_nobody_is_told() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("new");
+    fs::create_dir(&path).unwrap();
+    let tokendir = fs::File::open(directory.path()).unwrap();
+    let access = Access {
+        mode: 0o640,
+        uid: nix::unistd::getuid().as_raw(),
+        gid: nix::unistd::getgid().as_raw(),
+    };
+    let token = FileToken::build(
+        tokendir.as_fd(),
+        TokenName::new("new".as_ref()).unwrap(),
+        &path,
+        access,
+        Options::default(),
+        Arc::new(Diagnostics::new()),
+    )
+    .unwrap();
+    let new = NewObject {
+        attributes: sample(),
+        access,
+        mtime: None,
+    };
+    let now = Patience::Now;
+    token.create(&name("a"), &new, now).unwrap();
+    token.rename(&name("a"), &name("b"), now).unwrap();
+    assert!(!path.join("generation").exists());
+    assert!(token.pending().is_empty());
+    assert_eq!(*token.list(now).unwrap(), [name("b")]);
+    token.publish().unwrap();
+    let object = token.object(&id("b"), soon()).unwrap();
+    assert!(object.attributes.bytes(LABEL).is_some());
+    assert!(!path.join("a.lock").exists());
+}
