@@ -2,24 +2,35 @@
 //!
 //! What a crash leaves is the file of `<from>.tokenfs-new`, which is empty and says that SoftHSM has to be told, and lock files without
 //! an object. The locks of both names are taken, in the order of the names.
+//!
+//! SoftHSM looks for an object before it takes its lock, and its store makes the file where there is none: one that waits for us with
+//! a change in hand brings the old name back, with all that the object holds. That is looked for, and put in its place.
 
 use std::path::Path;
+use std::thread;
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::fcntl::renameat;
+use nix::sys::stat::FileStat;
 use rustix::fs::{RenameFlags, renameat_with};
 use rustix::io::Errno as Refusal;
 
 use super::FileToken;
-use super::attire::access_of;
+use super::attire::{access_of, set_access_if_possible};
 use super::generation::Generation;
 use super::guard::{Temporary, Transaction, exists, stat_regular, unlink_if_there};
 use super::make::already;
 use super::names::{Names, TOKEN_STEM};
 use super::read::{Reading, is_named};
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::store::crash::point;
 use crate::store::{ObjectId, ObjectName, Patience};
+
+/// How often it is looked, and after how long, whether a SoftHSM that has waited for us has stored the object under its old name.
+/// It does so right after it gets the lock.
+const LOOKS: u32 = 5;
+const PAUSE: Duration = Duration::from_millis(2);
 
 impl FileToken {
     pub(super) fn give_name(
@@ -44,23 +55,7 @@ impl FileToken {
         if exists(directory, target.object()) {
             return Err(already());
         }
-        let lock_of_target = target.lock().unwrap_or(Path::new(""));
-        let take_target =
-            || Transaction::take(directory, lock_of_target, access_of(&stat), patience);
-        // At rest, and with what a crash left of an earlier write put right: that goes by its name.
-        let (reading, transaction) = if from < to {
-            let reading = self.read_for_writing(&names, patience)?;
-            (reading, take_target()?)
-        } else {
-            let transaction = take_target()?;
-            match self.read_for_writing(&names, patience) {
-                Ok(reading) => (reading, transaction),
-                Err(error) => {
-                    self.leave(&target, transaction);
-                    return Err(error);
-                }
-            }
-        };
+        let (reading, transaction) = self.lock_both(&names, &target, from < to, &stat, patience)?;
         if let Err(error) = self.give_name_locked(&names, &target, &reading, patience) {
             self.leave(&target, transaction);
             return Err(error);
@@ -73,6 +68,100 @@ impl FileToken {
         let mut cache = self.cache();
         for id in [from_id, to_id] {
             cache.remove(id);
+        }
+        drop(cache);
+        let base = reading.stat;
+        // Lets go of the locks, for whoever has waited for them.
+        drop((reading, transaction));
+        if !self.is_building()
+            && let Err(error) = self.carry_over(&names, &target, from < to, &base, patience)
+        {
+            let path = self.path.join(names.object());
+            self.diagnostics.warning(format!(
+                "{}: SoftHSM stored this object while it got the name \"{to}\", and now there are both: {error}",
+                path.display()
+            ));
+        }
+        Ok(())
+    }
+
+    /// The object, at rest and with what a crash left of an earlier write put right, since that goes by its name; and the lock of
+    /// its other name.
+    fn lock_both(
+        &self,
+        names: &Names,
+        target: &Names,
+        in_order: bool,
+        stat: &FileStat,
+        patience: Patience,
+    ) -> Result<(Reading, Transaction)> {
+        let lock = target.lock().unwrap_or(Path::new(""));
+        let take = || Transaction::take(self.directory(), lock, access_of(stat), patience);
+        if in_order {
+            let reading = self.read_for_writing(names, patience)?;
+            return Ok((reading, take()?));
+        }
+        let transaction = take()?;
+        match self.read_for_writing(names, patience) {
+            Ok(reading) => Ok((reading, transaction)),
+            Err(error) => {
+                self.leave(target, transaction);
+                Err(error)
+            }
+        }
+    }
+
+    /// Puts what SoftHSM has stored under the old name meanwhile in the place of what has the new one, `base`. A SoftHSM that
+    /// looked for the object before it lost its name and then waited for a lock of ours makes the file anew.
+    ///
+    /// # Errors
+    /// If there are two objects now.
+    fn carry_over(
+        &self,
+        names: &Names,
+        target: &Names,
+        in_order: bool,
+        base: &FileStat,
+        patience: Patience,
+    ) -> Result<()> {
+        let directory = self.directory();
+        let mut looks = 0;
+        while !exists(directory, names.object()) {
+            if looks == LOOKS {
+                return Ok(());
+            }
+            looks += 1;
+            thread::sleep(PAUSE);
+        }
+        let (reading, _transaction) = self.lock_both(names, target, in_order, base, patience)?;
+        reading.version.content.as_ref().map_err(Clone::clone)?;
+        let present = stat_regular(directory, target.object())?;
+        let version = |stat: &FileStat| {
+            let time = (stat.st_mtime, stat.st_mtime_nsec);
+            (stat.st_dev, stat.st_ino, stat.st_size, time)
+        };
+        if version(&present) != version(base) {
+            return Err(Error::new(
+                ErrorKind::Busy,
+                "somebody has changed the other one since",
+            ));
+        }
+        set_access_if_possible(&reading.file, access_of(base));
+        Generation::open(directory)?;
+        // Not if the other one was destroyed.
+        renameat_with(
+            directory,
+            names.object(),
+            directory,
+            target.object(),
+            RenameFlags::EXCHANGE,
+        )
+        .map_err(|errno| Error::system("exchange", Errno::from_raw(errno.raw_os_error())))?;
+        unlink_if_there(directory, names.object())?;
+        self.unsynced(target.object());
+        self.raise_generation(patience)?;
+        if let Some(lock) = names.lock() {
+            unlink_if_there(directory, lock)?;
         }
         Ok(())
     }
