@@ -267,6 +267,12 @@ fn every_write() {
     token
         .set_metadata(&Target::Object(of_row(&token, 4)), &change, patient())
         .unwrap();
+    // There and back, which leaves everything as it was.
+    let aside = name("b7e9f2a1-aaaa-bbbb-cccc-333333333333");
+    let foreign = name(FOREIGN);
+    for (from, to) in [(&foreign, &aside), (&aside, &foreign)] {
+        token.rename(from, to, patient()).unwrap();
+    }
     let building = directory.join("building");
     std::fs::create_dir(&building).unwrap();
     let other = built(&building, "other");

@@ -356,6 +356,9 @@ fn a_crash_at_any_step_leaves_the_old_or_the_new() {
     let all = crash::POINTS.iter();
     let missed: Vec<_> = all
         .filter(|point| point.starts_with("file.") || point.starts_with("store."))
+        // These are met in `tests/crash_points.rs`, which sees to it that all are.
+        .filter(|point| !point.starts_with("file.rename."))
+        .filter(|point| !["file.recover.lock-removed", "store.recover.renamed"].contains(*point))
         .filter(|point| !passed.contains(**point))
         .collect();
     println!("{crashes} crashes at {} points", passed.len());
