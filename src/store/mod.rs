@@ -199,14 +199,6 @@ pub trait Token: Send + Sync + fmt::Debug {
     /// [`ErrorKind::NotFound`] if the directory is gone.
     fn metadata(&self) -> Result<Metadata>;
 
-    /// Of the one file that all its objects are in, if it is one: who may not write into that may not make, change or remove any.
-    ///
-    /// # Errors
-    /// What `stat` fails with.
-    fn shared_file(&self) -> Result<Option<Metadata>> {
-        Ok(None)
-    }
-
     /// The names of its objects, in ascending order, damaged ones included, without the token's own object.
     ///
     /// # Errors

@@ -28,25 +28,14 @@ pub fn of_token(backing: u32, mask: u32) -> u32 {
     backing & !(mask & ACCESS)
 }
 
-/// All bits but the `r` and the `x` of each class of users of `directory` who may not read the file `source`.
+/// All bits but the `r` and the `x` of each class of users of `directory` who may not read the file `source`. Where the two have
+/// different owners or groups, nobody can tell which class of the one is which of the other: then all have to be allowed.
 #[must_use]
 pub fn listable(directory: &Metadata, source: &Metadata, mask: u32) -> u32 {
-    kept(directory, source, mask, 0o4, 0o5)
-}
-
-/// All bits but the `w` of each class of users of `directory` who may not write the file `source`.
-#[must_use]
-pub fn changeable(directory: &Metadata, source: &Metadata, mask: u32) -> u32 {
-    kept(directory, source, mask, 0o2, 0o2)
-}
-
-/// All bits but `taken` of each class of users of `directory` who may not do `what` with the file `source`. Where the two have
-/// different owners or groups, nobody can tell which class of the one is which of the other: then all have to be allowed.
-fn kept(directory: &Metadata, source: &Metadata, mask: u32, what: u32, taken: u32) -> u32 {
     let mode = source.mode & !mask;
-    let (group, other) = (mode & what << 3 != 0, mode & what != 0);
+    let (group, other) = (mode & 0o040 != 0, mode & 0o004 != 0);
     let owner_may = if directory.uid == source.uid {
-        mode & what << 6 != 0
+        mode & 0o400 != 0
     } else {
         // root may in any case.
         directory.uid == 0 || (group && other)
@@ -56,14 +45,10 @@ fn kept(directory: &Metadata, source: &Metadata, mask: u32, what: u32, taken: u3
     } else {
         group && other
     };
-    [
-        (owner_may, taken << 6),
-        (group_may, taken << 3),
-        (other, taken),
-    ]
-    .iter()
-    .filter(|(may, _)| !may)
-    .fold(u32::MAX, |bits, (_, bit)| bits & !bit)
+    [(owner_may, 0o500), (group_may, 0o050), (other, 0o005_u32)]
+        .iter()
+        .filter(|(may, _)| !may)
+        .fold(u32::MAX, |bits, (_, bit)| bits & !bit)
 }
 
 #[cfg(test)]
@@ -93,26 +78,6 @@ mod tests {
             0o700
         );
         assert_eq!(0o755 & listable(&directory, &of(0o644, 7, 7), 0o027), 0o750);
-    }
-
-    #[test]
-    fn nobody_makes_what_he_may_not_write() {
-        let of = |mode, uid, gid| Metadata {
-            mode,
-            uid,
-            gid,
-            atime: std::time::UNIX_EPOCH,
-            mtime: std::time::UNIX_EPOCH,
-            ctime: std::time::UNIX_EPOCH,
-        };
-        let directory = of(0o2777, 7, 7);
-        let shown = |source| 0o2777 & changeable(&directory, &source, 0);
-        assert_eq!(shown(of(0o666, 7, 7)), 0o2777);
-        assert_eq!(shown(of(0o660, 7, 7)), 0o2775);
-        assert_eq!(shown(of(0o640, 7, 7)), 0o2755);
-        assert_eq!(shown(of(0o440, 7, 7)), 0o2555);
-        assert_eq!(shown(of(0o660, 7, 8)), 0o2755);
-        assert_eq!(shown(of(0o660, 8, 7)), 0o2575);
     }
 
     #[test]

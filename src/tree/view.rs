@@ -92,14 +92,8 @@ impl Tree {
                 (directory(&metadata, metadata.mode), None)
             }
             Node::Token(token) => {
-                let (metadata, shared) = self.ask(token, patience, |token| {
-                    Ok((token.metadata()?, token.shared_file().unwrap_or(None)))
-                })?;
-                // The directory of a database says who may put files beside it, and nothing of who may change what is in it.
-                let changeable = shared.map_or(u32::MAX, |shared| {
-                    mode::changeable(&metadata, &shared, mask)
-                });
-                let own = mode::of_token(metadata.mode, mask) & changeable;
+                let metadata = self.ask(token, patience, |token| token.metadata())?;
+                let own = mode::of_token(metadata.mode, mask);
                 (directory(&metadata, own), None)
             }
             // What their names tell is in files: nobody may list them who may not read all of those.

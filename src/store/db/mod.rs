@@ -338,10 +338,6 @@ impl Token for DbToken {
         Ok(Metadata::of_path(&self.directory, &stat))
     }
 
-    fn shared_file(&self) -> Result<Option<Metadata>> {
-        Ok(Some(Metadata::of_path(&self.path, &stat(&self.path)?)))
-    }
-
     fn list(&self, patience: Patience) -> Result<Arc<[ObjectName]>> {
         Ok(Arc::clone(&self.current(patience)?.names))
     }
