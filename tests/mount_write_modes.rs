@@ -125,6 +125,30 @@ both_backends! {
         }
     }
 
+    fn a_lax_directory_lets_nobody_into_a_database(backend) {
+        let bench = shared(backend, "0");
+        let token = bench.softhsm.token_directory();
+        set_mode(&token, 0o777);
+        if backend == Backend::Db {
+            set_mode(&token.join("sqlite3.db"), 0o644);
+        }
+        eventually(SOON, "the mode in the mount", || mode(&bench.directory()) == 0o777);
+        let made = by(&bench, ALICE, 0o022, "mkdir .x; echo CKO_DATA >.x/CKA_CLASS; echo false >.x/CKA_PRIVATE; mv .x $n; sync $n");
+        let taken = by(&bench, ALICE, 0o022, "mv $o .gone");
+        match backend {
+            // Its own files are hers to make and to remove, as the directory says.
+            Backend::File => {
+                made.unwrap();
+                taken.unwrap();
+            }
+            Backend::Db => {
+                assert!(made.unwrap_err().contains("Permission denied"));
+                assert!(taken.unwrap_err().contains("Permission denied"));
+                assert!(!bench.has(NEW) && bench.has(&bench.data));
+            }
+        }
+    }
+
     fn a_new_token_belongs_to_its_maker(backend) {
         for (mask, umask, directory, file) in [("0", 0o022, 0o755, 0o644), ("0", 0o077, 0o700, 0o600)] {
             let bench = shared(backend, mask);

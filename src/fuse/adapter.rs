@@ -452,7 +452,7 @@ impl Filesystem for Adapter {
 
     fn rename(
         &self,
-        _request: &Request,
+        request: &Request,
         parent: INodeNo,
         name: &OsStr,
         to_parent: INodeNo,
@@ -466,6 +466,7 @@ impl Filesystem for Adapter {
         }
         let how = RenameHow {
             no_replace: flags.contains(RenameFlags::RENAME_NOREPLACE),
+            by: Some(caller(request)),
         };
         let (name, to_name) = (name.to_os_string(), to_name.to_os_string());
         self.waiting.answer(

@@ -4,7 +4,7 @@ use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 
 use super::draft::Key;
-use super::entries::{Place, ScratchFile, check_uuid, exists};
+use super::entries::{Caller, Place, ScratchFile, check_uuid, exists};
 use super::name::{self, Name};
 use super::node::{Ino, Node};
 use super::scratch::{Content, ScratchId};
@@ -22,6 +22,9 @@ use crate::store::{
 pub struct RenameHow {
     /// `RENAME_NOREPLACE`.
     pub no_replace: bool,
+    /// Who asks, where that is known: the kernel has looked at the modes of both directories, which say nothing of who may write into a
+    /// database.
+    pub by: Option<Caller>,
 }
 
 /// One end of a rename.
@@ -118,6 +121,7 @@ impl Tree {
                 lock(&self.scratch).rename((from.directory, from.name), (to.directory, to.name))?;
             }
             (Node::Scratch(id), Place::Object(token, object)) => {
+                self.check_may_write(&token, how.by, patience)?;
                 self.publish_object(*id, &token, &object, patience)?;
                 let target = Node::Object(token, ObjectId::Object(object));
                 self.follow_scratch(&node, &target);
@@ -159,6 +163,7 @@ impl Tree {
                 if !is_here {
                     return Err(other_device());
                 }
+                self.check_may_write(token, how.by, patience)?;
                 let made = self.move_to_scratch(&node, to, patience, || {
                     self.remove_object(token, object, patience)
                 })?;
@@ -179,6 +184,41 @@ impl Tree {
         }
         self.wake();
         Ok(())
+    }
+
+    /// That `caller` may write into the database of a `db` token. Of groups the kernel tells one; who has it as another one of theirs
+    /// can copy instead, and is then looked at by the kernel.
+    fn check_may_write(
+        &self,
+        token: &TokenName,
+        caller: Option<Caller>,
+        patience: Patience,
+    ) -> Result<()> {
+        let Some(caller) = caller.filter(|caller| caller.uid != 0) else {
+            return Ok(());
+        };
+        if self.token(token)?.backend() == Backend::File {
+            return Ok(());
+        }
+        let own = ObjectId::Token;
+        let database = self.ask(token, patience, |token| {
+            token.object_metadata(&own, patience)
+        })?;
+        let mode = database.mode & !self.settings.mask;
+        let may = if caller.uid == database.uid {
+            mode & 0o200 != 0
+        } else if caller.gid == database.gid {
+            mode & 0o020 != 0
+        } else {
+            mode & 0o002 != 0
+        };
+        if may {
+            return Ok(());
+        }
+        Err(Error::new(
+            ErrorKind::PermissionDenied,
+            "only who may write the token's database can put an object into it, or take one out, in one step",
+        ))
     }
 
     /// The number under which the kernel knows `node`.
