@@ -13,8 +13,8 @@ use nix::sys::stat::{FchmodatFlags, Mode, UtimensatFlags, fchmodat, utimensat};
 use nix::sys::time::TimeSpec;
 use nix::unistd::{Gid, Uid, fchownat};
 
-use super::DbToken;
 use super::connection::stat;
+use super::{DbToken, TAKEN};
 use crate::error::{Error, Result};
 use crate::store::{MetadataChange, Patience, Target, Time, Token};
 
@@ -28,6 +28,9 @@ impl DbToken {
         let patience = self.may_write(patience)?;
         match target {
             Target::Directory => {
+                // Not while a write is going to set the time back to what it was.
+                let held = self.connection.lock(patience, TAKEN);
+                let _held = held.map_err(|error| error.at(&self.path))?;
                 self.metadata()?;
                 change_access(&self.directory, change)?;
                 change_times(&self.directory, change)

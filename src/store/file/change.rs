@@ -1,6 +1,7 @@
 //! Changing an object: the steps of [`crate::store::Token::update`], in their order.
 
 use std::path::Path;
+use std::sync::{MutexGuard, PoisonError};
 use std::time::SystemTime;
 
 use nix::errno::Errno;
@@ -77,11 +78,13 @@ impl FileToken {
             let bytes = encode_checked(generation, &new)?;
             // What comes and goes beside the object for a moment is no change of the directory that anybody wants to see: without
             // this a backup of a token with the same objects would find its directory changed.
+            let time = self.directory_time();
             let directory = self.metadata().map(|metadata| metadata.mtime);
             if self.put(id, &names, &reading, &bytes, mtime)? {
                 if let Ok(mtime) = directory {
                     self.restore_directory_time(mtime);
                 }
+                drop(time);
                 // Before the locks are let go, so that nobody can have written on top of it.
                 if !self.is_building() {
                     self.changes().remember(id, generation, &old, &new);
@@ -90,6 +93,13 @@ impl FileToken {
                 return Ok(());
             }
         }
+    }
+
+    /// The right to set the time of the directory. Nobody waits for a lock of SoftHSM who has it.
+    pub(super) fn directory_time(&self) -> MutexGuard<'_, ()> {
+        self.directory_time
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Sets the time of the directory's last modification, as far as that is possible: it is not worth failing for.

@@ -211,7 +211,10 @@ impl FileToken {
         self.check_writable(patience)?;
         let directory = self.directory();
         let id = match target {
-            Target::Directory => return apply_to_directory(directory, change),
+            Target::Directory => {
+                let _time = self.directory_time();
+                return apply_to_directory(directory, change);
+            }
             Target::Object(id) => id,
         };
         let names = self.names(id);

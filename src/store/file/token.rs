@@ -52,6 +52,8 @@ pub struct FileToken {
     pending: Mutex<BTreeSet<OsString>>,
     /// Held while that is synced.
     pub(super) syncing: Mutex<()>,
+    /// Held from a look at the time of the directory until it is set back, and while it is set.
+    pub(super) directory_time: Mutex<()>,
 }
 
 #[derive(Clone, Debug)]
@@ -88,6 +90,7 @@ impl FileToken {
             changes: Mutex::default(),
             pending: Mutex::default(),
             syncing: Mutex::default(),
+            directory_time: Mutex::default(),
         })
     }
 
