@@ -320,8 +320,12 @@ both_backends! {
             // A busy machine can take longer than that over it.
             eventually(SOON, "the tokens", || leftovers(&other.tokendir).is_empty());
             assert_same(&expected(&bench.softhsm), &expected(&other));
+            let token = bench.softhsm.token_directory();
+            let name = token.file_name().unwrap();
+            let times = [token.clone(), bench.mount.path().join(name), other.tokendir.join(name), into.path().join(name)]
+                .map(|path| fs::metadata(path).map(|m| m.modified().unwrap()));
             let again = bench.quiet(&format!("rsync {options} --itemize-changes {from}/ {to}/"));
-            assert_eq!(again, "", "rsync {options}, the second time");
+            assert_eq!(again, "", "rsync {options}, the second time: source, in its mount, target, in its mount: {times:#?}");
             into.join(&bench.token).read_dir().unwrap();
         }
         into.unmount();

@@ -181,6 +181,10 @@ impl Tree {
         drafts.tidy(&key);
         drop(drafts);
         self.wake();
+        if outcome.is_ok() {
+            // It may have been the last thing that the directory's time was kept for.
+            self.restore_time(&key.0, patience);
+        }
         outcome
     }
 

@@ -367,8 +367,15 @@ impl Tree {
                     mode: access.mode | parent.mode & libc::S_ISGID,
                     ..access
                 };
-                self.store.create_token(&token, access, files)?;
-                lock(&self.drafts).insert_build(token.clone());
+                let made = self.store.create_token(&token, access, files)?;
+                let mut drafts = lock(&self.drafts);
+                drafts.insert_build(token.clone());
+                // What is written into it a moment after its maker has finished is no change of the directory: rsync, which takes a
+                // time of the same second for equal, does not set it again.
+                if let Some(build) = drafts.build_mut(&token) {
+                    build.mtime = made.metadata().ok().map(|metadata| metadata.mtime);
+                }
+                drop(drafts);
                 Ok(Node::Token(token))
             }
             Place::Scratch => {

@@ -254,6 +254,8 @@ impl Tree {
 
     /// Makes a token that is being built one, if it has its own attributes.
     pub(super) fn publish(&self, token: &TokenName, patience: Patience) -> Result<()> {
+        // What publishing does to the directory is not what anybody did: without a time that it was given it keeps the one that it has.
+        let before = self.ask(token, patience, |token| token.metadata());
         let outcome = self.end_building(token, patience, || {
             // Somebody else may have found it finished at the same time.
             if !self.store.is_building(token) {
@@ -272,7 +274,9 @@ impl Tree {
         match &outcome {
             Ok(()) => {
                 let build = lock(&self.drafts).remove_build(token);
-                if let Some(mtime) = build.and_then(|build| build.mtime) {
+                if let Some(build) = build
+                    && let Some(mtime) = build.mtime.or(before.ok().map(|before| before.mtime))
+                {
                     lock(&self.drafts).keep_time(token, mtime);
                 }
                 self.restore_time(token, patience);
@@ -284,7 +288,7 @@ impl Tree {
     }
 
     /// Gives a token's directory the time again that it was given before the last objects were written into it.
-    fn restore_time(&self, token: &TokenName, patience: Patience) {
+    pub(super) fn restore_time(&self, token: &TokenName, patience: Patience) {
         let Some(mtime) = lock(&self.drafts).time_to_restore(token) else {
             return;
         };
@@ -295,8 +299,12 @@ impl Tree {
         let done = self.ask(token, patience, |token| {
             token.set_metadata(&Target::Directory, &change, patience)
         });
-        if let Err(error) = done {
-            self.diagnostics.error(&error);
+        match done {
+            Ok(()) => {}
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                lock(&self.drafts).keep_time(token, mtime);
+            }
+            Err(error) => self.diagnostics.error(&error),
         }
     }
 
