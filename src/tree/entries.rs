@@ -1,15 +1,13 @@
 //! What is made and removed: files, directories, and with them attributes, maps, objects and tokens.
 
 use std::ffi::{OsStr, OsString};
-use std::os::unix::ffi::OsStrExt;
 use std::sync::{Arc, Mutex};
 
 use super::draft::{Bytes, New};
-use super::name::{self, Name};
 use super::node::{Ino, Node};
+use super::place::Place;
 use super::scratch::Content;
 use super::slot::Slot;
-use super::view::{CONTROL, TOKEN};
 use super::write::OpenForWriting;
 use super::{Entry, FileKind, HandleId, NAME_MAX, Tree, lock};
 use crate::error::{Error, ErrorKind, Result};
@@ -38,21 +36,6 @@ pub struct Creation {
     pub open: OpenForWriting,
 }
 
-/// What a name stands for that something is made under.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Place {
-    /// An attribute, or a map.
-    Attribute(Node),
-    /// An object of a token.
-    Object(TokenName, ObjectName),
-    /// The directory of a token's own attributes.
-    Own(TokenName),
-    /// A token.
-    Token(TokenName),
-    /// Nothing of the store's.
-    Scratch,
-}
-
 /// What is in a scratch directory.
 #[derive(Clone, Debug)]
 pub(super) struct ScratchFile {
@@ -63,87 +46,6 @@ pub(super) struct ScratchFile {
 }
 
 impl Tree {
-    /// What a file, or a directory, called `name` in `directory` would be.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Invalid`] for what was meant as an attribute and cannot be one; [`ErrorKind::ReadOnly`] below `.tokenfs`.
-    pub(super) fn place(&self, directory: &Node, name: &OsStr, kind: FileKind) -> Result<Place> {
-        if name.len() > NAME_MAX {
-            return Err(Error::new(ErrorKind::NameTooLong, "the name is too long"));
-        }
-        self.check_writable(directory)?;
-        let is_directory = kind == FileKind::Directory;
-        let is_hidden = name.as_bytes().starts_with(b".");
-        let bytes = name.as_bytes();
-        let parsed = name::parse(bytes);
-        let outside = || {
-            let shown = name.to_string_lossy().escape_debug().to_string();
-            let detail = format!("{shown} belongs in the directory of an object");
-            Error::new(ErrorKind::Invalid, detail)
-        };
-        match directory {
-            Node::Scratch(_) => Ok(Place::Scratch),
-            Node::Root if name == CONTROL => Err(exists()),
-            Node::Root | Node::Token(_) if !is_directory => match parsed {
-                Name::Scratch => Ok(Place::Scratch),
-                Name::Attribute(_) | Name::Impossible => Err(outside()),
-            },
-            Node::Root | Node::Token(_) if is_hidden => Ok(Place::Scratch),
-            Node::Root => match TokenName::new(name) {
-                Some(token) => Ok(Place::Token(token)),
-                None => Err(Error::new(ErrorKind::Invalid, "no name of a directory")),
-            },
-            Node::Token(token) if name == TOKEN => Ok(Place::Own(token.clone())),
-            Node::Token(token) => match (parsed, ObjectName::new(name)) {
-                (Name::Scratch, Some(object)) => Ok(Place::Object(token.clone(), object)),
-                _ => Err(outside()),
-            },
-            Node::Object(token, id) => match parsed {
-                Name::Attribute(key) if (key.kind == Kind::Map) == is_directory => Ok(
-                    Place::Attribute(Node::Attribute(token.clone(), id.clone(), key)),
-                ),
-                Name::Attribute(key) => Err(wrong_kind(key.kind)),
-                Name::Impossible => Err(name::refusal(bytes)),
-                Name::Scratch if !is_directory || is_hidden => Ok(Place::Scratch),
-                Name::Scratch => Err(no_such_directory()),
-            },
-            Node::Attribute(token, id, map) if map.kind == Kind::Map => match parsed {
-                Name::Attribute(key) if key.kind == Kind::Map => Err(Error::new(
-                    ErrorKind::Invalid,
-                    "there are no attribute maps in attribute maps",
-                )),
-                Name::Attribute(key) if is_directory => Err(wrong_kind(key.kind)),
-                Name::Attribute(key) => Ok(Place::Attribute(Node::MapEntry(
-                    token.clone(),
-                    id.clone(),
-                    map.attribute_type,
-                    key,
-                ))),
-                Name::Impossible => Err(name::refusal(bytes)),
-                Name::Scratch if !is_directory || is_hidden => Ok(Place::Scratch),
-                Name::Scratch => Err(no_such_directory()),
-            },
-            _ => Err(Error::new(ErrorKind::NotADirectory, "not a directory")),
-        }
-    }
-
-    /// What is called `name` in `directory`, if there is anything.
-    pub(super) fn existing(
-        &self,
-        directory: &Node,
-        name: &OsStr,
-        patience: Patience,
-    ) -> Result<Option<(Node, FileKind)>> {
-        let found = self
-            .child(directory, name, patience)
-            .and_then(|node| Ok((self.describe(&node, patience)?.0.kind, node)));
-        match found {
-            Ok((kind, node)) => Ok(Some((node, kind))),
-            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(error),
-        }
-    }
-
     /// Mode and owner of what `caller` makes in `directory` with the mode `mode`, of which only the bits in `most` can be had.
     fn access(
         &self,
@@ -632,20 +534,4 @@ fn placeholder(kind: Kind) -> Value {
 
 pub(super) fn exists() -> Error {
     Error::new(ErrorKind::Exists, "there is something of that name")
-}
-
-fn wrong_kind(kind: Kind) -> Error {
-    let detail = if kind == Kind::Map {
-        "an attribute map is a directory"
-    } else {
-        "an attribute that is no map is a file"
-    };
-    Error::new(ErrorKind::Invalid, detail)
-}
-
-fn no_such_directory() -> Error {
-    Error::new(
-        ErrorKind::Invalid,
-        "a directory here is an attribute map, or scratch, and then its name begins with a dot",
-    )
 }

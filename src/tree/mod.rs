@@ -4,11 +4,15 @@
 //! translates, and sends what [`Tree::stale`] returns to whoever remembers answers.
 //!
 //! The parts: [`name`] and [`text`] spell attributes, [`mode`] masks, [`label`] spells `by-label`; [`node`] says what an inode
-//! stands for, [`inode`] which of them the kernel knows; `view` looks a node up in the store; this file has the
-//! operations, and `stale` what becomes of answers when the store changes.
+//! stands for, [`inode`] which of them the kernel knows; `view` looks a node up in the store; this file has the operations that
+//! read, and `stale` what becomes of answers when the store changes.
 //!
-//! Locks: the inode table, the handles and the label index each have one. None is held while the store is asked, and none while
-//! another is taken.
+//! Writing: `write` has the descriptors, `close` what becomes of them, `commit` how a value gets into its object, `follow` what an open file
+//! follows; `place`, `entries`, `rename` and `setattr` have what is made, removed, renamed and set; `draft` and `scratch` hold what the store does not
+//! have, `settle` writes it, and `building` keeps others off a token at the moment that it is published.
+//!
+//! Locks: each table (inodes, handles, labels, drafts, scratch, gates, files that are being closed) has one. None is held while the store is asked, and
+//! none while another of them is taken. A writer's content, then its state, can be taken inside any of them.
 
 mod building;
 mod by_label;
@@ -23,6 +27,7 @@ pub mod label;
 pub mod mode;
 pub mod name;
 pub mod node;
+mod place;
 mod rename;
 mod scratch;
 mod setattr;

@@ -4,9 +4,10 @@ use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 
 use super::draft::Key;
-use super::entries::{Caller, Place, ScratchFile, check_uuid, exists};
+use super::entries::{Caller, ScratchFile, check_uuid, exists};
 use super::name::{self, Name};
 use super::node::{Ino, Node};
+use super::place::Place;
 use super::scratch::{Content, ScratchId};
 use super::slot::Slot;
 use super::text::Context;
