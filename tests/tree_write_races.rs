@@ -685,3 +685,57 @@ fn what_was_unlinked_is_not_seen_while_something_new_is_committed() {
         assert_ne!(seen, b"old");
     });
 }
+
+#[test]
+fn the_time_that_a_token_is_given_stays_beside_the_last_object_that_is_written() {
+    let f = fixture();
+    let given = std::time::UNIX_EPOCH + Duration::from_secs(1_000_000_000);
+    let dated = |ino| {
+        let mut change = SetAttributes::default();
+        change.metadata.mtime = Some(tokenfs::store::Time::At(given));
+        f.tree
+            .set_attributes(ino, None, &change, patient())
+            .unwrap()
+    };
+    for round in 0..300 {
+        let name = format!("00000000-0000-4000-8000-{round:012}");
+        let made = f
+            .tree
+            .make_dir(f.token, os(&name), 0o700, me(), patient())
+            .unwrap();
+        let directory = made.attributes.ino;
+        for (name, value) in [("CKA_CLASS", "CKO_DATA\n"), ("CKA_PRIVATE", "false\n")] {
+            let c = Creation {
+                mode: 0o600,
+                ..Creation::default()
+            };
+            let (_, h) = f
+                .tree
+                .create(directory, os(name), c, me(), patient())
+                .unwrap();
+            f.tree.write(h, 0, value.as_bytes()).unwrap();
+            f.tree.release(h, patient()).unwrap();
+        }
+        let start = std::sync::Barrier::new(2);
+        std::thread::scope(|s| {
+            s.spawn(|| {
+                start.wait();
+                dated(directory)
+            });
+            start.wait();
+            std::thread::sleep(Duration::from_micros(round * 7 % 1500));
+            dated(f.token);
+        });
+        let shown = f
+            .tree
+            .attributes(f.token, patient())
+            .unwrap()
+            .attributes
+            .mtime;
+        let stored = fs::metadata(f.dir.path().join("t"))
+            .unwrap()
+            .modified()
+            .unwrap();
+        assert_eq!((shown, stored), (given, given), "in round {round}");
+    }
+}

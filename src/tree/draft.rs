@@ -203,6 +203,8 @@ pub(super) struct Drafts {
     builds: HashMap<TokenName, Build>,
     /// The times that the directories of tokens were given while something was still to be written into them.
     times: HashMap<TokenName, SystemTime>,
+    /// When the last new object was made in a token's directory, of which the store's directory knows nothing yet.
+    changed: HashMap<TokenName, SystemTime>,
 }
 
 impl Drafts {
@@ -217,6 +219,8 @@ impl Drafts {
     /// Begins a new object.
     pub fn insert_new(&mut self, key: Key, new: New) {
         self.touch(&key);
+        self.changed.insert(key.0.clone(), SystemTime::now());
+        self.times.remove(&key.0);
         self.objects.insert(key, Draft::new(Some(new)));
     }
 
@@ -233,7 +237,23 @@ impl Drafts {
     }
 
     pub fn remove(&mut self, key: &Key) -> Option<Draft> {
-        self.objects.remove(key)
+        let removed = self.objects.remove(key);
+        self.tidy_changed(&key.0);
+        removed
+    }
+
+    /// When a directory was last changed that the store says something older of: each `mkdir` changes the time of its directory, and a
+    /// program that compares that with the time that it gave the directory has to see it (rsync does, when it has filled one).
+    pub fn changed(&self, token: &TokenName) -> Option<SystemTime> {
+        self.changed.get(token).copied()
+    }
+
+    fn tidy_changed(&mut self, token: &TokenName) {
+        if self.changed.contains_key(token)
+            && self.of_token(token).all(|(_, draft)| draft.new.is_none())
+        {
+            self.changed.remove(token);
+        }
     }
 
     /// Forgets the draft of an object if it says nothing any more.
@@ -241,6 +261,7 @@ impl Drafts {
         if self.objects.get(key).is_some_and(Draft::is_empty) {
             self.objects.remove(key);
         }
+        self.tidy_changed(&key.0);
     }
 
     /// Something was done in an object, and so in its token: both are not left alone.
@@ -343,6 +364,12 @@ impl Drafts {
     /// The directory of a token was given this time, and is to keep it over what is still to be written into it.
     pub fn keep_time(&mut self, token: &TokenName, mtime: SystemTime) {
         self.times.insert(token.clone(), mtime);
+        self.changed.remove(token);
+    }
+
+    /// The directory of a token was not given that time.
+    pub fn forget_time(&mut self, token: &TokenName) {
+        self.times.remove(token);
     }
 
     /// The time that the directory of a token was given, once nothing more is to be written into it.

@@ -468,6 +468,7 @@ impl Tree {
     fn is_pending(&self, node: &Node, token: &TokenName) -> bool {
         let drafts = lock(&self.drafts);
         drafts.build(token).is_some()
+            || *node == Node::Token(token.clone()) && drafts.changed(token).is_some()
             || node
                 .object()
                 .is_some_and(|(token, id)| drafts.get(&(token.clone(), id.clone())).is_some())

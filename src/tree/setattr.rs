@@ -100,20 +100,23 @@ impl Tree {
             }
             Node::Token(token) => {
                 let change = self.masked(metadata, 0o7777);
-                let times = change.mtime.map(|mtime| moment(mtime, SystemTime::now()));
-                self.ask(token, patience, |token| {
-                    token.set_metadata(&Target::Directory, &change, patience)
-                })?;
-                if change.mtime.is_some() {
-                    self.finish_build(token, times, patience)?;
-                    let mut drafts = lock(&self.drafts);
-                    if let Some(mtime) = times
-                        && drafts.is_pending(token)
-                    {
-                        drafts.keep_time(token, mtime);
-                    }
+                let mtime = change.mtime.map(|mtime| moment(mtime, SystemTime::now()));
+                if let Some(mtime) = mtime {
+                    // Before it is set: another thread may be writing the last thing that is pending, over the time that is set here.
+                    lock(&self.drafts).keep_time(token, mtime);
                 }
-                Ok(())
+                let outcome = self.ask(token, patience, |token| {
+                    token.set_metadata(&Target::Directory, &change, patience)
+                });
+                if mtime.is_some() {
+                    if outcome.is_err() {
+                        lock(&self.drafts).forget_time(token);
+                        return outcome;
+                    }
+                    self.finish_build(token, mtime, patience)?;
+                    self.restore_time(token, patience);
+                }
+                outcome
             }
             Node::Object(token, id) => {
                 let change = self.masked(metadata, 0o666);

@@ -94,7 +94,11 @@ impl Tree {
             Node::Token(token) => {
                 let metadata = self.ask(token, patience, |token| token.metadata())?;
                 let own = mode::of_token(metadata.mode, mask);
-                (directory(&metadata, own), None)
+                let mut attributes = directory(&metadata, own);
+                if let Some(changed) = lock(&self.drafts).changed(token) {
+                    (attributes.mtime, attributes.ctime) = (changed, changed);
+                }
+                (attributes, None)
             }
             // What their names tell is in files: nobody may list them who may not read all of those.
             Node::ByLabel => {
