@@ -81,10 +81,7 @@ impl Tree {
             Place::Gone => return None,
         }
         match &writer.node {
-            Node::Scratch(id) => lock(&self.scratch)
-                .get(*id)
-                .ok()
-                .and_then(|entry| entry.becomes.clone()),
+            Node::Scratch(id) => lock(&self.scratch).became(*id),
             node => Some(node.clone()),
         }
     }

@@ -115,7 +115,8 @@ impl Tree {
                     lock(&self.scratch).remove(from.directory, from.name);
                     self.rebind(ino, &target, to_parent, patience);
                 } else {
-                    lock(&self.scratch).unname(from.directory, from.name);
+                    // Who has it open goes on to write into the attribute.
+                    lock(&self.scratch).commit(from.directory, from.name, &target);
                 }
             }
             (Node::Scratch(_), Place::Scratch) => {
@@ -285,10 +286,6 @@ impl Tree {
         self.commit_text(target, &bytes, given, patience)?;
         // Whoever has what was there before open does not write over it.
         self.cut_off(target);
-        // Who has it open goes on to write into the attribute.
-        if let Ok(entry) = lock(&self.scratch).get_mut(id) {
-            entry.becomes = Some(target.clone());
-        }
         Ok(())
     }
 

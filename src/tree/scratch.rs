@@ -42,8 +42,6 @@ pub(super) struct Entry {
     /// The time that it was given.
     pub given: Option<SystemTime>,
     pub ctime: SystemTime,
-    /// The attribute that it has been renamed to: what is written into it from then on belongs there.
-    pub becomes: Option<Node>,
     /// The object in whose directory it is: who writes into it is at work on that.
     pub object: Option<Key>,
 }
@@ -83,6 +81,11 @@ pub(super) struct Scratch {
     entries: HashMap<ScratchId, Entry>,
     /// What is in a directory of the store, by that directory's node.
     outside: HashMap<Node, BTreeMap<OsString, ScratchId>>,
+    /// The attributes that scratch files have been renamed to: what is written into these from then on belongs there. A restore leaves
+    /// as many here as it writes files, until the kernel forgets them.
+    became: HashMap<ScratchId, Node>,
+    /// The files have no more bytes than this.
+    at_most: u64,
 }
 
 impl Scratch {
@@ -149,7 +152,6 @@ impl Scratch {
             mtime: now,
             given: None,
             ctime: now,
-            becomes: None,
             object: self.object_of(directory),
         };
         self.entries.insert(id, entry);
@@ -233,22 +235,34 @@ impl Scratch {
         }
     }
 
+    /// A file has been renamed to an attribute, and is no scratch any more.
+    pub fn commit(&mut self, directory: &Node, name: &OsStr, target: &Node) {
+        if let Some(id) = self.unname(directory, name) {
+            self.entries.remove(&id);
+            self.became.insert(id, target.clone());
+        }
+    }
+
+    /// The attribute that a file has been renamed to.
+    pub fn became(&self, id: ScratchId) -> Option<Node> {
+        self.became.get(&id).cloned()
+    }
+
     /// Forgets what was renamed to an attribute, once the kernel has.
     pub fn forget(&mut self, id: ScratchId) {
-        if self
-            .entries
-            .get(&id)
-            .is_some_and(|entry| entry.becomes.is_some())
-        {
-            self.entries.remove(&id);
-        }
+        self.became.remove(&id);
     }
 
     /// That a file may grow by so many bytes.
     ///
     /// # Errors
     /// [`ErrorKind::NoSpace`] beyond the limit.
-    pub fn check_room(&self, more: u64) -> Result<()> {
+    pub fn check_room(&mut self, more: u64) -> Result<()> {
+        self.at_most = self.at_most.saturating_add(more);
+        if self.at_most <= MOST_BYTES {
+            return Ok(());
+        }
+        // They are counted only when that can matter: there may be many, and this is asked for every write.
         let used: u64 = self
             .entries
             .values()
@@ -257,9 +271,12 @@ impl Scratch {
                 Content::Directory(_) => 0,
             })
             .sum();
-        if used.saturating_add(more) > MOST_BYTES {
+        let wanted = used.saturating_add(more);
+        if wanted > MOST_BYTES {
+            self.at_most = used;
             return Err(full());
         }
+        self.at_most = wanted;
         Ok(())
     }
 }

@@ -69,11 +69,11 @@ impl Tree {
         match node {
             Node::Scratch(id) => {
                 let mut scratch = lock(&self.scratch);
-                let entry = scratch.get_mut(*id)?;
-                if let Some(becomes) = entry.becomes.clone() {
+                if let Some(became) = scratch.became(*id) {
                     drop(scratch);
-                    return self.set(&becomes, None, change, patience);
+                    return self.set(&became, None, change, patience);
                 }
+                let entry = scratch.get_mut(*id)?;
                 let most = match entry.kind() {
                     FileKind::Directory => 0o777,
                     _ => 0o666,

@@ -386,11 +386,8 @@ impl Tree {
             }
             // What was scratch when it was opened.
             Node::Scratch(id) => {
-                let becomes = lock(&self.scratch)
-                    .get(*id)
-                    .ok()
-                    .and_then(|entry| entry.becomes.clone());
-                match becomes {
+                let became = lock(&self.scratch).became(*id);
+                match became {
                     Some(node) => self.sync_node(&node, patience),
                     None => Ok(()),
                 }

@@ -5,6 +5,7 @@
 //! server that is killed at that moment would never be gone, and neither would its clients. It is not needed either: what is gone is
 //! [`crate::error::ErrorKind::Stale`] to whoever comes by a remembered name, and the kernel then looks that up anew.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -99,13 +100,12 @@ impl Tree {
         }
     }
 
-    /// A database tells nobody which of its objects have changed: each known one is compared with what it was. The times of
-    /// all of them are new.
+    /// A database tells nobody which of its objects have changed: each known one is compared with what it was. One that is as it was is
+    /// the same in memory too.
     fn stale_database(&self, token: &TokenName, patience: Patience, stale: &mut Vec<Stale>) {
         let Some(ino) = self.known(&Node::Token(token.clone())) else {
             return;
         };
-        let below = lock(&self.inodes).below(ino);
         let opened = match self.token(token) {
             Ok(opened) => opened,
             Err(_) => return self.stale_token(token, stale),
@@ -114,21 +114,25 @@ impl Tree {
             Ok(listing) => listing,
             // Locked or damaged: whoever asks will be told.
             Err(_) => {
+                let below = lock(&self.inodes).below(ino);
                 stale.extend(below.into_iter().map(Stale::Content));
                 return;
             }
         };
+        let below: Vec<_> = {
+            let inodes = lock(&self.inodes);
+            let below = inodes.below(ino).into_iter();
+            below
+                .filter_map(|child| Some((child, inodes.get(child)?)))
+                // Nothing that is said of scratch may be remembered.
+                .filter(|(_, inode)| !matches!(inode.node, Node::Scratch(_)))
+                .map(|(child, inode)| (child, inode.node.clone(), inode.seen.clone()))
+                .collect()
+        };
         let mut rest = Vec::new();
         // Attributes of one object come in a row.
         let mut latest = None;
-        for child in below {
-            let (node, seen) = {
-                let inodes = lock(&self.inodes);
-                match inodes.get(child) {
-                    Some(inode) => (inode.node.clone(), inode.seen.clone()),
-                    None => continue,
-                }
-            };
+        for (child, node, seen) in below {
             let id = match &node {
                 Node::Object(_, ObjectId::Object(object)) => {
                     if listing.binary_search(object).is_err() {
@@ -149,14 +153,13 @@ impl Tree {
                 _ => opened.object(id, patience),
             };
             latest = Some((id.clone(), current.clone()));
-            let same = current.is_ok_and(|current| {
-                seen.as_ref()
-                    .is_some_and(|seen| view::same_text(&node, seen, &current))
-            });
-            if same {
-                rest.push(Stale::Attributes(child));
-            } else {
-                stale.push(Stale::Content(child));
+            match (&seen, &current) {
+                // Nothing about the object has changed, its times included, and nor has what was said of it.
+                (Some(seen), Ok(current)) if Arc::ptr_eq(seen, current) => {}
+                (Some(seen), Ok(current)) if view::same_text(&node, seen, current) => {
+                    rest.push(Stale::Attributes(child));
+                }
+                _ => stale.push(Stale::Content(child)),
             }
         }
         stale.extend(rest);

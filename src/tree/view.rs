@@ -114,10 +114,10 @@ impl Tree {
                 (directory(&metadata, own), None)
             }
             Node::Scratch(id) => {
-                let entry = lock(&self.scratch).get(*id)?.clone();
-                match &entry.becomes {
-                    Some(node) => self.describe(node, patience)?,
-                    None => (entry.attributes(), None),
+                let became = lock(&self.scratch).became(*id);
+                match became {
+                    Some(node) => self.describe(&node, patience)?,
+                    None => (lock(&self.scratch).get(*id)?.attributes(), None),
                 }
             }
             Node::Object(token, id) => {

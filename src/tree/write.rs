@@ -84,7 +84,11 @@ impl Tree {
     ) -> Result<HandleId> {
         self.check_writable(node)?;
         if let Node::Scratch(id) = node {
-            return self.open_scratch(node, *id, how);
+            let became = lock(&self.scratch).became(*id);
+            return match became {
+                Some(attribute) => self.open_writer(&attribute, how, patience),
+                None => self.open_scratch(node, *id, how),
+            };
         }
         self.wait_until_closed(node, patience)?;
         let (attributes, object) = self.noted(self.describe(node, patience))?;
@@ -376,16 +380,18 @@ impl Tree {
             return Err(too_large());
         }
         if let Node::Scratch(id) = node {
-            let scratch = lock(&self.scratch);
-            return match &scratch.get(*id)?.content {
-                Content::File(bytes) => {
-                    let present = lock(bytes).len() as u64;
-                    scratch.check_room(size.saturating_sub(present))?;
-                    lock(bytes).resize(as_index(size), 0);
-                    Ok(())
-                }
-                Content::Directory(_) => Err(Error::new(ErrorKind::IsADirectory, "a directory")),
+            let mut scratch = lock(&self.scratch);
+            if let Some(became) = scratch.became(*id) {
+                drop(scratch);
+                return self.resize(&became, size, patience);
+            }
+            let Content::File(bytes) = scratch.get(*id)?.content.clone() else {
+                return Err(Error::new(ErrorKind::IsADirectory, "a directory"));
             };
+            let present = lock(&bytes).len() as u64;
+            scratch.check_room(size.saturating_sub(present))?;
+            lock(&bytes).resize(as_index(size), 0);
+            return Ok(());
         }
         let (_, object) = self.describe(node, patience)?;
         let content = object
