@@ -235,23 +235,31 @@ both_backends! {
     }
 }
 
-#[test]
-fn the_umask_of_a_shell_takes_nothing_away_for_others() {
-    let softhsm = Softhsm::golden(Golden::V2_7_0, Backend::File);
-    let before = exactly(&softhsm);
-    let mut shell = Command::new("/bin/sh");
-    shell
-        .args(["-c", "umask 077; exec \"$@\"", "sh"])
-        .arg(binary())
-        .args(["check", "--repair", "--config"])
-        .arg(&softhsm.conf);
-    let checked = Checked::of(&mut shell);
-    assert_eq!(checked.code, 1);
-    assert!(
-        checked.out.contains("the umask of this process"),
-        "{checked:#?}"
-    );
-    assert!(before == exactly(&softhsm));
+both_backends! {
+    fn the_umask_of_a_shell_says_nothing_of_the_store(backend) {
+        let in_shell = |softhsm: &Softhsm, umask: &str| {
+            let mut shell = Command::new("/bin/sh");
+            shell
+                .args(["-c", &format!("umask {umask}; exec \"$@\""), "sh"])
+                .arg(binary())
+                .args(["check", "--repair", "--config"])
+                .arg(&softhsm.conf);
+            Checked::of(&mut shell)
+        };
+        // Made with objectstore.umask 0027.
+        let softhsm = Softhsm::golden(Golden::V2_7_0, backend);
+        let before = exactly(&softhsm);
+        for umask in ["077", "027", "0"] {
+            in_shell(&softhsm, umask).assert_clean();
+        }
+        assert!(before == exactly(&softhsm));
+        let token = softhsm.token_directories().remove(0);
+        set_mode(&token, 0o755);
+        let checked = in_shell(&softhsm, "077");
+        assert_eq!(checked.code, 0, "{checked:#?}");
+        assert!(checked.of_path(&token).ends_with(" (mended)"), "{checked:#?}");
+        assert_eq!(mode(&token), 0o750);
+    }
 }
 
 #[test]

@@ -181,7 +181,7 @@ pub struct CheckArgs {
     /// Which store.
     #[command(flatten)]
     pub store: StoreArgs,
-    /// Bits that no mode in the store may have, instead of the configured ones; the umask of the shell is added
+    /// Bits that no mode in the store may have, instead of the configured ones (objectstore.umask)
     #[arg(long, value_name = "OCTAL", value_parser = |text: &str| parse_umask(text.as_ref()))]
     pub umask: Option<u32>,
     /// Mend what can be mended without a guess: lock files, modes, what a crash left

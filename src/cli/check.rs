@@ -8,11 +8,11 @@ use std::sync::Arc;
 use super::Failure;
 use super::args::CheckArgs;
 use super::mount::{configuration, one_token};
-use crate::config::{self, Config};
+use crate::config::Config;
 use crate::diagnostics::Diagnostics;
 use crate::error::{Error, Result};
 use crate::fuse::mount::check_tokendir;
-use crate::store::check::{Report, Settings, check, repair};
+use crate::store::check::{LONGEST, Report, Settings, check, repair};
 use crate::store::{self, Store};
 
 /// The exit code when something was found.
@@ -119,8 +119,8 @@ fn settings(args: &CheckArgs, config: &Config) -> Settings {
     Settings {
         only: args.tokens.clone(),
         configured: known.then_some(config.backend),
-        mask: config::effective_mask(config.umask),
-        configured_mask: config.umask,
+        mask: config.umask,
+        longest: LONGEST,
     }
 }
 

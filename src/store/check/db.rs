@@ -1,13 +1,19 @@
 //! A token of the `db` backend.
 
+use std::path::Path;
 use std::sync::Arc;
 
+use nix::sys::stat::lstat;
+
+use super::finding::hash;
 use super::object::{judge, judge_token};
 use super::{Category, Finding, Look, Remedy};
 use crate::diagnostics::Diagnostics;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::db::check::Problem;
-use crate::store::db::{DATABASE, DbToken};
+use crate::store::db::{DATABASE, DbToken, journal_of};
+use crate::store::file::encode;
+use crate::store::metadata::Stamp;
 use crate::store::{ObjectId, Options, Token};
 
 /// Looks at the database.
@@ -36,12 +42,20 @@ fn open(look: &Look<'_>) -> Result<DbToken> {
 
 fn database(look: &mut Look<'_>, token: &DbToken) -> Result<()> {
     let path = look.path.join(DATABASE);
-    for problem in token.examine(look.patience())? {
+    let stamp = |path: &Path| lstat(path).ok().map(|stat| Stamp::from(&stat));
+    let before = stamp(&path);
+    let examined = token.examine(look.patience())?;
+    look.rest = look
+        .rest
+        .filter(|_| !examined.in_use)
+        .map(|rest| hash(&(rest, before)));
+    for problem in examined.problems {
         let finding = match problem {
             Problem::HotJournal => Finding::new(
                 Category::Leftover,
                 "a writer crashed and left a journal, which the next one who opens the database for writing rolls back",
             )
+            .in_state(&stamp(&journal_of(&path)))
             .mended_by(Remedy::RollBack),
             Problem::Damaged(detail) => Finding::new(Category::Torn, detail),
             Problem::Odd(detail) => Finding::new(Category::Suspicious, detail),
@@ -72,7 +86,10 @@ fn database(look: &mut Look<'_>, token: &DbToken) -> Result<()> {
         };
         match token.object(&id, look.patience()) {
             Ok(object) => {
-                for mut finding in judge(&object.attributes, &[], None) {
+                // Its bytes, as a file would hold them.
+                let state = encode(0, &object.attributes);
+                for finding in judge(&object.attributes, &[], None) {
+                    let mut finding = finding.in_state(&state);
                     finding.detail.insert_str(0, &of);
                     look.report.found(finding, &path);
                 }
@@ -88,7 +105,7 @@ fn database(look: &mut Look<'_>, token: &DbToken) -> Result<()> {
 fn wrong(look: &mut Look<'_>, of: &str, error: &Error) {
     let path = look.path.join(DATABASE);
     if error.kind() == ErrorKind::Damaged {
-        let mut finding = Finding::of_error(Category::Torn, error);
+        let mut finding = Finding::of_error(Category::Torn, error).in_state(&error.to_string());
         finding.detail.insert_str(0, of);
         look.report.found(finding, &path);
     } else {

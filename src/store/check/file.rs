@@ -45,14 +45,15 @@ pub(super) fn look(look: &mut Look<'_>) {
 
 fn token(look: &mut Look<'_>) {
     let path = look.path.join(TOKEN_OBJECT);
-    let Some((attributes, places, _)) = content(look, OsStr::new(TOKEN_OBJECT), None) else {
+    let Some(content) = content(look, OsStr::new(TOKEN_OBJECT), None) else {
         return;
     };
-    for finding in judge_order(&places)
+    let attributes = content.attributes;
+    for finding in judge_order(&content.places)
         .into_iter()
         .chain(judge_token(&attributes))
     {
-        look.report.found(finding, &path);
+        look.report.found(finding.in_state(&content.stamp), &path);
     }
     if let Some(serial) = attributes.bytes(CKA_OS_TOKENSERIAL) {
         let name = look.name.to_string().replace('-', "");
@@ -68,22 +69,30 @@ fn token(look: &mut Look<'_>) {
 fn object(look: &mut Look<'_>, file: &OsStr, stem: &OsStr) {
     let path = look.path.join(file);
     let lock = with(stem, LOCK_SUFFIX);
-    let Some((attributes, places, size)) = content(look, file, Some(&lock)) else {
+    let Some(content) = content(look, file, Some(&lock)) else {
         return;
     };
-    let findings = judge_order(&places).into_iter();
-    for finding in findings.chain(judge(&attributes, &places, size)) {
-        look.report.found(finding, &path);
+    let findings = judge_order(&content.places).into_iter();
+    for finding in findings.chain(judge(&content.attributes, &content.places, content.size)) {
+        look.report.found(finding.in_state(&content.stamp), &path);
     }
 }
 
-/// What a file holds and where, and its size, if nothing follows the last attribute. What is wrong with the file itself is
-/// in the report; `None` if there is nothing more to say.
+/// What a file holds, and where.
+struct Content {
+    attributes: Attributes,
+    places: Places,
+    /// Of the file, in bytes, if nothing follows the last attribute.
+    size: Option<u64>,
+    stamp: Stamp,
+}
+
+/// What a file holds. What is wrong with the file itself is in the report; `None` if there is nothing more to say.
 fn content(
     look: &mut Look<'_>,
     file: &OsStr,
     lock: Option<&OsStr>,
-) -> Option<(Attributes, Places, Option<u64>)> {
+) -> Option<Content> {
     let path = look.path.join(file);
     match versioned(look, file, lock) {
         Ok((version, bytes)) => match version.content {
@@ -96,17 +105,24 @@ fn content(
                     let detail = format!(
                         "{left} {noun} that are no attribute follow; SoftHSM ignores them, and attributes may have been lost; they begin"
                     );
-                    let finding = Finding::new(Category::Suspicious, detail).at_offset(offset);
+                    let finding = Finding::new(Category::Suspicious, detail)
+                        .at_offset(offset)
+                        .in_state(&version.stamp);
                     look.report.found(finding, &path);
                 }
                 if size.is_none() && decoded.attributes.is_empty() {
                     return None;
                 }
-                Some((decoded.attributes, places(&bytes), size))
+                Some(Content {
+                    attributes: decoded.attributes,
+                    places: places(&bytes),
+                    size,
+                    stamp: version.stamp,
+                })
             }
             Err(error) => {
-                look.report
-                    .found(Finding::of_error(Category::Torn, &error), &path);
+                let finding = Finding::of_error(Category::Torn, &error).in_state(&version.stamp);
+                look.report.found(finding, &path);
                 None
             }
         },

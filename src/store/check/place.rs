@@ -246,19 +246,12 @@ pub(super) fn judge_mode(look: &mut Look<'_>, path: &Path, stat: &FileStat) {
         Ok(1..) | Err(rustix::io::Errno::RANGE) => " (by an access control list)",
         _ => "",
     };
-    let certain = forbidden & settings.configured_mask;
-    let whose = if certain == forbidden {
-        ""
-    } else {
-        ", which is partly the umask of this process"
-    };
     let detail = format!(
-        "its mode is {mode:04o}{by_list}, and the mask {:04o} forbids {forbidden:04o} of that{whose}",
+        "its mode is {mode:04o}{by_list}, and the mask {:04o} forbids {forbidden:04o} of that",
         settings.mask
     );
-    let mut finding = Finding::new(Category::Lax, detail);
-    if certain != 0 {
-        finding = finding.mended_by(Remedy::TakeBits(certain));
-    }
+    let finding = Finding::new(Category::Lax, detail)
+        .in_state(&(stat.st_dev, stat.st_ino))
+        .mended_by(Remedy::TakeBits(forbidden));
     look.report.found(finding, path);
 }
