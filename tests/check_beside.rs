@@ -78,7 +78,7 @@ impl Begun {
 
 fn open(path: &Path) -> rusqlite::Connection {
     let connection = rusqlite::Connection::open(path).unwrap();
-    connection.busy_timeout(Duration::from_mins(3)).unwrap();
+    connection.busy_timeout(Duration::from_secs(180)).unwrap();
     connection
 }
 

@@ -9,8 +9,10 @@ use std::time::Duration;
 use nix::errno::Errno;
 use nix::sys::stat::fstat;
 
+use super::finding::COMPARE;
 use super::object::{Places, judge, judge_order, judge_token, places};
 use super::place::{GENERATION, Sort, with};
+use super::slots::Slot;
 use super::{Category, Finding, Look, Remedy, open_file};
 use crate::error::{Error, ErrorKind, Result};
 use crate::pkcs11::CKA_OS_TOKENSERIAL;
@@ -19,7 +21,7 @@ use crate::store::file::read::{LARGEST, Version, read_object};
 use crate::store::file::{LOCK_SUFFIX, OBJECT_SUFFIX, TOKEN_OBJECT};
 use crate::store::leftover::{JOURNAL_SUFFIX, NEW_SUFFIX};
 use crate::store::metadata::Stamp;
-use crate::store::{Patience, lock};
+use crate::store::{Backend, Patience, lock};
 
 /// `token.lock`.
 const TOKEN: &str = "token";
@@ -49,6 +51,7 @@ fn token(look: &mut Look<'_>) {
         return;
     };
     let attributes = content.attributes;
+    look.slot = Some(Slot::of(Backend::File, &attributes));
     for finding in judge_order(&content.places)
         .into_iter()
         .chain(judge_token(&attributes))
@@ -88,11 +91,7 @@ struct Content {
 }
 
 /// What a file holds. What is wrong with the file itself is in the report; `None` if there is nothing more to say.
-fn content(
-    look: &mut Look<'_>,
-    file: &OsStr,
-    lock: Option<&OsStr>,
-) -> Option<Content> {
+fn content(look: &mut Look<'_>, file: &OsStr, lock: Option<&OsStr>) -> Option<Content> {
     let path = look.path.join(file);
     match versioned(look, file, lock) {
         Ok((version, bytes)) => match version.content {
@@ -107,6 +106,7 @@ fn content(
                     );
                     let finding = Finding::new(Category::Suspicious, detail)
                         .at_offset(offset)
+                        .advising(COMPARE)
                         .in_state(&version.stamp);
                     look.report.found(finding, &path);
                 }
@@ -121,7 +121,7 @@ fn content(
                 })
             }
             Err(error) => {
-                let finding = Finding::of_error(Category::Torn, &error).in_state(&version.stamp);
+                let finding = Finding::torn(&error).in_state(&version.stamp);
                 look.report.found(finding, &path);
                 None
             }
@@ -130,8 +130,7 @@ fn content(
         Err(error) if error.kind() == ErrorKind::NotFound => None,
         // It has more bytes than any object.
         Err(error) if error.kind() == ErrorKind::Damaged => {
-            look.report
-                .found(Finding::of_error(Category::Torn, &error), &path);
+            look.report.found(Finding::torn(&error), &path);
             None
         }
         Err(error) => {
@@ -236,7 +235,7 @@ fn generation(look: &mut Look<'_>) {
     let path = look.path.join(GENERATION);
     if look.entry(GENERATION).is_none() {
         let detail =
-            "SoftHSM counts creations and deletions in it; it makes a new one when it starts";
+            "SoftHSM counts in it what is made and deleted, and sessions that are open go by that";
         let finding = Finding::new(Category::Missing, detail).mended_by(Remedy::MakeGeneration);
         look.report.found(finding, &path);
         return;

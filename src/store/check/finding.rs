@@ -6,6 +6,13 @@ use std::path::PathBuf;
 
 use crate::error::Error;
 
+/// What to do about what cannot be read any more.
+pub(super) const RESTORE: &str = "bring it back from a backup";
+/// What to do about what may lack something.
+pub(super) const COMPARE: &str = "compare it with a backup";
+/// What to do about what does not belong there.
+pub(super) const MOVE: &str = "move it out of the store";
+
 /// What sort of thing is wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Category {
@@ -71,6 +78,8 @@ pub struct Finding {
     pub detail: String,
     /// How [`super::repair()`] mends it, if it does.
     pub remedy: Option<Remedy>,
+    /// What somebody can do about it that [`super::repair()`] does not, unless the sentence says so.
+    pub advice: Option<&'static str>,
     /// What the thing itself was like, so far as a writer who is at it would leave that different: a hash.
     state: u64,
 }
@@ -83,15 +92,17 @@ impl Finding {
             offset: None,
             detail: detail.into(),
             remedy: None,
+            advice: None,
             state: 0,
         }
     }
 
     /// What an error of the content is, as a finding.
-    pub(super) fn of_error(category: Category, error: &Error) -> Self {
+    pub(super) fn torn(error: &Error) -> Self {
         Self {
             offset: error.offset(),
-            ..Self::new(category, error.detail())
+            advice: Some(RESTORE),
+            ..Self::new(Category::Torn, error.detail())
         }
     }
 
@@ -107,6 +118,11 @@ impl Finding {
 
     pub(super) fn mended_by(mut self, remedy: Remedy) -> Self {
         self.remedy = Some(remedy);
+        self
+    }
+
+    pub(super) fn advising(mut self, advice: &'static str) -> Self {
+        self.advice = Some(advice);
         self
     }
 

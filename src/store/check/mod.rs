@@ -12,7 +12,7 @@
 //! Lock order: that of the reader, `.lock` and then `.object`, both shared and for one read. No lock is held from one file to the next.
 //!
 //! - `finding`: one thing that is wrong. `object`: what attributes give away. `file`, `db`: a token of each backend. `place`: what is in a directory, and modes.
-//! - `repair`: mending.
+//! - `slots`: what tokens are to each other. `repair`: mending.
 
 mod db;
 mod file;
@@ -20,10 +20,12 @@ mod finding;
 mod object;
 mod place;
 mod repair;
+mod slots;
 
 pub use finding::{Category, Finding, Remedy};
 pub use repair::{Repaired, repair};
 
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -33,8 +35,9 @@ use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, openat};
 use nix::sys::stat::{Mode, fstat, fstatat};
 
-use self::finding::hash;
+use self::finding::{MOVE, RESTORE, hash};
 use self::place::{Entry, Sort};
+use self::slots::Slot;
 use super::db::uuid::is_uuid;
 use super::file::TOKEN_OBJECT;
 use super::file::read::SETTLED;
@@ -46,6 +49,9 @@ use crate::error::{Error, ErrorKind, Result};
 /// How long a token that others write all the while is looked at again. A SoftHSM has been seen to wait 3 s for its turn on a busy
 /// machine, and to wait ten times as long is out of reach: each tenth of a second it has a good chance.
 pub const LONGEST: Duration = Duration::from_secs(30);
+
+/// What to do about a token of another backend.
+const CONFIGURE: &str = "see objectstore.backend, or move it to a store of its own";
 
 /// What to look at, and what to hold it against.
 #[derive(Clone, Debug)]
@@ -105,6 +111,11 @@ impl Report {
 pub fn check(store: &Store, settings: &Settings) -> Result<Report> {
     let names = directories(store, settings)?;
     let mut report = Report::default();
+    let mut slots = BTreeMap::new();
+    let mut done = |name: &TokenName, looked: Looked| {
+        report.append(looked.report);
+        slots.extend(looked.slot.map(|slot| (name.clone(), slot)));
+    };
     let mut again = Vec::new();
     for name in &names {
         let looked = look(store, settings, name);
@@ -112,7 +123,7 @@ pub fn check(store: &Store, settings: &Settings) -> Result<Report> {
         {
             again.push((name, looked));
         } else {
-            report.append(looked.report);
+            done(name, looked);
         }
     }
     let deadline = Instant::now() + settings.longest;
@@ -124,12 +135,13 @@ pub fn check(store: &Store, settings: &Settings) -> Result<Report> {
             let mut looked = look(store, settings, name);
             looked.keep(&before);
             if last || looked.is_certain(&before) {
-                report.append(looked.report);
+                done(name, looked);
             } else {
                 again.push((name, looked));
             }
         }
     }
+    slots::look(store, settings, &slots, &mut report)?;
     report.findings.sort_by(|a, b| {
         (&a.path, a.offset, a.category, &a.detail).cmp(&(&b.path, b.offset, b.category, &b.detail))
     });
@@ -175,6 +187,8 @@ struct Looked {
     report: Report,
     /// By which it is known whether somebody makes or removes objects between two looks; `None` if somebody was writing.
     rest: Option<u64>,
+    /// If it is a token that SoftHSM can open.
+    slot: Option<Slot>,
 }
 
 impl Looked {
@@ -206,6 +220,8 @@ struct Look<'a> {
     report: Report,
     /// As [`Looked::rest`].
     rest: Option<u64>,
+    /// As [`Looked::slot`].
+    slot: Option<Slot>,
 }
 
 impl Look<'_> {
@@ -217,6 +233,7 @@ impl Look<'_> {
         Looked {
             report: self.report,
             rest: self.rest,
+            slot: self.slot,
         }
     }
 
@@ -262,9 +279,12 @@ fn look_inside(
         let target = fstatat(store.directory(), name.as_os_str(), AtFlags::empty());
         if target.is_ok_and(|target| super::metadata::is_directory(&target)) {
             let detail = "this is a symbolic link to a directory, and SoftHSM follows none";
-            report.found(Finding::new(Category::Foreign, detail), path);
+            report.found(Finding::new(Category::Foreign, detail).advising(MOVE), path);
         }
-        return Ok(Looked { report, rest: None });
+        return Ok(Looked {
+            report,
+            ..Looked::default()
+        });
     }
     let directory = openat(store.directory(), name.as_os_str(), flags, Mode::empty())
         .map_err(|errno| Error::system("open", errno))?;
@@ -279,6 +299,7 @@ fn look_inside(
         entries,
         report,
         rest: Some(hash(&Stamp::from(&stat))),
+        slot: None,
     };
     let building = place::marks(&mut look);
     let backend = match [
@@ -311,8 +332,10 @@ fn look_inside(
             "a token of the backend {backend}, and SoftHSM is configured for {configured}, with which it does not see this one"
         );
         let path = look.path.clone();
-        look.report
-            .found(Finding::new(Category::Unreadable, detail), &path);
+        look.report.found(
+            Finding::new(Category::Unreadable, detail).advising(CONFIGURE),
+            &path,
+        );
     }
     second_token(&mut look, backend);
     place::strangers(&mut look);
@@ -337,11 +360,13 @@ fn second_token(look: &mut Look<'_>, backend: Backend) {
     };
     if look.entry(file).is_some() {
         let detail = format!(
-            "the directory holds a token of the backend {backend} too, and SoftHSM sees only that with its configuration for {backend}, not this one of {other}"
+            "a token of the backend {other}, beside one of {backend} in the same directory, which is the only one that SoftHSM sees as it is configured"
         );
         let path = look.path.join(file);
-        look.report
-            .found(Finding::new(Category::Unreadable, detail), &path);
+        look.report.found(
+            Finding::new(Category::Unreadable, detail).advising(CONFIGURE),
+            &path,
+        );
     }
 }
 
@@ -378,6 +403,7 @@ fn no_token(look: &mut Look<'_>) {
                 "the directory holds {objects} and no token.object, so that SoftHSM sees none of them"
             ),
         )
+        .advising(RESTORE)
     } else if look.entries.is_empty() && look.name.as_os_str().to_str().is_some_and(is_uuid) {
         // Both SoftHSM and tokenfs begin with it.
         let detail = "an empty directory, left when a token was being made or removed";
@@ -387,6 +413,7 @@ fn no_token(look: &mut Look<'_>) {
             Category::Foreign,
             "this directory is no token, and SoftHSM tries to open it as one each time that it starts",
         )
+        .advising(MOVE)
     };
     look.report.found(finding, &path);
 }

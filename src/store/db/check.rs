@@ -211,9 +211,12 @@ fn references(connection: &Connection) -> rusqlite::Result<Vec<Problem>> {
         .map(|(table, (count, first))| {
             let first =
                 first.map_or_else(String::new, |row| format!(", the first of them row {row}"));
-            let rows = if count == 1 { "row" } else { "rows" };
+            let (rows, belong) = match count {
+                1 => ("row", "belongs"),
+                _ => ("rows", "belong"),
+            };
             Problem::Odd(format!(
-                "{count} {rows} in {table} belong to no object{first}; SoftHSM never sees them"
+                "{count} {rows} in {table} {belong} to no object{first}; SoftHSM never sees them, and nothing is lost with them"
             ))
         })
         .collect())
