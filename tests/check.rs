@@ -7,7 +7,7 @@ mod support;
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use check_common::*;
@@ -54,19 +54,17 @@ both_backends! {
         keys.open("test", Some(PIN)).unwrap();
         let done = AtomicBool::new(false);
         let running = || !done.load(Ordering::Relaxed);
-        let mut rounds = 0;
-        let written = std::thread::scope(|scope| {
-            let writer = scope.spawn(|| {
-                let mut written = 0;
+        let (mut rounds, written) = (0, AtomicUsize::new(0));
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
                 while running() {
                     let made = writer.bulk(3, "made", &data_object("x")).unwrap();
                     writer.set_label(made[0], "changed").unwrap();
                     for object in made {
                         writer.destroy(object).unwrap();
                     }
-                    written += 1;
+                    written.fetch_add(1, Ordering::Relaxed);
                 }
-                written
             });
             scope.spawn(|| {
                 while running() {
@@ -80,9 +78,12 @@ both_backends! {
                     keys.destroy(key).unwrap();
                 }
             });
-            let deadline = Instant::now() + Duration::from_secs(if full() { 30 } else { 6 });
+            let start = Instant::now();
+            let enough = Duration::from_secs(if full() { 30 } else { 6 });
+            // On a busy machine SQLite lets each of the writers wait for seconds.
+            let few = |rounds| rounds <= 3 || written.load(Ordering::Relaxed) <= 3;
             let mut alarms = Vec::new();
-            while Instant::now() < deadline {
+            while start.elapsed() < enough || (few(rounds) && start.elapsed() < 10 * enough) {
                 let checked = check(&softhsm, &[]);
                 rounds += 1;
                 if checked.code != 0 {
@@ -91,8 +92,8 @@ both_backends! {
             }
             done.store(true, Ordering::Relaxed);
             assert!(alarms.is_empty(), "{alarms:#?}");
-            writer.join().unwrap()
         });
+        let written = written.into_inner();
         println!("{rounds} checks beside {written} rounds of writing");
         assert!(rounds > 3 && written > 3, "{rounds} {written}");
         check(&softhsm, &[]).assert_clean();
@@ -147,7 +148,7 @@ fn every_cut_of_an_object_is_found_with_its_place() {
     for (path, (word, place)) in &expected {
         let line = checked.of_path(path);
         assert!(line.starts_with(&format!("{word}: ")), "{line}");
-        assert!(line.ends_with(&format!(" at byte {place}")), "{line}");
+        assert!(line.contains(&format!(" at byte {place} (")), "{line}");
     }
     let said = format!(
         "4 tokens, {} objects: {} findings",
@@ -259,7 +260,10 @@ fn each_thing_in_an_object_is_named_with_its_byte() {
         ),
     ] {
         let line = checked.of_path(&files[file]);
-        assert!(line.starts_with(start) && line.ends_with(&end), "{line}");
+        assert!(
+            line.starts_with(start) && line.contains(&format!("{end} (")),
+            "{line}"
+        );
     }
     assert_eq!(checked.findings().len(), 4, "{checked:#?}");
     // No value is ever quoted.
@@ -284,12 +288,12 @@ fn a_token_object_that_is_cut_is_found() {
     let checked = look(&softhsm);
     assert_eq!(
         checked.of_path(&own),
-        "suspicious: the token lacks CKA_OS_SOPIN"
+        "suspicious: the token lacks CKA_OS_SOPIN (bring it back from a backup)"
     );
     fs::write(&own, &data[..ends[3] + 9]).unwrap();
     let checked = look(&softhsm);
     let line = checked.of_path(&own);
-    assert!(line.starts_with("torn: ") && line.ends_with(&format!(" at byte {}", ends[3] + 8)));
+    assert!(line.starts_with("torn: ") && line.contains(&format!(" at byte {} (", ends[3] + 8)));
     assert_eq!(checked.code, 1);
 }
 

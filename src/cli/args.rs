@@ -72,23 +72,26 @@ Examples:
   tokenfs check | grep ': torn: '        what SoftHSM cannot read any more
   tokenfs check --repair                 mend what can be mended without a guess
 
-One line for each finding, PATH: WORD: SENTENCE, and a last line that sums up. The words:
+One line for each finding, PATH: WORD: SENTENCE (WHAT TO DO), and a last line that sums up. The words:
   torn        it does not hold what the format allows; the sentence ends with the byte
   suspicious  SoftHSM takes it, and would not have written it: a file that was cut off between two
-              attributes, bytes behind the last one, a value that stops SoftHSM from searching
+              attributes, bytes behind the last one, a value that stops SoftHSM from searching; what
+              crashes it: a label or serial number that is too long, two tokens in one slot
   missing     a lock file, or the token's generation              (--repair makes it)
-  lax         its mode lets in more than the mask allows          (--repair takes that away)
+  lax         its mode lets in more than objectstore.umask allows (--repair takes that away);
+              the umask of the shell does not count
   unreadable  a token of the backend that SoftHSM is not configured for
   leftover    what a crash left of a write or of a deletion       (--repair completes or undoes it)
   foreign     nothing that belongs into a store
 
 It can run beside a SoftHSM that uses the store: what may be a step on somebody's way is looked at
-again a second later. Without --repair nothing is written, and --repair never changes what an
-object holds: what is torn has to come from a backup.
+again a second later, and for half a minute if somebody writes all the while. Without --repair
+nothing is written, and --repair never changes what an object holds: what is torn has to come from
+a backup.
 
 Exit codes:
   0  clean (with --repair: it is now)
-  1  something was found (with --repair: something is left)
+  1  something was found (with --repair: something is left, for it cannot or could not be mended)
   2  the store, or some part of it, could not be looked at; what was found elsewhere is printed";
 
 /// Mount a SoftHSM v2 token store as a tree of files
@@ -181,7 +184,7 @@ pub struct CheckArgs {
     /// Which store.
     #[command(flatten)]
     pub store: StoreArgs,
-    /// Bits that no mode in the store may have, instead of the configured ones; the umask of the shell is added
+    /// Bits that no mode in the store may have, instead of the configured ones (objectstore.umask)
     #[arg(long, value_name = "OCTAL", value_parser = |text: &str| parse_umask(text.as_ref()))]
     pub umask: Option<u32>,
     /// Mend what can be mended without a guess: lock files, modes, what a crash left

@@ -8,14 +8,14 @@ use std::sync::Arc;
 use super::Failure;
 use super::args::CheckArgs;
 use super::mount::{configuration, one_token};
-use crate::config::{self, Config};
+use crate::config::Config;
 use crate::diagnostics::Diagnostics;
 use crate::error::{Error, Result};
 use crate::fuse::mount::check_tokendir;
-use crate::store::check::{Report, Settings, check, repair};
+use crate::store::check::{LONGEST, Report, Settings, check, repair};
 use crate::store::{self, Store};
 
-/// The exit code when something was found.
+/// The exit code when something was found; with `--repair`, when something is left, be it that it could not be mended.
 const FOUND: u8 = 1;
 /// The exit code when something could not be looked at.
 const COULD_NOT_LOOK: u8 = 2;
@@ -52,7 +52,7 @@ fn report(args: &CheckArgs) -> Result<u8> {
     };
     let store = Store::open(&tokendir, options, Arc::new(Diagnostics::new()))?;
     let mut found = check(&store, &settings)?;
-    let mut mended = Vec::new();
+    let (mut mended, mut failed) = (Vec::new(), Vec::new());
     if args.repair
         && found
             .findings
@@ -73,7 +73,7 @@ fn report(args: &CheckArgs) -> Result<u8> {
             .cloned()
             .collect();
         found = after;
-        found.failures.extend(repaired.failures);
+        failed = repaired.failures;
     }
 
     let mut out = String::new();
@@ -86,12 +86,16 @@ fn report(args: &CheckArgs) -> Result<u8> {
         let _ = writeln!(out, "{finding} (mended)");
     }
     for finding in &found.findings {
-        let remedy = match finding.remedy {
-            Some(_) if args.repair => " (could not be mended)",
-            Some(_) => " (--repair mends it)",
-            None => "",
+        let end = match (finding.remedy, finding.advice) {
+            (Some(_), _) if args.repair => "could not be mended",
+            (Some(_), _) => "--repair mends it",
+            (None, Some(advice)) => advice,
+            (None, None) => {
+                let _ = writeln!(out, "{finding}");
+                continue;
+            }
         };
-        let _ = writeln!(out, "{finding}{remedy}");
+        let _ = writeln!(out, "{finding} ({end})");
     }
     let _ = writeln!(out, "{}", summary(&found, mended.len()));
     // What cannot be said has been looked at all the same, and the code is the same.
@@ -101,7 +105,7 @@ fn report(args: &CheckArgs) -> Result<u8> {
         }
         _ => {}
     }
-    for failure in &found.failures {
+    for failure in found.failures.iter().chain(&failed) {
         eprintln!("tokenfs: {failure}");
     }
     Ok(if !found.failures.is_empty() {
@@ -119,8 +123,8 @@ fn settings(args: &CheckArgs, config: &Config) -> Settings {
     Settings {
         only: args.tokens.clone(),
         configured: known.then_some(config.backend),
-        mask: config::effective_mask(config.umask),
-        configured_mask: config.umask,
+        mask: config.umask,
+        longest: LONGEST,
     }
 }
 
@@ -152,7 +156,7 @@ fn summary(report: &Report, mended: usize) -> String {
     }
     if !report.failures.is_empty() {
         let failures = report.failures.len();
-        let _ = write!(text, ", {failures} could not be looked at or mended");
+        let _ = write!(text, ", {failures} could not be looked at");
     }
     text
 }

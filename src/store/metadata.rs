@@ -104,7 +104,7 @@ pub struct MetadataChange {
 }
 
 /// Identity and times of a file's content: as long as they are equal, nobody has changed it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Stamp {
     device: u64,
     inode: u64,

@@ -1,7 +1,8 @@
 //! What SoftHSM could not live with, in either backend.
 //!
 //! SoftHSM decrypts the byte strings of a private object (`CKA_PRIVATE`), and one that is no ciphertext makes `C_FindObjects` fail
-//! for the whole token (`docs/store-format.md`, "What is encrypted"). So no such value is written.
+//! for the whole token (`docs/store-format.md`, "What is encrypted"). A token's own label and serial number have to fit into their fields,
+//! and two tokens may not fall into one slot ("Attributes of a token"). So no such value is written.
 
 use super::attribute::{AttributeType, Attributes, Value};
 use crate::error::{Error, ErrorKind, Result};
@@ -82,6 +83,61 @@ fn check_if(
     Ok(())
 }
 
+/// The number of the slot in which SoftHSM shows a token with this serial number: the last eight characters as a hexadecimal number of
+/// 31 bits, as `strtoul` reads them (`SlotManager`'s constructor).
+#[must_use]
+pub fn slot_id(serial: &[u8]) -> u64 {
+    let start = serial.len().saturating_sub(8);
+    let text = String::from_utf8_lossy(serial.get(start..).unwrap_or_default());
+    let text = text.trim_start();
+    let negative = text.starts_with('-');
+    let text = text.strip_prefix(['+', '-']).unwrap_or(text);
+    let text = text
+        .strip_prefix("0x")
+        .or(text.strip_prefix("0X"))
+        .unwrap_or(text);
+    let end = text
+        .find(|digit: char| !digit.is_ascii_hexdigit())
+        .unwrap_or(text.len());
+    let number = u64::from_str_radix(text.get(..end).unwrap_or_default(), 16).unwrap_or(0);
+    let number = if negative {
+        number.wrapping_neg()
+    } else {
+        number
+    };
+    number & 0x7fff_ffff
+}
+
+/// What of a token's own attributes would crash every program that uses SoftHSM: it copies them into fields of `CK_TOKEN_INFO`
+/// without a look at how long they are (`Token::getTokenInfo`). A sentence each, without the value.
+pub fn too_long(own: &Attributes) -> impl Iterator<Item = String> {
+    let longest = [
+        (pkcs11::CKA_OS_TOKENLABEL, "CKA_OS_TOKENLABEL", 32),
+        (pkcs11::CKA_OS_TOKENSERIAL, "CKA_OS_TOKENSERIAL", 16),
+    ];
+    longest
+        .into_iter()
+        .filter_map(|(attribute_type, name, most)| {
+            let length = own.bytes(attribute_type)?.len();
+            (length > most).then(|| {
+                format!(
+                    "{name} has {length} bytes, and SoftHSM copies it into a field of {most} without a look, which crashes every program that uses it"
+                )
+            })
+        })
+}
+
+/// Checks what is about to become of a token's own attributes.
+///
+/// # Errors
+/// [`ErrorKind::Invalid`] with a sentence of [`too_long`].
+pub fn check_token(own: &Attributes) -> Result<()> {
+    match too_long(own).next() {
+        Some(sentence) => Err(Error::new(ErrorKind::Invalid, sentence)),
+        None => Ok(()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -120,6 +176,37 @@ mod tests {
         let mut dated = object(Some(true), b"");
         dated.insert(0x110, Value::Bytes(b"20261123".to_vec()));
         assert!(check(None, &dated).is_ok());
+    }
+
+    #[test]
+    fn a_slot_is_what_strtoul_makes_of_the_last_eight_characters() {
+        for (serial, slot) in [
+            ("", 0),
+            ("1f", 0x1f),
+            ("0123456789abcdef", 0x09ab_cdef),
+            ("ffffffff7FFFFFFF", 0x7fff_ffff),
+            ("00000000ffffffff", 0x7fff_ffff),
+            ("abcd0x1f", 0xa_bcd0),
+            ("00000x1f", 0),
+            ("  0x1f", 0x1f),
+            ("-1", 0x7fff_ffff),
+            ("--1", 0),
+            ("no digits", 0),
+        ] {
+            assert_eq!(slot_id(serial.as_bytes()), slot, "{serial:?}");
+        }
+        assert_eq!(slot_id(b"1234\xff"), 0x1234);
+    }
+
+    #[test]
+    fn a_token_is_refused_what_does_not_fit_into_its_fields() {
+        for (label, serial, refused) in [(32, 16, 0), (33, 16, 1), (32, 17, 1), (33, 17, 2)] {
+            let mut own = Attributes::new();
+            own.insert(pkcs11::CKA_OS_TOKENLABEL, Value::Bytes(vec![b' '; label]));
+            own.insert(pkcs11::CKA_OS_TOKENSERIAL, Value::Bytes(vec![b'0'; serial]));
+            assert_eq!(too_long(&own).count(), refused);
+            assert_eq!(check_token(&own).is_ok(), refused == 0);
+        }
     }
 
     #[test]

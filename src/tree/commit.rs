@@ -228,11 +228,13 @@ impl Tree {
         self.update_store(&key, mtime, patience, &mut |attributes| {
             edit(attributes)?;
             match attributes.bytes(pkcs11::CKA_OS_TOKENSERIAL) {
-                Some(serial) if serials.contains(&slot_id(serial)) => Err(doubled_serial()),
+                Some(serial) if serials.contains(&validate::slot_id(serial)) => {
+                    Err(doubled_serial())
+                }
                 _ => Ok(()),
             }?;
             if *id == ObjectId::Token {
-                check_lengths(attributes)?;
+                validate::check_token(attributes)?;
             }
             Ok(())
         })?;
@@ -256,7 +258,7 @@ impl Tree {
             }) {
                 Ok(object) => {
                     let serial = object.attributes.bytes(pkcs11::CKA_OS_TOKENSERIAL);
-                    serials.push(slot_id(serial.unwrap_or_default()));
+                    serials.push(validate::slot_id(serial.unwrap_or_default()));
                 }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return Err(error),
                 Err(_) => {}
@@ -312,46 +314,6 @@ impl Tree {
             error
         })
     }
-}
-
-/// The number of the slot in which SoftHSM shows a token with this serial number: the last eight characters as a hexadecimal number of
-/// 31 bits, as `strtoul` reads them (`SlotManager`'s constructor).
-fn slot_id(serial: &[u8]) -> u64 {
-    let start = serial.len().saturating_sub(8);
-    let text = String::from_utf8_lossy(serial.get(start..).unwrap_or_default());
-    let text = text.trim_start().trim_start_matches(['+', '-']);
-    let text = text
-        .strip_prefix("0x")
-        .or(text.strip_prefix("0X"))
-        .unwrap_or(text);
-    let end = text
-        .find(|digit: char| !digit.is_ascii_hexdigit())
-        .unwrap_or(text.len());
-    let number = u64::from_str_radix(text.get(..end).unwrap_or_default(), 16);
-    number.unwrap_or(0) & 0x7fff_ffff
-}
-
-/// SoftHSM copies both into fields of this length (`CK_TOKEN_INFO`) without a look at how long they are, and every program that uses it
-/// would crash.
-fn check_lengths(own: &Attributes) -> Result<()> {
-    let longest = [
-        (pkcs11::CKA_OS_TOKENLABEL, "CKA_OS_TOKENLABEL", 32),
-        (pkcs11::CKA_OS_TOKENSERIAL, "CKA_OS_TOKENSERIAL", 16),
-    ];
-    for (attribute_type, name, most) in longest {
-        if own
-            .bytes(attribute_type)
-            .is_some_and(|value| value.len() > most)
-        {
-            return Err(Error::new(
-                ErrorKind::Invalid,
-                format!(
-                    "{name} has {most} bytes at most; more would make every program crash that uses SoftHSM"
-                ),
-            ));
-        }
-    }
-    Ok(())
 }
 
 /// SoftHSM's `SlotManager::insertToken` asserts that serial numbers differ, and ends the program otherwise.

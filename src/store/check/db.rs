@@ -1,14 +1,21 @@
 //! A token of the `db` backend.
 
+use std::path::Path;
 use std::sync::Arc;
 
+use nix::sys::stat::lstat;
+
+use super::finding::{RESTORE, hash};
 use super::object::{judge, judge_token};
+use super::slots::Slot;
 use super::{Category, Finding, Look, Remedy};
 use crate::diagnostics::Diagnostics;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::db::check::Problem;
-use crate::store::db::{DATABASE, DbToken};
-use crate::store::{ObjectId, Options, Token};
+use crate::store::db::{DATABASE, DbToken, journal_of};
+use crate::store::file::encode;
+use crate::store::metadata::Stamp;
+use crate::store::{Backend, ObjectId, Options, Token};
 
 /// Looks at the database.
 pub(super) fn look(look: &mut Look<'_>) {
@@ -16,9 +23,9 @@ pub(super) fn look(look: &mut Look<'_>) {
     match open(look).and_then(|token| database(look, &token)) {
         Ok(()) => {}
         Err(error) if error.kind() == ErrorKind::NotFound => {}
-        Err(error) if error.kind() == ErrorKind::Damaged => look
-            .report
-            .found(Finding::of_error(Category::Torn, &error), &path),
+        Err(error) if error.kind() == ErrorKind::Damaged => {
+            look.report.found(Finding::torn(&error), &path)
+        }
         Err(error) => look.report.failed(error, &path),
     }
 }
@@ -36,14 +43,22 @@ fn open(look: &Look<'_>) -> Result<DbToken> {
 
 fn database(look: &mut Look<'_>, token: &DbToken) -> Result<()> {
     let path = look.path.join(DATABASE);
-    for problem in token.examine(look.patience())? {
+    let stamp = |path: &Path| lstat(path).ok().map(|stat| Stamp::from(&stat));
+    let before = stamp(&path);
+    let examined = token.examine(look.patience())?;
+    look.rest = look
+        .rest
+        .filter(|_| !examined.in_use)
+        .map(|rest| hash(&(rest, before)));
+    for problem in examined.problems {
         let finding = match problem {
             Problem::HotJournal => Finding::new(
                 Category::Leftover,
                 "a writer crashed and left a journal, which the next one who opens the database for writing rolls back",
             )
+            .in_state(&stamp(&journal_of(&path)))
             .mended_by(Remedy::RollBack),
-            Problem::Damaged(detail) => Finding::new(Category::Torn, detail),
+            Problem::Damaged(detail) => Finding::new(Category::Torn, detail).advising(RESTORE),
             Problem::Odd(detail) => Finding::new(Category::Suspicious, detail),
         };
         let hot = finding.remedy.is_some();
@@ -57,6 +72,7 @@ fn database(look: &mut Look<'_>, token: &DbToken) -> Result<()> {
     look.report.objects = names.len();
     match token.object(&ObjectId::Token, look.patience()) {
         Ok(own) => {
+            look.slot = Some(Slot::of(Backend::Db, &own.attributes));
             for finding in judge_token(&own.attributes) {
                 look.report.found(finding, &path);
             }
@@ -72,9 +88,15 @@ fn database(look: &mut Look<'_>, token: &DbToken) -> Result<()> {
         };
         match token.object(&id, look.patience()) {
             Ok(object) => {
-                for mut finding in judge(&object.attributes, &[], None) {
+                let findings = judge(&object.attributes, &[], None);
+                if findings.is_empty() {
+                    continue;
+                }
+                // Its bytes, as a file would hold them.
+                let state = encode(0, &object.attributes);
+                for mut finding in findings {
                     finding.detail.insert_str(0, &of);
-                    look.report.found(finding, &path);
+                    look.report.found(finding.in_state(&state), &path);
                 }
             }
             // It was destroyed meanwhile.
@@ -88,7 +110,7 @@ fn database(look: &mut Look<'_>, token: &DbToken) -> Result<()> {
 fn wrong(look: &mut Look<'_>, of: &str, error: &Error) {
     let path = look.path.join(DATABASE);
     if error.kind() == ErrorKind::Damaged {
-        let mut finding = Finding::of_error(Category::Torn, error);
+        let mut finding = Finding::torn(error).in_state(&error.to_string());
         finding.detail.insert_str(0, of);
         look.report.found(finding, &path);
     } else {

@@ -9,8 +9,10 @@ use std::time::Duration;
 use nix::errno::Errno;
 use nix::sys::stat::fstat;
 
+use super::finding::COMPARE;
 use super::object::{Places, judge, judge_order, judge_token, places};
 use super::place::{GENERATION, Sort, with};
+use super::slots::Slot;
 use super::{Category, Finding, Look, Remedy, open_file};
 use crate::error::{Error, ErrorKind, Result};
 use crate::pkcs11::CKA_OS_TOKENSERIAL;
@@ -19,7 +21,7 @@ use crate::store::file::read::{LARGEST, Version, read_object};
 use crate::store::file::{LOCK_SUFFIX, OBJECT_SUFFIX, TOKEN_OBJECT};
 use crate::store::leftover::{JOURNAL_SUFFIX, NEW_SUFFIX};
 use crate::store::metadata::Stamp;
-use crate::store::{Patience, lock};
+use crate::store::{Backend, Patience, lock};
 
 /// `token.lock`.
 const TOKEN: &str = "token";
@@ -45,14 +47,16 @@ pub(super) fn look(look: &mut Look<'_>) {
 
 fn token(look: &mut Look<'_>) {
     let path = look.path.join(TOKEN_OBJECT);
-    let Some((attributes, places, _)) = content(look, OsStr::new(TOKEN_OBJECT), None) else {
+    let Some(content) = content(look, OsStr::new(TOKEN_OBJECT), None) else {
         return;
     };
-    for finding in judge_order(&places)
+    let attributes = content.attributes;
+    look.slot = Some(Slot::of(Backend::File, &attributes));
+    for finding in judge_order(&content.places)
         .into_iter()
         .chain(judge_token(&attributes))
     {
-        look.report.found(finding, &path);
+        look.report.found(finding.in_state(&content.stamp), &path);
     }
     if let Some(serial) = attributes.bytes(CKA_OS_TOKENSERIAL) {
         let name = look.name.to_string().replace('-', "");
@@ -68,22 +72,26 @@ fn token(look: &mut Look<'_>) {
 fn object(look: &mut Look<'_>, file: &OsStr, stem: &OsStr) {
     let path = look.path.join(file);
     let lock = with(stem, LOCK_SUFFIX);
-    let Some((attributes, places, size)) = content(look, file, Some(&lock)) else {
+    let Some(content) = content(look, file, Some(&lock)) else {
         return;
     };
-    let findings = judge_order(&places).into_iter();
-    for finding in findings.chain(judge(&attributes, &places, size)) {
-        look.report.found(finding, &path);
+    let findings = judge_order(&content.places).into_iter();
+    for finding in findings.chain(judge(&content.attributes, &content.places, content.size)) {
+        look.report.found(finding.in_state(&content.stamp), &path);
     }
 }
 
-/// What a file holds and where, and its size, if nothing follows the last attribute. What is wrong with the file itself is
-/// in the report; `None` if there is nothing more to say.
-fn content(
-    look: &mut Look<'_>,
-    file: &OsStr,
-    lock: Option<&OsStr>,
-) -> Option<(Attributes, Places, Option<u64>)> {
+/// What a file holds, and where.
+struct Content {
+    attributes: Attributes,
+    places: Places,
+    /// Of the file, in bytes, if nothing follows the last attribute.
+    size: Option<u64>,
+    stamp: Stamp,
+}
+
+/// What a file holds. What is wrong with the file itself is in the report; `None` if there is nothing more to say.
+fn content(look: &mut Look<'_>, file: &OsStr, lock: Option<&OsStr>) -> Option<Content> {
     let path = look.path.join(file);
     match versioned(look, file, lock) {
         Ok((version, bytes)) => match version.content {
@@ -96,17 +104,25 @@ fn content(
                     let detail = format!(
                         "{left} {noun} that are no attribute follow; SoftHSM ignores them, and attributes may have been lost; they begin"
                     );
-                    let finding = Finding::new(Category::Suspicious, detail).at_offset(offset);
+                    let finding = Finding::new(Category::Suspicious, detail)
+                        .at_offset(offset)
+                        .advising(COMPARE)
+                        .in_state(&version.stamp);
                     look.report.found(finding, &path);
                 }
                 if size.is_none() && decoded.attributes.is_empty() {
                     return None;
                 }
-                Some((decoded.attributes, places(&bytes), size))
+                Some(Content {
+                    attributes: decoded.attributes,
+                    places: places(&bytes),
+                    size,
+                    stamp: version.stamp,
+                })
             }
             Err(error) => {
-                look.report
-                    .found(Finding::of_error(Category::Torn, &error), &path);
+                let finding = Finding::torn(&error).in_state(&version.stamp);
+                look.report.found(finding, &path);
                 None
             }
         },
@@ -114,8 +130,7 @@ fn content(
         Err(error) if error.kind() == ErrorKind::NotFound => None,
         // It has more bytes than any object.
         Err(error) if error.kind() == ErrorKind::Damaged => {
-            look.report
-                .found(Finding::of_error(Category::Torn, &error), &path);
+            look.report.found(Finding::torn(&error), &path);
             None
         }
         Err(error) => {
@@ -220,7 +235,7 @@ fn generation(look: &mut Look<'_>) {
     let path = look.path.join(GENERATION);
     if look.entry(GENERATION).is_none() {
         let detail =
-            "SoftHSM counts creations and deletions in it; it makes a new one when it starts";
+            "SoftHSM counts in it what is made and deleted, and sessions that are open go by that";
         let finding = Finding::new(Category::Missing, detail).mended_by(Remedy::MakeGeneration);
         look.report.found(finding, &path);
         return;

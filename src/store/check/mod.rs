@@ -4,162 +4,54 @@
 //! SoftHSM's locks, with patience for a writer that has not finished, and databases without rolling anything back.
 //!
 //! A running SoftHSM makes and deletes objects in steps that each look like damage for a moment: an object without its lock file, a
-//! lock file without its object, an object that has the first of its attributes. So what looks wrong is looked at again a
-//! second later, and only what is still so is told ([`check`]).
+//! lock file without its object, an object that has the first of its attributes. Between two steps it may have to wait for its turn, and in
+//! a database that is others' turn for seconds, since SQLite gives it to whoever asks at the right moment. So what looks wrong is looked at
+//! again a second later, and told if it is still so, in the same state, and nobody has written into the token meanwhile. As long as somebody
+//! does, that is done again, for [`LONGEST`] at most; then what was there all the while is told ([`check`]).
 //!
 //! Lock order: that of the reader, `.lock` and then `.object`, both shared and for one read. No lock is held from one file to the next.
 //!
-//! - `object`: what attributes give away. `file`, `db`: a token of each backend. `place`: what is in a directory, and modes.
-//! - `repair`: mending.
+//! - `finding`: one thing that is wrong. `object`: what attributes give away. `file`, `db`: a token of each backend. `place`: what is in a directory, and modes.
+//! - `slots`: what tokens are to each other. `repair`: mending.
 
 mod db;
 mod file;
+mod finding;
 mod object;
 mod place;
 mod repair;
+mod slots;
 
+pub use finding::{Category, Finding, Remedy};
 pub use repair::{Repaired, repair};
 
+use std::collections::BTreeMap;
 use std::ffi::OsString;
-use std::fmt;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, openat};
 use nix::sys::stat::{Mode, fstat, fstatat};
 
+use self::finding::{MOVE, RESTORE, hash};
 use self::place::{Entry, Sort};
+use self::slots::Slot;
 use super::db::uuid::is_uuid;
 use super::file::TOKEN_OBJECT;
 use super::file::read::SETTLED;
+use super::metadata::Stamp;
 use super::tokendir::{DATABASE, is_staging};
 use super::{Backend, Patience, Store, TokenName};
 use crate::error::{Error, ErrorKind, Result};
 
-/// What sort of thing is wrong.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Category {
-    /// It does not hold what the format allows: SoftHSM has no such object, or no such token.
-    Torn,
-    /// SoftHSM takes it, and would not have written it.
-    Suspicious,
-    /// SoftHSM needs it, and it is not there.
-    Missing,
-    /// It lets in more users than the mask allows.
-    Lax,
-    /// Of the backend that SoftHSM is not configured for.
-    Unreadable,
-    /// From a write that a crash has cut short.
-    Leftover,
-    /// Nothing that belongs into a store.
-    Foreign,
-}
+/// How long a token that others write all the while is looked at again. A SoftHSM has been seen to wait 3 s for its turn on a busy
+/// machine, and to wait ten times as long is out of reach: each tenth of a second it has a good chance.
+pub const LONGEST: Duration = Duration::from_secs(30);
 
-impl fmt::Display for Category {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Torn => "torn",
-            Self::Suspicious => "suspicious",
-            Self::Missing => "missing",
-            Self::Lax => "lax",
-            Self::Unreadable => "unreadable",
-            Self::Leftover => "leftover",
-            Self::Foreign => "foreign",
-        })
-    }
-}
-
-/// How something is mended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Remedy {
-    /// By [`Store::recover`].
-    Recover,
-    /// By SQLite, when the database is opened for writing.
-    RollBack,
-    /// The file, which is a lock file, is made.
-    MakeLock,
-    /// The file, which is a lock file, is removed.
-    RemoveLock,
-    /// The directory, which is empty, is removed.
-    RemoveDirectory,
-    /// The file, which is the token's generation, is made.
-    MakeGeneration,
-    /// These bits are taken away from the mode.
-    TakeBits(u32),
-}
-
-/// One thing that is wrong.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Finding {
-    /// What sort of thing.
-    pub category: Category,
-    /// Of the file or directory.
-    pub path: PathBuf,
-    /// In the file, in bytes, where there is one.
-    pub offset: Option<u64>,
-    /// A sentence without a full stop, and without the value of an attribute.
-    pub detail: String,
-    /// How [`repair()`] mends it, if it does.
-    pub remedy: Option<Remedy>,
-}
-
-impl Finding {
-    fn new(category: Category, detail: impl Into<String>) -> Self {
-        Self {
-            category,
-            path: PathBuf::new(),
-            offset: None,
-            detail: detail.into(),
-            remedy: None,
-        }
-    }
-
-    /// What an error of the content is, as a finding.
-    fn of_error(category: Category, error: &Error) -> Self {
-        Self {
-            offset: error.offset(),
-            ..Self::new(category, error.detail())
-        }
-    }
-
-    fn at(mut self, path: impl Into<PathBuf>) -> Self {
-        self.path = path.into();
-        self
-    }
-
-    fn at_offset(mut self, offset: u64) -> Self {
-        self.offset = Some(offset);
-        self
-    }
-
-    fn mended_by(mut self, remedy: Remedy) -> Self {
-        self.remedy = Some(remedy);
-        self
-    }
-
-    /// Whether both are about the same thing. What is torn may be so in another way meanwhile; of what is suspicious in a database,
-    /// the sentence says which object it is.
-    #[must_use]
-    pub fn same(&self, other: &Self) -> bool {
-        (self.category, &self.path) == (other.category, &other.path)
-            && (self.detail == other.detail || self.category == Category::Torn)
-    }
-}
-
-impl fmt::Display for Finding {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // As an error is shown: one line, whatever is in the path.
-        let path = self.path.display().to_string();
-        write!(f, "{}: {}: ", path.escape_debug(), self.category)?;
-        f.write_str(&self.detail.replace('\n', "\\n"))?;
-        if let Some(offset) = self.offset {
-            write!(f, " at byte {offset}")?;
-        }
-        Ok(())
-    }
-}
+/// What to do about a token of another backend.
+const CONFIGURE: &str = "see objectstore.backend, or move it to a store of its own";
 
 /// What to look at, and what to hold it against.
 #[derive(Clone, Debug)]
@@ -168,10 +60,10 @@ pub struct Settings {
     pub only: Vec<OsString>,
     /// The backend that SoftHSM is configured for, if that is known.
     pub configured: Option<Backend>,
-    /// The bits that no mode may have: the effective mask.
+    /// The bits that no mode may have: `objectstore.umask`. The umask of this process says nothing of the store.
     pub mask: u32,
-    /// Those of them that the configuration forbids, and not the umask of this process alone. Only these are taken away.
-    pub configured_mask: u32,
+    /// How long a token that others write all the while is looked at again: [`LONGEST`].
+    pub longest: Duration,
 }
 
 /// What was found.
@@ -219,36 +111,42 @@ impl Report {
 pub fn check(store: &Store, settings: &Settings) -> Result<Report> {
     let names = directories(store, settings)?;
     let mut report = Report::default();
+    let mut slots = BTreeMap::new();
+    let mut done = |name: &TokenName, looked: Looked| {
+        report.append(looked.report);
+        slots.extend(looked.slot.map(|slot| (name.clone(), slot)));
+    };
     let mut again = Vec::new();
     for name in &names {
         let looked = look(store, settings, name);
-        if looked.findings.iter().any(passes) || !looked.failures.is_empty() {
+        if looked.report.findings.iter().any(Finding::passes) || !looked.report.failures.is_empty()
+        {
             again.push((name, looked));
         } else {
-            report.append(looked);
+            done(name, looked);
         }
     }
-    if !again.is_empty() {
+    let deadline = Instant::now() + settings.longest;
+    while !again.is_empty() {
         // Since the last look at any of them.
         std::thread::sleep(SETTLED + Duration::from_millis(50));
+        let last = Instant::now() >= deadline;
+        for (name, before) in std::mem::take(&mut again) {
+            let mut looked = look(store, settings, name);
+            looked.keep(&before);
+            if last || looked.is_certain(&before) {
+                done(name, looked);
+            } else {
+                again.push((name, looked));
+            }
+        }
     }
-    for (name, before) in again {
-        let mut looked = look(store, settings, name);
-        looked
-            .findings
-            .retain(|finding| before.findings.iter().any(|earlier| earlier.same(finding)));
-        report.append(looked);
-    }
+    slots::look(store, settings, &slots, &mut report)?;
     report.findings.sort_by(|a, b| {
         (&a.path, a.offset, a.category, &a.detail).cmp(&(&b.path, b.offset, b.category, &b.detail))
     });
     report.notes.sort();
     Ok(report)
-}
-
-/// Whether a finding may be a step on the way of a writer, which passes. Modes may, too: a file is made before it has its own.
-fn passes(finding: &Finding) -> bool {
-    finding.category != Category::Unreadable
 }
 
 /// The names in the tokendir that are to be looked at, in order.
@@ -283,6 +181,34 @@ fn directories(store: &Store, settings: &Settings) -> Result<Vec<TokenName>> {
     Ok(names)
 }
 
+/// What one look at a directory came to.
+#[derive(Default)]
+struct Looked {
+    report: Report,
+    /// By which it is known whether somebody makes or removes objects between two looks; `None` if somebody was writing.
+    rest: Option<u64>,
+    /// If it is a token that SoftHSM can open.
+    slot: Option<Slot>,
+}
+
+impl Looked {
+    /// Leaves out what was not there the time before.
+    fn keep(&mut self, before: &Self) {
+        let was = |finding: &Finding| before.report.findings.iter().any(|it| it.same(finding));
+        self.report.findings.retain(was);
+    }
+
+    /// Whether nothing that was found can be a step on somebody's way.
+    fn is_certain(&self, before: &Self) -> bool {
+        let at_rest = self.rest.is_some() && self.rest == before.rest;
+        self.report.findings.iter().all(|finding| {
+            let was = |it: &Finding| it.unchanged(finding);
+            !finding.passes()
+                || ((at_rest || !finding.waits()) && before.report.findings.iter().any(was))
+        })
+    }
+}
+
 /// What a look at a directory needs.
 struct Look<'a> {
     store: &'a Store,
@@ -292,11 +218,23 @@ struct Look<'a> {
     directory: OwnedFd,
     entries: Vec<Entry>,
     report: Report,
+    /// As [`Looked::rest`].
+    rest: Option<u64>,
+    /// As [`Looked::slot`].
+    slot: Option<Slot>,
 }
 
 impl Look<'_> {
     fn patience(&self) -> Patience {
         Patience::at_most(self.store.options().lock_wait)
+    }
+
+    fn done(self) -> Looked {
+        Looked {
+            report: self.report,
+            rest: self.rest,
+            slot: self.slot,
+        }
     }
 
     fn has(&self, name: &str, sort: Sort) -> bool {
@@ -309,16 +247,18 @@ impl Look<'_> {
 }
 
 /// One look at one directory of the tokendir.
-fn look(store: &Store, settings: &Settings, name: &TokenName) -> Report {
+fn look(store: &Store, settings: &Settings, name: &TokenName) -> Looked {
     let path = store.path().join(name.as_os_str());
-    let mut report = Report::default();
     match look_inside(store, settings, name, &path) {
-        Ok(inside) => report = inside,
+        Ok(inside) => inside,
         // It was deleted meanwhile.
-        Err(error) if error.kind() == ErrorKind::NotFound => {}
-        Err(error) => report.failed(error, &path),
+        Err(error) if error.kind() == ErrorKind::NotFound => Looked::default(),
+        Err(error) => {
+            let mut looked = Looked::default();
+            looked.report.failed(error, &path);
+            looked
+        }
     }
-    report
 }
 
 fn look_inside(
@@ -326,7 +266,7 @@ fn look_inside(
     settings: &Settings,
     name: &TokenName,
     path: &Path,
-) -> Result<Report> {
+) -> Result<Looked> {
     let mut report = Report::default();
     let stat = fstatat(
         store.directory(),
@@ -339,9 +279,12 @@ fn look_inside(
         let target = fstatat(store.directory(), name.as_os_str(), AtFlags::empty());
         if target.is_ok_and(|target| super::metadata::is_directory(&target)) {
             let detail = "this is a symbolic link to a directory, and SoftHSM follows none";
-            report.found(Finding::new(Category::Foreign, detail), path);
+            report.found(Finding::new(Category::Foreign, detail).advising(MOVE), path);
         }
-        return Ok(report);
+        return Ok(Looked {
+            report,
+            ..Looked::default()
+        });
     }
     let directory = openat(store.directory(), name.as_os_str(), flags, Mode::empty())
         .map_err(|errno| Error::system("open", errno))?;
@@ -355,6 +298,8 @@ fn look_inside(
         directory,
         entries,
         report,
+        rest: Some(hash(&Stamp::from(&stat))),
+        slot: None,
     };
     let building = place::marks(&mut look);
     let backend = match [
@@ -372,13 +317,13 @@ fn look_inside(
         let path = look.path.clone();
         let finding = Finding::new(Category::Leftover, detail).mended_by(Remedy::Recover);
         look.report.found(finding, &path);
-        return Ok(look.report);
+        return Ok(look.done());
     }
     let Some(backend) = backend else {
         if !building {
             no_token(&mut look);
         }
-        return Ok(look.report);
+        return Ok(look.done());
     };
     look.report.tokens = 1;
     place::judge_mode(&mut look, path, &stat);
@@ -387,8 +332,10 @@ fn look_inside(
             "a token of the backend {backend}, and SoftHSM is configured for {configured}, with which it does not see this one"
         );
         let path = look.path.clone();
-        look.report
-            .found(Finding::new(Category::Unreadable, detail), &path);
+        look.report.found(
+            Finding::new(Category::Unreadable, detail).advising(CONFIGURE),
+            &path,
+        );
     }
     second_token(&mut look, backend);
     place::strangers(&mut look);
@@ -402,7 +349,7 @@ fn look_inside(
     let sentence = format!("a token of the backend {backend}, {count} {objects}");
     let path = look.path.clone();
     look.report.note(&path, sentence);
-    Ok(look.report)
+    Ok(look.done())
 }
 
 /// A directory that holds tokens of both backends: SoftHSM sees one of them.
@@ -413,11 +360,13 @@ fn second_token(look: &mut Look<'_>, backend: Backend) {
     };
     if look.entry(file).is_some() {
         let detail = format!(
-            "the directory holds a token of the backend {backend} too, and SoftHSM sees only that with its configuration for {backend}, not this one of {other}"
+            "a token of the backend {other}, beside one of {backend} in the same directory, which is the only one that SoftHSM sees as it is configured"
         );
         let path = look.path.join(file);
-        look.report
-            .found(Finding::new(Category::Unreadable, detail), &path);
+        look.report.found(
+            Finding::new(Category::Unreadable, detail).advising(CONFIGURE),
+            &path,
+        );
     }
 }
 
@@ -454,6 +403,7 @@ fn no_token(look: &mut Look<'_>) {
                 "the directory holds {objects} and no token.object, so that SoftHSM sees none of them"
             ),
         )
+        .advising(RESTORE)
     } else if look.entries.is_empty() && look.name.as_os_str().to_str().is_some_and(is_uuid) {
         // Both SoftHSM and tokenfs begin with it.
         let detail = "an empty directory, left when a token was being made or removed";
@@ -463,6 +413,7 @@ fn no_token(look: &mut Look<'_>) {
             Category::Foreign,
             "this directory is no token, and SoftHSM tries to open it as one each time that it starts",
         )
+        .advising(MOVE)
     };
     look.report.found(finding, &path);
 }

@@ -6,6 +6,7 @@
 //! missing was made that way by somebody. When SoftHSM lists a token it fills up what is missing with defaults, in cut objects
 //! as well; then only a key without its material is left to be noticed.
 
+use super::finding::{COMPARE, RESTORE};
 use super::{Category, Finding};
 use crate::pkcs11::{
     self, CKA_ALLOWED_MECHANISMS, CKA_CERTIFICATE_TYPE, CKA_CLASS, CKA_COPYABLE, CKA_DESTROYABLE,
@@ -14,7 +15,7 @@ use crate::pkcs11::{
     CKO_DOMAIN_PARAMETERS, CKO_PRIVATE_KEY, CKO_PUBLIC_KEY, CKO_SECRET_KEY,
 };
 use crate::store::attribute::{AttributeType, Attributes, Value};
-use crate::store::validate::is_possible_ciphertext;
+use crate::store::validate::{is_possible_ciphertext, too_long};
 
 /// What every object of SoftHSM's has (`P11Object::init`).
 const OF_ALL: &[AttributeType] = &[
@@ -26,6 +27,9 @@ const OF_ALL: &[AttributeType] = &[
     CKA_COPYABLE,
     CKA_DESTROYABLE,
 ];
+
+/// What to do about an object that keeps SoftHSM from all others.
+const RESTORE_OR_REMOVE: &str = "bring the object back from a backup, or remove it";
 
 /// What SoftHSM never encrypts.
 const DATES: [AttributeType; 2] = [pkcs11::CKA_START_DATE, pkcs11::CKA_END_DATE];
@@ -162,7 +166,7 @@ pub(super) fn judge_order(places: &[(AttributeType, u64)]) -> Vec<Finding> {
             "{} is stored more than once, as SoftHSM never does; the last one counts; the next",
             name(*attribute_type)
         );
-        findings.push(Finding::suspicious(detail).at_offset(*at));
+        findings.push(Finding::suspicious(detail).advising(COMPARE).at_offset(*at));
     }
     let descent = places
         .iter()
@@ -170,11 +174,11 @@ pub(super) fn judge_order(places: &[(AttributeType, u64)]) -> Vec<Finding> {
         .find(|((before, _), (after, _))| after < before);
     if let Some(((before, _), (after, at))) = descent {
         let detail = format!(
-            "{} follows {}, and SoftHSM never writes them in that order; the file was not written by it, or is damaged",
+            "{} follows {}, and SoftHSM never writes them in that order; the file is damaged, or another program wrote it; the first one out of order begins",
             name(*after),
             name(*before)
         );
-        findings.push(Finding::suspicious(detail).at_offset(*at));
+        findings.push(Finding::suspicious(detail).advising(COMPARE).at_offset(*at));
     }
     findings
 }
@@ -189,23 +193,27 @@ pub(super) fn judge(
     let mut findings = Vec::new();
     if attributes.is_empty() {
         let detail = "the object has no attributes at all; it was never finished, or was cut off";
-        let finding = Finding::suspicious(detail);
-        return vec![match whole {
-            Some(size) => finding.at_offset(size),
-            None => finding,
-        }];
+        let finding = match whole {
+            Some(size) => Finding::suspicious(format!("{detail}; the file ends")).at_offset(size),
+            None => Finding::suspicious(detail),
+        };
+        return vec![finding.advising(COMPARE)];
     }
     let cut = whole.and_then(|size| Some((size, cut(attributes)?)));
     if let Some((size, (last, missing))) = cut {
         findings.push(cut_off(size, last, &missing));
     } else if attributes.ulong(CKA_CLASS).is_none() {
-        findings.push(Finding::suspicious(
-            "the object has no CKA_CLASS, and SoftHSM refuses to use one without",
-        ));
+        findings.push(
+            Finding::suspicious(
+                "the object has no CKA_CLASS, and SoftHSM refuses to use one without",
+            )
+            .advising(COMPARE),
+        );
     } else if let Some(material) = lost_material(attributes) {
         findings.push(Finding::suspicious(format!(
             "{material} is empty, so the key or certificate is of no use; SoftHSM fills up an object that was cut off with such values"
-        )));
+        ))
+        .advising(RESTORE));
     }
     findings.extend(no_ciphertext(attributes, places));
     findings
@@ -246,6 +254,7 @@ fn cut_off(size: u64, last: AttributeType, missing: &[AttributeType]) -> Finding
         name(last)
     ))
     .at_offset(size)
+    .advising(COMPARE)
 }
 
 /// What a key or a certificate cannot be without, if it is stored and empty.
@@ -289,7 +298,7 @@ fn no_ciphertext(attributes: &Attributes, places: &[(AttributeType, u64)]) -> Ve
             name(attribute_type),
             bytes.len()
         );
-        let finding = Finding::suspicious(detail);
+        let finding = Finding::suspicious(detail).advising(RESTORE_OR_REMOVE);
         // Of a type that is repeated the last one counts.
         let place = places.iter().rfind(|(stored, _)| *stored == attribute_type);
         findings.push(match place {
@@ -316,11 +325,14 @@ pub(super) fn judge_token(attributes: &Attributes) -> Vec<Finding> {
     .iter()
     .filter_map(has)
     .collect();
-    if missing.is_empty() {
-        return Vec::new();
+    let mut findings: Vec<Finding> = too_long(attributes)
+        .map(|sentence| Finding::suspicious(sentence + "; write a shorter one through a mount"))
+        .collect();
+    if !missing.is_empty() {
+        let detail = format!("the token lacks {}", missing.join(", "));
+        findings.push(Finding::suspicious(detail).advising(RESTORE));
     }
-    let detail = format!("the token lacks {}", missing.join(", "));
-    vec![Finding::suspicious(detail)]
+    findings
 }
 
 /// How a sentence calls an attribute.

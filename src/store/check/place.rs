@@ -10,6 +10,7 @@ use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag};
 use nix::sys::stat::{FileStat, Mode, fstatat};
 
+use super::finding::MOVE;
 use super::{Category, Finding, Look, Remedy, open_file};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::db::DATABASE;
@@ -152,8 +153,8 @@ pub(super) fn strangers(look: &mut Look<'_>) {
             let detail = format!(
                 "this is {what}; SoftHSM ignores it{object}, and cannot delete a token with it inside"
             );
-            look.report
-                .found(Finding::new(Category::Foreign, detail), &path);
+            let finding = Finding::new(Category::Foreign, detail).advising(MOVE);
+            look.report.found(finding, &path);
             continue;
         }
         let written = [
@@ -186,8 +187,8 @@ pub(super) fn strangers(look: &mut Look<'_>) {
         if !is_object && bytes.windows(ending.len()).any(|part| part == ending) {
             let detail =
                 "this looks like a copy of an object, or a part of one; SoftHSM ignores it";
-            look.report
-                .found(Finding::new(Category::Foreign, detail), &path);
+            let finding = Finding::new(Category::Foreign, detail).advising(MOVE);
+            look.report.found(finding, &path);
         }
     }
 }
@@ -246,19 +247,12 @@ pub(super) fn judge_mode(look: &mut Look<'_>, path: &Path, stat: &FileStat) {
         Ok(1..) | Err(rustix::io::Errno::RANGE) => " (by an access control list)",
         _ => "",
     };
-    let certain = forbidden & settings.configured_mask;
-    let whose = if certain == forbidden {
-        ""
-    } else {
-        ", which is partly the umask of this process"
-    };
     let detail = format!(
-        "its mode is {mode:04o}{by_list}, and the mask {:04o} forbids {forbidden:04o} of that{whose}",
+        "its mode is {mode:04o}{by_list}, and the mask {:04o} forbids {forbidden:04o} of that",
         settings.mask
     );
-    let mut finding = Finding::new(Category::Lax, detail);
-    if certain != 0 {
-        finding = finding.mended_by(Remedy::TakeBits(certain));
-    }
+    let finding = Finding::new(Category::Lax, detail)
+        .in_state(&(stat.st_dev, stat.st_ino))
+        .mended_by(Remedy::TakeBits(forbidden));
     look.report.found(finding, path);
 }

@@ -32,16 +32,41 @@ pub(crate) enum Problem {
     Odd(String),
 }
 
+/// What SQLite has to say.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Examined {
+    /// What is wrong.
+    pub problems: Vec<Problem>,
+    /// Whether a transaction was going on that writes.
+    pub in_use: bool,
+}
+
+/// What a journal beside the database means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Journal {
+    /// There is none, or none that counts.
+    None,
+    /// Of a transaction that goes on.
+    InUse,
+    /// Nobody uses it, and it has to be rolled back.
+    Left,
+}
+
 impl DbToken {
     /// Has SQLite check the database, and says what the rows as a whole have against them. Writes nothing, whatever the
     /// token's options are.
     ///
     /// # Errors
     /// As [`crate::store::Token::list`], except that a left journal is a [`Problem`].
-    pub(crate) fn examine(&self, patience: Patience) -> Result<Vec<Problem>> {
+    pub(crate) fn examine(&self, patience: Patience) -> Result<Examined> {
         let (mut pause, longest) = PAUSES;
-        if self.left_journal(patience)? {
-            return Ok(vec![Problem::HotJournal]);
+        let hot = || Examined {
+            problems: vec![Problem::HotJournal],
+            in_use: false,
+        };
+        let journal = self.journal(patience)?;
+        if journal == Journal::Left {
+            return Ok(hot());
         }
         let mut problems = loop {
             match self.examine_once() {
@@ -55,7 +80,7 @@ impl DbToken {
                     if error.kind() == ErrorKind::Damaged
                         && lstat(&journal_of(&self.path)).is_ok() =>
                 {
-                    return Ok(vec![Problem::HotJournal]);
+                    return Ok(hot());
                 }
                 Err(Failure::Content(error) | Failure::Other(error)) => return Err(error),
             }
@@ -78,39 +103,42 @@ impl DbToken {
             Err(error) if intact || error.kind() != ErrorKind::Damaged => return Err(error),
             Err(_) => {}
         }
-        Ok(problems)
+        Ok(Examined {
+            problems,
+            in_use: journal == Journal::InUse,
+        })
     }
 
-    /// Whether there is a journal that nobody uses and that has to be rolled back. SQLite, too, would say so; but as root it gives
+    /// Whether there is a journal, and whether that has to be rolled back. SQLite, too, would say so; but as root it gives
     /// each journal that it opens to the owner of the database (`unixOpen` in its `os_unix.c`), and nothing is to be changed here.
     ///
     /// This opens the database beside SQLite, and closing it would drop SQLite's locks in this process. So it is not done while
     /// the token has a connection, and there must be no other one: this is for `tokenfs check` and no server.
-    fn left_journal(&self, patience: Patience) -> Result<bool> {
+    fn journal(&self, patience: Patience) -> Result<Journal> {
         let path = journal_of(&self.path);
         let failed = |what, errno| Error::system(what, errno).at(&path);
         let before = match lstat(&path) {
             Ok(stat) => stat,
-            Err(Errno::ENOENT) => return Ok(false),
+            Err(Errno::ENOENT) => return Ok(Journal::None),
             Err(errno) => return Err(failed("stat", errno)),
         };
         let slot = self.connection.lock(patience, TAKEN);
         let slot = slot.map_err(|error| error.at(&self.path))?;
         if slot.database.is_some() || !is_file(&before) {
-            return Ok(false);
+            return Ok(Journal::None);
         }
         let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
         let journal = match open(&path, flags, Mode::empty()) {
             Ok(journal) => journal,
             // Committed meanwhile.
-            Err(Errno::ENOENT) => return Ok(false),
+            Err(Errno::ENOENT) => return Ok(Journal::None),
             Err(errno) => return Err(failed("open", errno)),
         };
         let mut first = [0];
         let length = read(&journal, &mut first).map_err(|errno| failed("read", errno))?;
         // Such a journal is none for SQLite (`hasHotJournal` in its `pager.c`).
         if length == 0 || first == [0] {
-            return Ok(false);
+            return Ok(Journal::None);
         }
         stat(&self.path)?;
         let database = open(&self.path, flags, Mode::empty())
@@ -125,12 +153,16 @@ impl DbToken {
         fcntl(&database, FcntlArg::F_OFD_GETLK(&mut lock))
             .map_err(|errno| Error::system("lock", errno).at(&self.path))?;
         if lock.l_type != libc::F_UNLCK as libc::c_short {
-            // Of a transaction that goes on.
-            return Ok(false);
+            return Ok(Journal::InUse);
         }
         // A commit deletes the journal first and unlocks then, and the next transaction makes a new one.
-        Ok(lstat(&path)
-            .is_ok_and(|after| (after.st_dev, after.st_ino) == (before.st_dev, before.st_ino)))
+        let is_same = lstat(&path)
+            .is_ok_and(|after| (after.st_dev, after.st_ino) == (before.st_dev, before.st_ino));
+        Ok(if is_same {
+            Journal::Left
+        } else {
+            Journal::None
+        })
     }
 
     fn examine_once(&self) -> Result<Vec<Problem>, Failure> {
@@ -179,9 +211,12 @@ fn references(connection: &Connection) -> rusqlite::Result<Vec<Problem>> {
         .map(|(table, (count, first))| {
             let first =
                 first.map_or_else(String::new, |row| format!(", the first of them row {row}"));
-            let rows = if count == 1 { "row" } else { "rows" };
+            let (rows, belong) = match count {
+                1 => ("row", "belongs"),
+                _ => ("rows", "belong"),
+            };
             Problem::Odd(format!(
-                "{count} {rows} in {table} belong to no object{first}; SoftHSM never sees them"
+                "{count} {rows} in {table} {belong} to no object{first}; SoftHSM never sees them, and nothing is lost with them"
             ))
         })
         .collect())

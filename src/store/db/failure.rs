@@ -113,7 +113,7 @@ pub(super) fn cannot_write(path: &Path) -> Option<Error> {
 }
 
 /// The journal that belongs to a database.
-pub(super) fn journal_of(path: &Path) -> std::path::PathBuf {
+pub(crate) fn journal_of(path: &Path) -> std::path::PathBuf {
     let mut journal = path.as_os_str().to_owned();
     journal.push("-journal");
     journal.into()

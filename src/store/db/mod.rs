@@ -45,7 +45,8 @@ use nix::sys::stat::{FileStat, SFlag, lstat};
 
 use self::connection::{Database, Stamp, stat};
 use self::exclusive::Exclusive;
-use self::failure::{Failure, journal_of};
+use self::failure::Failure;
+pub(crate) use self::failure::journal_of;
 use self::read::{Outcome, Seen, Version};
 use self::snapshot::Snapshot;
 use self::uuid::Derived;

@@ -1,0 +1,124 @@
+//! `tokenfs check` exits with 1 if something is left and with 2 if it could not look, and says which and why; with 0 otherwise, as the other tests
+//! of it have it.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
+
+mod check_common;
+mod support;
+
+use std::fs;
+use std::time::{Duration, Instant};
+
+use check_common::*;
+use support::*;
+
+#[test]
+fn what_could_not_be_mended_is_exit_code_1_and_says_why() {
+    let (softhsm, client, object) = with_object();
+    drop(client);
+    give(softhsm.directory.path(), ALICE);
+    let lock = object.with_extension("lock");
+    let as_alice = |arguments: &[&str]| {
+        let mut command = tokenfs_as(ALICE);
+        command.args(["check", "--config"]).arg(&softhsm.conf);
+        Checked::of(command.args(arguments))
+    };
+    // The one she can mend, of the other she is not the owner.
+    set_mode(&object, 0o644);
+    set_mode(&lock, 0o666);
+    give(&lock, BOB);
+    let repaired = as_alice(&["--repair"]);
+    assert_eq!(repaired.code, 1, "{repaired:#?}");
+    assert_eq!(
+        repaired.summary(),
+        "1 token, 1 object: 2 findings, 1 mended"
+    );
+    assert!(
+        repaired.of_path(&object).ends_with(" (mended)"),
+        "{repaired:#?}"
+    );
+    let line = repaired.of_path(&lock);
+    assert!(line.ends_with(" (could not be mended)"), "{line}");
+    let path = lock.to_str().unwrap();
+    assert!(
+        repaired.err.contains(path) && repaired.err.contains("not permitted"),
+        "{repaired:#?}"
+    );
+
+    // What cannot be looked at counts for more.
+    set_mode(&object, 0o600);
+    give(&object, BOB);
+    assert_eq!(as_alice(&["--repair"]).code, 2);
+    give(&object, ALICE);
+    give(&lock, ALICE);
+    let repaired = as_alice(&["--repair"]);
+    assert_eq!(
+        (repaired.code, repaired.err.as_str()),
+        (0, ""),
+        "{repaired:#?}"
+    );
+    assert_eq!(as_alice(&[]).code, 0);
+}
+
+#[test]
+fn what_cannot_be_looked_at_is_exit_code_2() {
+    let (softhsm, _client, object) = with_object();
+    let missing = Checked::of(tokenfs().args(["check", "--tokendir", "/nonexistent/tokens"]));
+    let unknown = check(&softhsm, &["nobody"]);
+    let wrong = check(&softhsm, &["--backend", "sql"]);
+    softhsm.configure("objectstore.umask = 99\n");
+    let umask = check(&softhsm, &[]);
+    softhsm.configure("");
+    for (what, checked) in [
+        ("missing", missing),
+        ("unknown", unknown),
+        ("wrong", wrong),
+        ("umask", umask),
+    ] {
+        assert_eq!(
+            (checked.code, checked.out.as_str()),
+            (2, ""),
+            "{what}: {checked:#?}"
+        );
+        assert!(!checked.err.is_empty(), "{what}");
+    }
+
+    // One object is locked, of another the lock file is missing: both are said, and 2 is the code.
+    let held = hold(&object);
+    fs::remove_file(object.with_extension("lock")).unwrap();
+    let start = Instant::now();
+    let checked = check(&softhsm, &[]);
+    assert!(start.elapsed() < Duration::from_secs(20));
+    assert_eq!(checked.code, 2, "{checked:#?}");
+    assert!(
+        checked.err.contains(object.to_str().unwrap()),
+        "{checked:#?}"
+    );
+    assert!(
+        checked
+            .of_path(&object.with_extension("lock"))
+            .starts_with("missing: ")
+    );
+    assert!(
+        checked.summary().ends_with("1 could not be looked at"),
+        "{checked:#?}"
+    );
+    drop(held);
+}
+
+both_backends! {
+    fn a_token_that_may_not_be_read_is_exit_code_2_and_the_rest_is_told(backend) {
+        let softhsm = Softhsm::golden(Golden::V2_6_1, backend);
+        give(softhsm.directory.path(), ALICE);
+        let tokens = softhsm.token_directories();
+        give(&tokens[0], BOB);
+        let checked = Checked::of(
+            tokenfs_as(ALICE)
+                .args(["check", "--config"])
+                .arg(&softhsm.conf),
+        );
+        assert_eq!(checked.code, 2, "{checked:#?}");
+        assert!(checked.err.contains(tokens[0].to_str().unwrap()), "{checked:#?}");
+        assert!(checked.summary().starts_with("3 tokens, "), "{checked:#?}");
+        assert!(!checked.summary().contains("clean"), "{checked:#?}");
+    }
+}
