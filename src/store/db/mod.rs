@@ -284,7 +284,9 @@ impl DbToken {
     /// What is known of the file that `stat` was taken of, if that is certain.
     fn cached(&self, stat: &FileStat) -> Option<Result<Arc<Snapshot>>> {
         let cached = self.lock_cache().clone()?;
-        let holds = cached.settled && cached.stamp == Stamp::of(stat);
+        // Nobody else writes what is being built, and what we write is remembered.
+        let certain = cached.settled || self.built;
+        let holds = certain && cached.stamp == Stamp::of(stat);
         holds.then(|| cached.content.clone().map(|(_, snapshot)| snapshot))
     }
 
