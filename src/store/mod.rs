@@ -174,6 +174,23 @@ pub struct NewObject {
     pub mtime: Option<SystemTime>,
 }
 
+/// What a backend says of an object that is to go for its damage and has none.
+fn undamaged() -> Error {
+    Error::new(
+        ErrorKind::NotEmpty,
+        "the object is not damaged, and there is something in it",
+    )
+}
+
+/// What the diagnostics say when a damaged object is gone.
+fn replaced_damaged(name: &ObjectName, damage: &Error, new: Option<&NewObject>) -> String {
+    let done = match new {
+        None => "removed",
+        Some(_) => "put a new one in the place of",
+    };
+    format!("{done} the damaged object {name}, with all that could not be read of it ({damage})")
+}
+
 /// What has a mode, an owner and times of its own.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Target {
@@ -252,6 +269,18 @@ pub trait Token: Send + Sync + fmt::Debug {
     /// # Errors
     /// [`ErrorKind::NotFound`]; otherwise as [`Token::update`].
     fn remove(&self, name: &ObjectName, patience: Patience) -> Result<()>;
+
+    /// Takes a damaged object away as a whole, and puts `new` in its place, if there is one, in the same step. What there was is lost, and
+    /// the diagnostics say so. An object that is not damaged, or not any more, stays as it is.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotEmpty`] if it is not damaged; [`ErrorKind::NotFound`]; otherwise as [`Token::create`].
+    fn replace_damaged(
+        &self,
+        name: &ObjectName,
+        new: Option<&NewObject>,
+        patience: Patience,
+    ) -> Result<()>;
 
     /// Gives an object another name, which no object has: it is what it is at that moment under its locks, damaged or not, and
     /// keeps its times, mode and owner. It is there under exactly one of the two names at every moment, after a crash too, and

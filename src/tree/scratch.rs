@@ -44,6 +44,8 @@ pub(super) struct Entry {
     pub ctime: SystemTime,
     /// The attribute that it has been renamed to: what is written into it from then on belongs there.
     pub becomes: Option<Node>,
+    /// It was an object that could not be read, so that nothing of it is here.
+    pub was_damaged: bool,
     /// The object in whose directory it is: who writes into it is at work on that.
     pub object: Option<Key>,
 }
@@ -150,6 +152,7 @@ impl Scratch {
             given: None,
             ctime: now,
             becomes: None,
+            was_damaged: false,
             object: self.object_of(directory),
         };
         self.entries.insert(id, entry);

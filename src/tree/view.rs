@@ -346,7 +346,7 @@ impl Tree {
             return Err(Error::not_found("the directory token is gone"));
         }
         let Some(draft) = draft else {
-            return self.ask(token, patience, |token| token.object(id, patience));
+            return self.stored(token, id, patience);
         };
         if let Some(new) = &draft.new {
             return Ok(Arc::new(Object {
@@ -354,7 +354,7 @@ impl Tree {
                 ..new.object()
             }));
         }
-        let stored = self.ask(token, patience, |token| token.object(id, patience))?;
+        let stored = self.stored(token, id, patience)?;
         if draft.removed.is_empty() {
             return Ok(stored);
         }
@@ -363,6 +363,39 @@ impl Tree {
             slot.remove(&mut object.attributes);
         }
         Ok(Arc::new(object))
+    }
+
+    /// The version of an object that the store has. Of a damaged one, how to get rid of it is said too.
+    fn stored(&self, token: &TokenName, id: &ObjectId, patience: Patience) -> Result<Arc<Object>> {
+        let stored = self.ask(token, patience, |token| token.object(id, patience));
+        stored.map_err(|error| {
+            let is_one = error.kind() == ErrorKind::Damaged
+                && matches!(id, ObjectId::Object(_))
+                && !self.store.options().read_only
+                // It alone, and not all of its token.
+                && self.object_metadata(token, id, patience).is_ok();
+            if !is_one {
+                return error;
+            }
+            let path = self.path_of(&Node::Object(token.clone(), id.clone()));
+            let path = path.display().to_string();
+            error.advise(format!(
+                "to remove it, for good: rmdir '{}' in the mount",
+                path.escape_debug()
+            ))
+        })
+    }
+
+    /// Whether a directory is that of an object that is there and damaged.
+    pub(super) fn is_damaged(&self, node: &Node, patience: Patience) -> Result<bool> {
+        let Node::Object(token, id) = node else {
+            return Ok(false);
+        };
+        match self.object(token, id, patience) {
+            Ok(_) => Ok(false),
+            Err(error) if error.kind() == ErrorKind::Damaged => Ok(true),
+            Err(error) => Err(error),
+        }
     }
 
     /// Of the backing file of an object, or of the one that a new object is going to have.

@@ -389,6 +389,15 @@ impl Token for DbToken {
         self.write_removal(name, patience)
     }
 
+    fn replace_damaged(
+        &self,
+        name: &ObjectName,
+        new: Option<&NewObject>,
+        patience: Patience,
+    ) -> Result<()> {
+        self.write_replacement(name, new, patience)
+    }
+
     fn rename(&self, from: &ObjectName, to: &ObjectName, patience: Patience) -> Result<()> {
         self.write_name(from, to, patience)
     }

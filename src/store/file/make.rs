@@ -151,7 +151,20 @@ impl FileToken {
             }
             break transaction;
         };
-        self.clear_temporary(&names, patience)?;
+        self.unmake_locked(&id, &names, patience)
+    }
+
+    /// Removes an object whose lock is held.
+    pub(super) fn unmake_locked(
+        &self,
+        id: &ObjectId,
+        names: &Names,
+        patience: Patience,
+    ) -> Result<()> {
+        let directory = self.directory();
+        let building = self.is_building();
+        let lock_name = names.lock().unwrap_or(Path::new(""));
+        self.clear_temporary(names, patience)?;
         let gone = |errno| match errno {
             Errno::ENOENT => {
                 let _ = unlink_if_there(directory, lock_name);
@@ -197,8 +210,8 @@ impl FileToken {
         }
         unlink_if_there(directory, lock_name)?;
         point("file.remove.done");
-        self.changes().forget(&id);
-        self.cache().remove(&id);
+        self.changes().forget(id);
+        self.cache().remove(id);
         Ok(())
     }
 

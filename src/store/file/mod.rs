@@ -32,6 +32,7 @@ mod noticed;
 pub mod read;
 mod recover;
 mod rename;
+mod replace;
 mod rewrite;
 mod token;
 

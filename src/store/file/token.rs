@@ -310,6 +310,16 @@ impl Token for FileToken {
             .map_err(|error| error.at(self.path_of(&ObjectId::Object(name.clone()))))
     }
 
+    fn replace_damaged(
+        &self,
+        name: &ObjectName,
+        new: Option<&NewObject>,
+        patience: Patience,
+    ) -> Result<()> {
+        self.replace(name, new, patience)
+            .map_err(|error| error.at(self.path_of(&ObjectId::Object(name.clone()))))
+    }
+
     fn rename(&self, from: &ObjectName, to: &ObjectName, patience: Patience) -> Result<()> {
         self.give_name(from, to, patience)
             .map_err(|error| error.at(self.path_of(&ObjectId::Object(from.clone()))))

@@ -73,6 +73,15 @@ impl Token for Closed {
         self.refuse()
     }
 
+    fn replace_damaged(
+        &self,
+        _name: &ObjectName,
+        _new: Option<&NewObject>,
+        _patience: Patience,
+    ) -> Result<()> {
+        self.refuse()
+    }
+
     fn rename(&self, _from: &ObjectName, _to: &ObjectName, _patience: Patience) -> Result<()> {
         self.refuse()
     }
