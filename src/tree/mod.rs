@@ -62,6 +62,7 @@ use scratch::Scratch;
 pub use scratch::ScratchId;
 pub use setattr::SetAttributes;
 pub use stale::Stale;
+pub(crate) use view::{CONTROL, SERVER};
 pub use write::OpenForWriting;
 
 /// How a tree is shown.
@@ -69,10 +70,12 @@ pub use write::OpenForWriting;
 pub struct Settings {
     /// The bits that no mode has: `objectstore.umask` or'ed with the process umask.
     pub mask: u32,
-    /// The owner of `.tokenfs/log`.
+    /// The owner of the files in `.tokenfs`.
     pub uid: u32,
     /// Its group.
     pub gid: u32,
+    /// What `.tokenfs/server` says: who serves the mount. Without it there is no such file.
+    pub server: Option<String>,
     /// How long an answer may be remembered where every change is reported.
     pub kept: Duration,
     /// How long elsewhere: what others change shows up this much later at most.
@@ -85,6 +88,7 @@ impl Default for Settings {
             mask: 0o077,
             uid: 0,
             gid: 0,
+            server: None,
             // A minute, not for ever: should a change ever go unnoticed, it does not stay so.
             kept: Duration::from_secs(60),
             unwatched: Duration::from_millis(500),
@@ -382,7 +386,7 @@ impl Tree {
             return Err(Error::new(ErrorKind::IsADirectory, "a directory"));
         }
         let content = match object {
-            None => self.diagnostics.render().into_bytes(),
+            None => self.control_file(&node).into_bytes(),
             Some(object) => match self.fresh_content(&node) {
                 Some(content) if view::value(&node, &object).is_none() => content,
                 _ => self
@@ -520,6 +524,7 @@ impl Tree {
             Node::Root | Node::Control => self.coverage.has_tokendir(),
             // Made on the spot from what is remembered anyway.
             Node::Log
+            | Node::Server
             | Node::ByLabel
             | Node::TokenByLabel(_)
             | Node::ObjectByLabel(_, _)
