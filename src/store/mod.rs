@@ -291,6 +291,16 @@ pub trait Token: Send + Sync + fmt::Debug {
     /// [`ErrorKind::Invalid`] if no object can have that name, as with [`Token::create`]; otherwise as [`Token::update`].
     fn rename(&self, from: &ObjectName, to: &ObjectName, patience: Patience) -> Result<()>;
 
+    /// Something has happened to the object `name`: if it was renamed or removed through this value, and a SoftHSM that had a change in
+    /// hand has brought it back since, that is put right as far as it can be, and said otherwise.
+    ///
+    /// # Errors
+    /// [`ErrorKind::WouldBlock`] with [`Patience::Now`] if there is anything to do; what writing fails with.
+    fn look_after(&self, _name: &ObjectName, _patience: Patience) -> Result<()> {
+        // In a database nothing comes back.
+        Ok(())
+    }
+
     /// Changes mode, owner or times.
     ///
     /// # Errors

@@ -48,7 +48,7 @@ use std::time::{Duration, Instant, SystemTime};
 use crate::diagnostics::Diagnostics;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::watch::Coverage;
-use crate::store::{Object, Patience, Store, Token, TokenName};
+use crate::store::{Object, ObjectName, Patience, Store, Token, TokenName};
 
 use draft::Drafts;
 pub use entries::{Caller, Creation};
@@ -173,6 +173,8 @@ pub struct Tree {
     drafts: Mutex<Drafts>,
     scratch: Mutex<Scratch>,
     gates: Mutex<building::Gates>,
+    /// Objects that SoftHSM has brought back.
+    returned: Mutex<Vec<(TokenName, ObjectName)>>,
     /// Files whose last descriptor is closed and whose content is still being committed, and how long that may take.
     closing: Mutex<HashMap<Node, Instant>>,
     /// Whether there may be something to settle, and the signal for it.
@@ -198,6 +200,7 @@ impl Tree {
             drafts: Mutex::default(),
             scratch: Mutex::default(),
             gates: Mutex::default(),
+            returned: Mutex::default(),
             closing: Mutex::default(),
             work: (Mutex::default(), Condvar::new()),
             changes: AtomicU64::new(0),

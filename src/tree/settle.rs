@@ -42,8 +42,16 @@ impl Tree {
 
     /// Does what is due, and returns when the next thing will be.
     pub fn settle(&self) -> Option<Instant> {
-        let (keys, tokens, next) = lock(&self.drafts).due(Instant::now());
         let patience = || Patience::at_most(self.store.options().lock_wait);
+        let returned = std::mem::take(&mut *lock(&self.returned));
+        for (token, object) in returned {
+            let seen_to = self.ask(&token, patience(), |token| {
+                token.look_after(&object, patience())
+            });
+            // What fails is in the log.
+            let _ = self.noted(seen_to);
+        }
+        let (keys, tokens, next) = lock(&self.drafts).due(Instant::now());
         if keys.is_empty() && tokens.is_empty() {
             return next;
         }

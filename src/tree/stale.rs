@@ -41,6 +41,7 @@ impl Tree {
                 }
                 Change::Token(token) => self.stale_token(token, &mut stale),
                 Change::Object(token, id) => {
+                    self.notice_return(token, id);
                     self.stale_below(&Node::Object(token.clone(), id.clone()), &mut stale);
                 }
                 Change::Database(token) => self.stale_database(token, patience, &mut stale),
@@ -63,6 +64,20 @@ impl Tree {
         });
         let recent = self.recent(&stale);
         (stale, recent)
+    }
+
+    /// An object that was renamed or removed may be back: who can wait sees to it.
+    fn notice_return(&self, token: &TokenName, id: &ObjectId) {
+        let ObjectId::Object(object) = id else {
+            return;
+        };
+        let Ok(opened) = self.store.token(token) else {
+            return;
+        };
+        if opened.look_after(object, Patience::Now).is_err() {
+            lock(&self.returned).push((token.clone(), object.clone()));
+            self.wake();
+        }
     }
 
     /// Those of `stale` that are about answers given so lately that they may still be on their way.

@@ -46,6 +46,7 @@ impl FileToken {
         match self.make_locked(&names, new, &bytes, patience) {
             Ok(()) => {
                 self.changes().forget(&ObjectId::Object(name.clone()));
+                self.departures().remove(name);
                 Ok(())
             }
             Err(error) => {
@@ -210,6 +211,9 @@ impl FileToken {
         }
         unlink_if_there(directory, lock_name)?;
         point("file.remove.done");
+        if let ObjectId::Object(name) = id {
+            self.depart(name, None);
+        }
         self.changes().forget(id);
         self.cache().remove(id);
         Ok(())

@@ -22,6 +22,7 @@ mod born;
 mod build;
 mod change;
 mod decode;
+mod departed;
 mod encode;
 mod generation;
 mod guard;

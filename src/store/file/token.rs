@@ -18,6 +18,7 @@ use nix::fcntl::{AtFlags, OFlag, openat};
 use nix::sys::stat::{FileStat, Mode, fstat, fstatat};
 
 use super::born::Ours;
+use super::departed::Departures;
 use super::names::Names;
 use super::noticed::{Changes, name_of};
 use super::read::{Version, read_object};
@@ -48,6 +49,7 @@ pub struct FileToken {
     /// The files that were made here, which are not SoftHSM's newborn objects.
     pub(super) born: Ours,
     changes: Mutex<Changes>,
+    departures: Mutex<Departures>,
     /// What was written and not synced.
     pending: Mutex<BTreeSet<OsString>>,
     /// Held while that is synced.
@@ -88,6 +90,7 @@ impl FileToken {
             building: AtomicBool::new(false),
             born: Ours::default(),
             changes: Mutex::default(),
+            departures: Mutex::default(),
             pending: Mutex::default(),
             syncing: Mutex::default(),
             directory_time: Mutex::default(),
@@ -101,6 +104,12 @@ impl FileToken {
 
     pub(super) fn changes(&self) -> MutexGuard<'_, Changes> {
         self.changes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn departures(&self) -> MutexGuard<'_, Departures> {
+        self.departures
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn pending(&self) -> MutexGuard<'_, BTreeSet<OsString>> {
@@ -323,6 +332,11 @@ impl Token for FileToken {
     fn rename(&self, from: &ObjectName, to: &ObjectName, patience: Patience) -> Result<()> {
         self.give_name(from, to, patience)
             .map_err(|error| error.at(self.path_of(&ObjectId::Object(from.clone()))))
+    }
+
+    fn look_after(&self, name: &ObjectName, patience: Patience) -> Result<()> {
+        self.look_after_departed(name, patience)
+            .map_err(|error| error.at(self.path_of(&ObjectId::Object(name.clone()))))
     }
 
     fn set_metadata(
