@@ -153,6 +153,7 @@ fn serve(
         signals,
         |notifier| {
             let settling = settle::start(&tree)?;
+            invalidate::tell(&tree, notifier.clone())?;
             Ok((watch_store(&tree, notifier, plan.notify), settling))
         },
         |mount| {

@@ -42,7 +42,7 @@ use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use crate::diagnostics::Diagnostics;
@@ -61,7 +61,7 @@ pub use rename::RenameHow;
 use scratch::Scratch;
 pub use scratch::ScratchId;
 pub use setattr::SetAttributes;
-pub use stale::Stale;
+pub use stale::{Listener, Stale};
 pub(crate) use view::{CONTROL, SERVER};
 pub use write::OpenForWriting;
 
@@ -173,6 +173,7 @@ pub struct Tree {
     drafts: Mutex<Drafts>,
     scratch: Mutex<Scratch>,
     gates: Mutex<building::Gates>,
+    listener: OnceLock<Listener>,
     /// Objects that SoftHSM has brought back.
     returned: Mutex<Vec<(TokenName, ObjectName)>>,
     /// Files whose last descriptor is closed and whose content is still being committed, and how long that may take.
@@ -200,6 +201,7 @@ impl Tree {
             drafts: Mutex::default(),
             scratch: Mutex::default(),
             gates: Mutex::default(),
+            listener: OnceLock::new(),
             returned: Mutex::default(),
             closing: Mutex::default(),
             work: (Mutex::default(), Condvar::new()),

@@ -22,7 +22,31 @@ pub enum Stale {
     Attributes(Ino),
 }
 
+/// Who takes answers back at once, from another thread, and returns when that is done, or after a moment.
+pub struct Listener(pub Box<dyn Fn(Vec<Stale>) + Send + Sync>);
+
+impl std::fmt::Debug for Listener {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Listener")
+    }
+}
+
 impl Tree {
+    /// Has `listener` told of what a request makes stale beside that which it is about, before it is answered. The first one stays.
+    pub fn listen(&self, listener: Listener) {
+        let _ = self.listener.set(listener);
+    }
+
+    /// The attributes of `node` and of all that is below it are others now, and whoever asked for that may look at once.
+    pub(super) fn tell_of(&self, node: &Node) {
+        let (Some(listener), Some(ino)) = (self.listener.get(), self.known(node)) else {
+            return;
+        };
+        let below = lock(&self.inodes).below(ino);
+        let all = std::iter::once(ino).chain(below);
+        (listener.0)(all.map(Stale::Attributes).collect());
+    }
+
     /// What was answered and is stale after `changes`, in the order of how much it matters.
     ///
     /// The second list is to be repeated a moment later: the answers in question may be on their way to the kernel still,
