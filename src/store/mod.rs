@@ -257,11 +257,18 @@ pub trait Token: Send + Sync + fmt::Debug {
         patience: Patience,
     ) -> Result<()>;
 
+    /// That an object of this token can have a name, as far as the name alone tells.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`] if none can (in the `db` backend it has to be a UUID); [`ErrorKind::NameTooLong`] if there is no room for
+    /// what the backend adds to it.
+    fn check_name(&self, name: &ObjectName) -> Result<()>;
+
     /// Makes an object. It appears as a whole, and SoftHSM is told.
     ///
     /// # Errors
-    /// [`ErrorKind::Exists`]; [`ErrorKind::Invalid`] if no object can have that name (in the `db` backend it has to be a UUID)
-    /// or hold that; otherwise as [`Token::update`].
+    /// [`ErrorKind::Exists`]; [`ErrorKind::Invalid`] if no object can hold that; otherwise as [`Token::check_name`] and
+    /// [`Token::update`].
     fn create(&self, name: &ObjectName, new: &NewObject, patience: Patience) -> Result<()>;
 
     /// Removes an object. It is gone as a whole, and SoftHSM is told.
@@ -288,7 +295,7 @@ pub trait Token: Send + Sync + fmt::Debug {
     ///
     /// # Errors
     /// [`ErrorKind::NotFound`] if there is no object `from`; [`ErrorKind::Exists`] if there is one called `to`;
-    /// [`ErrorKind::Invalid`] if no object can have that name, as with [`Token::create`]; otherwise as [`Token::update`].
+    /// otherwise as [`Token::check_name`] and [`Token::update`].
     fn rename(&self, from: &ObjectName, to: &ObjectName, patience: Patience) -> Result<()>;
 
     /// Something has happened to the object `name`: if it was renamed or removed through this value, and a SoftHSM that had a change in

@@ -9,11 +9,9 @@ use super::place::Place;
 use super::scratch::Content;
 use super::slot::Slot;
 use super::write::OpenForWriting;
-use super::{Entry, FileKind, HandleId, NAME_MAX, Tree, lock};
+use super::{Entry, FileKind, HandleId, Tree, lock};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::attribute::{Attributes, Kind, Value};
-use crate::store::db::uuid::is_uuid;
-use crate::store::leftover::JOURNAL_SUFFIX;
 use crate::store::{Access, Backend, ObjectId, ObjectName, Patience, TokenName};
 
 /// Who makes something: it belongs to them.
@@ -101,16 +99,23 @@ impl Tree {
                 Ok((look.entry, handle))
             }
             Err(error) => {
-                // Nothing is left, so that it can be tried again.
                 self.discard(handle);
                 if is_new {
-                    match node {
-                        Node::Scratch(_) => lock(&self.scratch).remove(&directory, name),
-                        node => self.drop_fresh(&node),
-                    }
+                    self.take_back(&directory, name, &node);
                 }
                 Err(error)
             }
+        }
+    }
+
+    /// What was just made and only the mount knows of is gone again, so that it can be tried anew.
+    fn take_back(&self, directory: &Node, name: &OsStr, node: &Node) {
+        match node {
+            Node::Scratch(_) => lock(&self.scratch).remove(directory, name),
+            Node::Object(token, id @ ObjectId::Object(_)) => {
+                lock(&self.drafts).remove(&(token.clone(), id.clone()));
+            }
+            node => self.drop_fresh(node),
         }
     }
 
@@ -210,14 +215,7 @@ impl Tree {
                 Ok(look.entry)
             }
             Err(error) => {
-                // What only the mount knows of is gone again, so that it can be tried anew.
-                match &node {
-                    Node::Scratch(_) => lock(&self.scratch).remove(&directory, name),
-                    Node::Object(token, id @ ObjectId::Object(_)) => {
-                        lock(&self.drafts).remove(&(token.clone(), id.clone()));
-                    }
-                    _ => {}
-                }
+                self.take_back(&directory, name, &node);
                 Err(error)
             }
         }
@@ -295,14 +293,11 @@ impl Tree {
         object: &ObjectName,
         access: Access,
     ) -> Result<()> {
-        if self.token(token)?.backend() == Backend::Db {
-            check_uuid(object)?;
-        } else {
+        let opened = self.token(token)?;
+        opened.check_name(object)?;
+        // All objects of a database belong to the same user.
+        if opened.backend() == Backend::File {
             self.check_owner(access)?;
-            // Room for what a write puts beside it.
-            if object.as_bytes().len() + JOURNAL_SUFFIX.len() > NAME_MAX {
-                return Err(Error::new(ErrorKind::NameTooLong, "the name is too long"));
-            }
         }
         let new = New {
             attributes: Attributes::new(),
@@ -557,18 +552,6 @@ impl Tree {
             error
         })
     }
-}
-
-/// That an object of a `db` token can have this name.
-pub(super) fn check_uuid(object: &ObjectName) -> Result<()> {
-    let is_uuid = std::str::from_utf8(object.as_bytes()).is_ok_and(is_uuid);
-    if is_uuid {
-        return Ok(());
-    }
-    Err(Error::new(
-        ErrorKind::Invalid,
-        "an object of the db backend is called by a UUID; make one with uuidgen",
-    ))
 }
 
 /// Some value of a kind.

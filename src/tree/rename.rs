@@ -4,7 +4,7 @@ use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 
 use super::draft::Key;
-use super::entries::{Caller, ScratchFile, check_uuid, exists};
+use super::entries::{Caller, ScratchFile, exists};
 use super::name::{self, Name};
 use super::node::{Ino, Node};
 use super::place::Place;
@@ -317,10 +317,8 @@ impl Tree {
             (access, entry.given)
         };
         let key = (token.clone(), ObjectId::Object(object.clone()));
-        if self.token(token)?.backend() == Backend::Db {
-            check_uuid(object)?;
-        }
         // Before anything makes room for it.
+        self.token(token)?.check_name(object)?;
         validate::check(None, &attributes)?;
         let new = NewObject {
             attributes,
@@ -547,9 +545,7 @@ impl Tree {
     ) -> Result<()> {
         let from_key = (token.clone(), ObjectId::Object(from.clone()));
         let to_key = (token.clone(), ObjectId::Object(to.clone()));
-        if self.token(token)?.backend() == Backend::Db {
-            check_uuid(to)?;
-        }
+        self.token(token)?.check_name(to)?;
         self.make_room(&to_key, to, replaces_damaged, patience)?;
         let was_new = self.with_drafts(&from_key, patience, |drafts| {
             if drafts

@@ -381,6 +381,10 @@ impl Token for DbToken {
         self.write_update(id, edit, mtime, patience)
     }
 
+    fn check_name(&self, name: &ObjectName) -> Result<()> {
+        write::uuid_of(name).map(drop)
+    }
+
     fn create(&self, name: &ObjectName, new: &NewObject, patience: Patience) -> Result<()> {
         self.write_new(name, new, patience)
     }

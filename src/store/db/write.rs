@@ -245,10 +245,10 @@ impl Drop for Transaction<'_> {
 }
 
 /// A name as text, if an object can have it.
-fn uuid_of(name: &ObjectName) -> Result<&str> {
+pub(super) fn uuid_of(name: &ObjectName) -> Result<&str> {
     let text = name.as_os_str().to_str().filter(|text| is_uuid(text));
     text.ok_or_else(|| {
-        let detail = format!("{name} is no UUID, and an object of a database is called by one");
+        let detail = "an object of the db backend is called by a UUID; make one with uuidgen";
         Error::new(ErrorKind::Invalid, detail)
     })
 }

@@ -75,8 +75,16 @@ pub(crate) const LOCK_SUFFIX: &str = ".lock";
 #[cfg(test)]
 mod crash_tests;
 #[cfg(test)]
-mod rename_tests;
+mod fixture;
 #[cfg(test)]
-mod tests;
+mod format_tests;
+#[cfg(test)]
+mod make_tests;
+#[cfg(test)]
+mod race_tests;
+#[cfg(test)]
+mod read_tests;
+#[cfg(test)]
+mod rename_tests;
 #[cfg(test)]
 mod write_tests;

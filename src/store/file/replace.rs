@@ -60,26 +60,20 @@ mod tests {
     use std::fs;
     use std::os::unix::fs::PermissionsExt;
 
-    use super::super::tests::{Fixture, id, sample, soon};
-    use super::super::write_tests::{files, fixture, generation};
+    use super::super::fixture::{
+        Fixture, files, fixture, generation, id, name, new_object, sample, soon,
+    };
     use super::super::{decode, encode};
     use super::*;
-    use crate::store::{Access, Token};
+    use crate::store::Token;
 
     /// Has another version put in the place of this damaged file; the generation of that.
     fn replaced(fixture: &Fixture, damaged: &[u8]) -> u64 {
         fixture.write("a.object", damaged);
-        let new = NewObject {
-            attributes: sample(),
-            access: Access {
-                mode: 0o640,
-                uid: nix::unistd::getuid().as_raw(),
-                gid: nix::unistd::getgid().as_raw(),
-            },
-            mtime: None,
-        };
-        let name = ObjectName::new("a".as_ref()).unwrap();
-        let done = fixture.token.replace_damaged(&name, Some(&new), soon());
+        let new = new_object(sample());
+        let done = fixture
+            .token
+            .replace_damaged(&name("a"), Some(&new), soon());
         done.unwrap();
         assert_eq!(
             files(fixture),
@@ -105,8 +99,7 @@ mod tests {
         assert!(replaced(&fixture, b"") > begun, "where there is no number");
         let giant = fixture.path("a.object");
         fs::File::create(&giant).unwrap().set_len(1 << 30).unwrap();
-        let name = ObjectName::new("a".as_ref()).unwrap();
-        let removed = fixture.token.replace_damaged(&name, None, soon());
+        let removed = fixture.token.replace_damaged(&name("a"), None, soon());
         removed.unwrap();
         assert_eq!(files(&fixture), ["generation", "token.object"]);
         assert_eq!(generation(&fixture), 8);

@@ -309,6 +309,10 @@ impl Token for FileToken {
             .map_err(|error| error.at(self.path_of(id)))
     }
 
+    fn check_name(&self, name: &ObjectName) -> Result<()> {
+        Names::of_new(name).map(drop)
+    }
+
     fn create(&self, name: &ObjectName, new: &NewObject, patience: Patience) -> Result<()> {
         self.make(name, new, patience)
             .map_err(|error| error.at(self.path_of(&ObjectId::Object(name.clone()))))

@@ -65,6 +65,10 @@ impl Token for Closed {
         self.refuse()
     }
 
+    fn check_name(&self, _name: &ObjectName) -> Result<()> {
+        self.refuse()
+    }
+
     fn create(&self, _name: &ObjectName, _new: &NewObject, _patience: Patience) -> Result<()> {
         self.refuse()
     }
