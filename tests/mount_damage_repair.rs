@@ -29,21 +29,8 @@ fn damaged(backend: Backend, options: &MountOptions) -> Bench {
     bench
 }
 
-/// What a crash of SoftHSM leaves, or somebody's SQL.
 fn damage(bench: &Bench) {
-    let backing = bench.backing(&bench.private);
-    match bench.backend() {
-        Backend::File => {
-            let whole = fs::read(&backing).unwrap();
-            fs::write(&backing, &whole[..whole.len() - 3]).unwrap();
-        }
-        Backend::Db => {
-            let of_key = "object_id = (select object_id from attribute_integer where type = 0 and value = 3)";
-            let statement =
-                format!("update attribute_binary set value = 'x' where type = 258 and {of_key}");
-            run(tool("sqlite3").arg(&backing).arg(&statement));
-        }
-    }
+    damage_key(&bench.softhsm, &bench.token, &bench.private);
 }
 
 fn assert_says_io_error(bench: &Bench, line: &str) {
