@@ -117,6 +117,7 @@ pub struct Error {
     path: Option<PathBuf>,
     offset: Option<u64>,
     detail: String,
+    advice: Option<String>,
 }
 
 impl Error {
@@ -127,6 +128,7 @@ impl Error {
             path: None,
             offset: None,
             detail: detail.into(),
+            advice: None,
         }
     }
 
@@ -172,6 +174,13 @@ impl Error {
         self
     }
 
+    /// The same failure, with what the user can do about it: a sentence without a full stop.
+    #[must_use]
+    pub fn advise(mut self, advice: impl Into<String>) -> Self {
+        self.advice = Some(advice.into());
+        self
+    }
+
     /// What went wrong.
     #[must_use]
     pub fn kind(&self) -> ErrorKind {
@@ -212,6 +221,9 @@ impl fmt::Display for Error {
         f.write_str(&self.detail)?;
         if let Some(offset) = self.offset {
             write!(f, " at byte {offset}")?;
+        }
+        if let Some(advice) = &self.advice {
+            write!(f, "; {advice}")?;
         }
         Ok(())
     }
@@ -259,9 +271,9 @@ mod tests {
         let error = Error::damaged("the value ends too soon")
             .at("/store/a\nb.object")
             .at_offset(17);
-        assert_eq!(
-            error.to_string(),
-            "/store/a\\nb.object: the value ends too soon at byte 17"
-        );
+        let said = "/store/a\\nb.object: the value ends too soon at byte 17";
+        assert_eq!(error.to_string(), said);
+        let advised = error.advise("take another one");
+        assert_eq!(advised.to_string(), format!("{said}; take another one"));
     }
 }

@@ -77,7 +77,7 @@ impl Place {
 
 impl Drop for Place {
     fn drop(&mut self) {
-        for name in ["m", "a b"] {
+        for name in ["m", "a b", "tokens"] {
             if self.mounted(name).is_some() {
                 let _ = Command::new("umount")
                     .arg("-l")
@@ -399,6 +399,39 @@ fn a_mount_point_can_have_blanks() {
     assert!(place.mounted("a b").is_some());
     place.ok(&["umount", "a b"]);
     assert_eq!(place.mounted("a b"), None);
+}
+
+#[test]
+fn when_umount_returns_the_store_is_in_use_no_more() {
+    need_to_mount();
+    let place = Place::new();
+    place.config("directories.tokendir = tokens\n");
+    let root = |program: &str, args: &[&str]| {
+        let mut command = Command::new(program);
+        let output = command.args(args).current_dir(place.path("."));
+        check(&output.output().unwrap(), 0, "");
+    };
+    for _ in 0..20 {
+        root("mount", &["-t", "tmpfs", "tokenfs-test", "tokens"]);
+        fs::create_dir(place.path("tokens/t")).unwrap();
+        fs::write(place.path("tokens/t/token.object"), [0; 8]).unwrap();
+        place.ok(&["mount", "m"]);
+        let server = fs::read_to_string(place.path("m/.tokenfs/server")).unwrap();
+        let process = format!("/proc/{}", server.split(' ').next().unwrap());
+        assert_eq!(
+            fs::read_to_string(format!("{process}/comm")).unwrap(),
+            "tokenfs\n"
+        );
+        // Pending, and written by the end.
+        let object = place.path("m/t/b7e9f2a1-aaaa-bbbb-cccc-111111111111");
+        fs::create_dir(&object).unwrap();
+        fs::write(object.join("CKA_PRIVATE"), "false").unwrap();
+        place.ok(&["umount", "m"]);
+        // Whoever is to wait for it may not have done so yet.
+        assert!(fs::read_link(format!("{process}/exe")).is_err());
+        assert_eq!(fs::read_dir(place.path("tokens/t")).unwrap().count(), 4);
+        root("umount", &["tokens"]);
+    }
 }
 
 #[test]

@@ -302,6 +302,52 @@ both_backends! {
     }
 }
 
+both_backends! {
+    fn a_token_whose_publishing_cannot_be_synced_is_there_whole_or_not_at_all(backend) {
+        let bench = Bench::new(backend);
+        let (mut before, mut after) = (0, 0);
+        for time in 1..20 {
+            // A token needs a slot of its own.
+            let (name, serial) = (format!("new-{time}"), format!("{time:016}"));
+            bench.quiet(&format!("cp -r token $out/{name} && mkdir ../{name} ../{name}/token && echo -n {serial} >$out/{name}/CKA_OS_TOKENSERIAL"));
+            // What is pending is left alone for a moment: this is quicker.
+            bench.quiet(&format!("cp $out/{name}/* ../{name}/token/ && test ! -e $s/{name}/token.object").replace("$s", &bench.softhsm.tokendir.display().to_string()));
+            let directory = File::open(bench.mount.join(&name)).unwrap();
+            let injection = Injection::new(&bench, "fsync,fdatasync", &format!("error=EIO:when={time}"));
+            let own = match backend { Backend::File => "token.object", Backend::Db => "sqlite3.db" };
+            let own = bench.softhsm.tokendir.join(&name).join(own);
+            let was_published = own.exists();
+            let synced = errno(directory.sync_all());
+            let is_published = own.exists();
+            drop(injection);
+            if synced == 0 {
+                break;
+            }
+            assert_errno(synced, &[libc::EIO], &format!("fsync {time}"), &bench);
+            let log = bench.log();
+            assert!(log.lines().any(|line| line.contains(&name) && line.contains("sync")), "{log}");
+            if is_published && !was_published { after += 1 } else { before += 1 }
+            // It is well with the next one, and the token is there once.
+            directory.sync_all().unwrap();
+            assert!(own.exists());
+            mount_common::assert_same(&mount_common::expected(&bench.softhsm), &mount_common::seen(&bench.mount));
+            bench.assert_no_leftovers();
+        }
+        println!("{backend}: {before} failures before a token had its name, {after} afterwards");
+        assert!(before > 0 && after > 0, "{before} {after}");
+        let Bench { mount, softhsm, .. } = bench;
+        mount.unmount();
+        let whole = softhsm.snapshot();
+        let mount = Mount::new(&softhsm);
+        mount_common::assert_same(&mount_common::expected(&softhsm), &mount_common::seen(&mount));
+        assert_eq!(fs::read_to_string(mount.join(".tokenfs/log")).unwrap(), "");
+        mount.unmount();
+        whole.assert_same(&softhsm.snapshot());
+        let mut client = softhsm.p11();
+        assert_eq!(client.tokens().unwrap().len(), usize::try_from(2 + before + after).unwrap());
+    }
+}
+
 /// Somebody who holds a lock.
 #[derive(Debug)]
 enum Holder {

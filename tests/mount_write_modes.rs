@@ -270,4 +270,27 @@ both_backends! {
         }
         assert_eq!(fs::read(&file).unwrap(), before);
     }
+
+    fn all_that_shares_a_mode_shows_the_new_one_at_once(backend) {
+        let bench = Bench::with(backend, &MountOptions::new().umask(0));
+        // Mode and owner are those of one file: an object's, or the token's.
+        let shares = match backend { Backend::File => bench.at(&bench.data), Backend::Db => bench.directory() };
+        let others: Vec<PathBuf> = walk(&shares).into_iter().filter(|path| path.is_file()).collect();
+        assert!(others.len() > 5);
+        let [first, ..] = &others[..] else { unreachable!() };
+        for round in 0..60 {
+            let mode = if round % 2 == 0 { 0o400 } else { 0o600 };
+            set_mode(first, mode);
+            let shown = others.iter().map(|path| (path, fs::metadata(path).unwrap().mode() & 0o7777));
+            let late: Vec<_> = shown.filter(|(_, shown)| *shown != mode).collect();
+            assert!(late.is_empty(), "round {round}: {} of {} show another mode than {mode:o}: {late:?}", late.len(), others.len());
+        }
+        for round in 0..10 {
+            let uid = if round % 2 == 0 { ALICE.uid } else { 0 };
+            nix::unistd::chown(first, Some(uid.into()), None).unwrap();
+            for path in &others {
+                assert_eq!(fs::metadata(path).unwrap().uid(), uid, "round {round}: {}", path.display());
+            }
+        }
+    }
 }

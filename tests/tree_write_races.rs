@@ -29,6 +29,42 @@ struct F {
     token: Ino,
     object: Ino,
 }
+impl F {
+    fn create(&self, directory: Ino, name: &str) -> HandleId {
+        let how = Creation {
+            mode: 0o600,
+            ..Creation::default()
+        };
+        let created = self.tree.create(directory, os(name), how, me(), patient());
+        created.unwrap().1
+    }
+    fn open(&self, file: Ino) -> HandleId {
+        let opened = self
+            .tree
+            .open_for_writing(file, OpenForWriting::default(), patient());
+        opened.unwrap()
+    }
+    fn close(&self, handle: HandleId) {
+        self.tree.flush(handle, patient()).unwrap();
+        self.tree.release(handle, patient()).unwrap();
+    }
+    /// A new file with that in it.
+    fn put(&self, directory: Ino, name: &str, content: &[u8]) {
+        let handle = self.create(directory, name);
+        self.tree.write(handle, 0, content).unwrap();
+        self.close(handle);
+    }
+    fn make_dir(&self, directory: Ino, name: &str) -> Ino {
+        let made = self
+            .tree
+            .make_dir(directory, os(name), 0o700, me(), patient());
+        made.unwrap().attributes.ino
+    }
+    fn find(&self, directory: Ino, name: &str) -> Ino {
+        let found = self.tree.lookup(directory, os(name), patient());
+        found.unwrap().attributes.ino
+    }
+}
 fn fixture() -> F {
     let dir = tempfile::tempdir().unwrap();
     fs::create_dir(dir.path().join("t")).unwrap();
@@ -102,26 +138,13 @@ fn what_is_committed_beside_a_removal_that_waits_stays() {
             f.tree.settle();
         }); // busy: waits for .lock until lock_wait (1 s)
         std::thread::sleep(Duration::from_millis(200));
-        let (_, h) = f
-            .tree
-            .create(
-                f.object,
-                os("CKA_LABEL"),
-                Creation {
-                    mode: 0o600,
-                    ..Creation::default()
-                },
-                me(),
-                patient(),
-            )
-            .unwrap();
+        let h = f.create(f.object, "CKA_LABEL");
         f.tree.write(h, 0, b"new").unwrap();
         s.spawn(|| {
             std::thread::sleep(Duration::from_millis(1300));
             drop(held);
         });
-        f.tree.flush(h, patient()).unwrap(); // close() said 0
-        f.tree.release(h, patient()).unwrap();
+        f.close(h); // close() said 0
     });
     println!("after close: (seen in mount, in store) = {:?}", labels(&f));
     std::thread::sleep(Duration::from_millis(1500));
@@ -137,19 +160,7 @@ fn what_is_committed_beside_the_removal_of_another_stays() {
     // X unlinked and made again (open), Y unlinked: only Y is due.
     f.tree.unlink(f.object, os("CKA_LABEL"), patient()).unwrap();
     f.tree.unlink(f.object, os("CKA_CLASS"), patient()).unwrap();
-    let (_, h) = f
-        .tree
-        .create(
-            f.object,
-            os("CKA_LABEL"),
-            Creation {
-                mode: 0o600,
-                ..Creation::default()
-            },
-            me(),
-            patient(),
-        )
-        .unwrap();
+    let h = f.create(f.object, "CKA_LABEL");
     std::thread::sleep(Duration::from_millis(250));
     std::thread::scope(|s| {
         let held = lock(&f.dir.path().join("t/key.lock"), libc::F_RDLCK);
@@ -162,8 +173,7 @@ fn what_is_committed_beside_the_removal_of_another_stays() {
             std::thread::sleep(Duration::from_millis(300));
             drop(held);
         });
-        f.tree.flush(h, patient()).unwrap();
-        f.tree.release(h, patient()).unwrap();
+        f.close(h);
     });
     println!("after close: {:?}", labels(&f));
     std::thread::sleep(Duration::from_millis(400));
@@ -175,44 +185,16 @@ fn what_is_committed_beside_the_removal_of_another_stays() {
 #[test]
 fn what_is_open_in_a_scratch_directory_follows_it_into_its_object() {
     let f = fixture();
-    let d = f
-        .tree
-        .make_dir(f.token, os(".x"), 0o700, me(), patient())
-        .unwrap()
-        .attributes
-        .ino;
+    let d = f.make_dir(f.token, ".x");
     for (n, v) in [
         ("CKA_CLASS", "0\n"),
         ("CKA_PRIVATE", "false\n"),
         ("CKA_LABEL", "old"),
     ] {
-        let (_, h) = f
-            .tree
-            .create(
-                d,
-                os(n),
-                Creation {
-                    mode: 0o600,
-                    ..Creation::default()
-                },
-                me(),
-                patient(),
-            )
-            .unwrap();
-        f.tree.write(h, 0, v.as_bytes()).unwrap();
-        f.tree.flush(h, patient()).unwrap();
-        f.tree.release(h, patient()).unwrap();
+        f.put(d, n, v.as_bytes());
     }
-    let l = f
-        .tree
-        .lookup(d, os("CKA_LABEL"), patient())
-        .unwrap()
-        .attributes
-        .ino;
-    let h = f
-        .tree
-        .open_for_writing(l, OpenForWriting::default(), patient())
-        .unwrap();
+    let l = f.find(d, "CKA_LABEL");
+    let h = f.open(l);
     f.tree
         .rename(
             (f.token, os(".x")),
@@ -222,8 +204,7 @@ fn what_is_open_in_a_scratch_directory_follows_it_into_its_object() {
         )
         .unwrap();
     f.tree.write(h, 0, b"new").unwrap();
-    f.tree.flush(h, patient()).unwrap();
-    f.tree.release(h, patient()).unwrap();
+    f.close(h);
     let bytes = fs::read(f.dir.path().join("t/obj.object")).unwrap();
     assert!(
         bytes.windows(3).any(|w| w == b"new"),
@@ -234,43 +215,11 @@ fn what_is_open_in_a_scratch_directory_follows_it_into_its_object() {
 #[test]
 fn an_object_in_which_scratch_is_written_is_not_finished() {
     let f = fixture();
-    let d = f
-        .tree
-        .make_dir(f.token, os("obj"), 0o700, me(), patient())
-        .unwrap()
-        .attributes
-        .ino;
+    let d = f.make_dir(f.token, "obj");
     for (n, v) in [("CKA_CLASS", "0\n"), ("CKA_PRIVATE", "false\n")] {
-        let (_, h) = f
-            .tree
-            .create(
-                d,
-                os(n),
-                Creation {
-                    mode: 0o600,
-                    ..Creation::default()
-                },
-                me(),
-                patient(),
-            )
-            .unwrap();
-        f.tree.write(h, 0, v.as_bytes()).unwrap();
-        f.tree.flush(h, patient()).unwrap();
-        f.tree.release(h, patient()).unwrap();
+        f.put(d, n, v.as_bytes());
     }
-    let (_, h) = f
-        .tree
-        .create(
-            d,
-            os(".CKA_VALUE.x8Kd2p"),
-            Creation {
-                mode: 0o600,
-                ..Creation::default()
-            },
-            me(),
-            patient(),
-        )
-        .unwrap();
+    let h = f.create(d, ".CKA_VALUE.x8Kd2p");
     for i in 0..10 {
         f.tree.write(h, i, b"x").unwrap();
         std::thread::sleep(Duration::from_millis(50));
@@ -306,25 +255,15 @@ fn scratch_that_is_extended_by_path_is_limited_too() {
     let f = fixture();
     for i in 0..6 {
         let n = format!(".big{i}");
-        let (e, h) = f
-            .tree
-            .create(
-                f.object,
-                os(&n),
-                Creation {
-                    mode: 0o600,
-                    ..Creation::default()
-                },
-                me(),
-                patient(),
-            )
-            .unwrap();
+        let h = f.create(f.object, &n);
         f.tree.release(h, patient()).unwrap();
         let c = SetAttributes {
             size: Some(64 << 20),
             ..SetAttributes::default()
         };
-        let r = f.tree.set_attributes(e.attributes.ino, None, &c, patient());
+        let r = f
+            .tree
+            .set_attributes(f.find(f.object, &n), None, &c, patient());
         if i >= 4 {
             assert!(r.is_err(), "{i}: more than 256 MiB of scratch");
         }
@@ -334,37 +273,15 @@ fn scratch_that_is_extended_by_path_is_limited_too() {
 #[test]
 fn scratch_directories_can_be_deep() {
     let f = fixture();
-    let mut d = f
-        .tree
-        .make_dir(f.token, os(".x"), 0o700, me(), patient())
-        .unwrap()
-        .attributes
-        .ino;
+    let mut d = f.make_dir(f.token, ".x");
     let top = d;
     for (n, v) in [("CKA_CLASS", "0\n"), ("CKA_PRIVATE", "false\n")] {
-        let (_, h) = f
-            .tree
-            .create(
-                top,
-                os(n),
-                Creation {
-                    mode: 0o600,
-                    ..Creation::default()
-                },
-                me(),
-                patient(),
-            )
-            .unwrap();
+        let h = f.create(top, n);
         f.tree.write(h, 0, v.as_bytes()).unwrap();
         f.tree.release(h, patient()).unwrap();
     }
     for _ in 0..90_000 {
-        d = f
-            .tree
-            .make_dir(d, os(".d"), 0o700, me(), patient())
-            .unwrap()
-            .attributes
-            .ino;
+        d = f.make_dir(d, ".d");
     }
     println!("made");
     std::thread::scope(|s| {
@@ -384,34 +301,14 @@ fn scratch_directories_can_be_deep() {
 #[test]
 fn a_copy_that_pauses_before_it_says_whether_it_is_private_is_not_finished() {
     let f = fixture();
-    let d = f
-        .tree
-        .make_dir(f.token, os("obj"), 0o700, me(), patient())
-        .unwrap()
-        .attributes
-        .ino;
+    let d = f.make_dir(f.token, "obj");
     for (n, v) in [
         ("CKA_CLASS", "0\n"),
         ("CKA_LABEL", "label"),
         ("CKA_PRIVATE", "false\n"),
     ] {
         let tmp = format!(".{n}.x8Kd2p");
-        let (_, h) = f
-            .tree
-            .create(
-                d,
-                os(&tmp),
-                Creation {
-                    mode: 0o600,
-                    ..Creation::default()
-                },
-                me(),
-                patient(),
-            )
-            .unwrap();
-        f.tree.write(h, 0, v.as_bytes()).unwrap();
-        f.tree.flush(h, patient()).unwrap();
-        f.tree.release(h, patient()).unwrap();
+        f.put(d, &tmp, v.as_bytes());
         std::thread::sleep(Duration::from_millis(250)); // the network
         f.tree.settle();
         let r = f
@@ -431,22 +328,8 @@ fn a_scratch_directory_that_became_a_map_is_the_map() {
     let f = fixture();
     let mut left = 0;
     {
-        let r = f.tree.make_dir(f.object, os(".m"), 0o700, me(), patient());
-        let d = r.unwrap().attributes.ino;
-        let (_, h) = f
-            .tree
-            .create(
-                d,
-                os("CKA_EXTRACTABLE"),
-                Creation {
-                    mode: 0o600,
-                    ..Creation::default()
-                },
-                me(),
-                patient(),
-            )
-            .map_err(|e| e.to_string())
-            .unwrap();
+        let d = f.make_dir(f.object, ".m");
+        let h = f.create(d, "CKA_EXTRACTABLE");
         f.tree.write(h, 0, b"true\n").unwrap();
         f.tree.release(h, patient()).unwrap();
         // one only, to see where a write goes
@@ -470,17 +353,11 @@ fn a_scratch_directory_that_became_a_map_is_the_map() {
         );
         if let Ok((_, h)) = r {
             f.tree.write(h, 0, b"true\n").unwrap();
-            f.tree.flush(h, patient()).unwrap();
-            f.tree.release(h, patient()).unwrap();
+            f.close(h);
             left += 1;
         }
     }
-    let m = f
-        .tree
-        .lookup(f.object, os("CKA_WRAP_TEMPLATE"), patient())
-        .unwrap()
-        .attributes
-        .ino;
+    let m = f.find(f.object, "CKA_WRAP_TEMPLATE");
     assert!(
         left == 0 || f.tree.lookup(m, os("CKA_SIGN"), patient()).is_ok(),
         "written through the directory that was renamed, acknowledged, and nowhere"
@@ -549,18 +426,8 @@ fn a_rename_of_an_attribute_moves_what_is_stored_at_that_moment() {
 fn of_two_writers_of_what_was_unlinked_the_one_that_is_refused_takes_nothing_away() {
     let f = fixture();
     f.tree.unlink(f.object, os("CKA_CLASS"), patient()).unwrap();
-    let c = Creation {
-        mode: 0o600,
-        ..Creation::default()
-    };
-    let (_, a) = f
-        .tree
-        .create(f.object, os("CKA_CLASS"), c, me(), patient())
-        .unwrap();
-    let (_, b) = f
-        .tree
-        .create(f.object, os("CKA_CLASS"), c, me(), patient())
-        .unwrap();
+    let a = f.create(f.object, "CKA_CLASS");
+    let b = f.create(f.object, "CKA_CLASS");
     f.tree.write(a, 0, b"garbage").unwrap();
     f.tree.write(b, 0, b"3\n").unwrap();
     let held = lock(&f.dir.path().join("t/key.lock"), libc::F_RDLCK);
@@ -589,19 +456,7 @@ fn of_two_writers_of_what_was_unlinked_the_one_that_is_refused_takes_nothing_awa
 #[test]
 fn a_rename_that_fails_leaves_what_had_the_name() {
     let f = fixture();
-    let (_, h) = f
-        .tree
-        .create(
-            f.object,
-            os("CKA_LABEL~"),
-            Creation {
-                mode: 0o600,
-                ..Creation::default()
-            },
-            me(),
-            patient(),
-        )
-        .unwrap();
+    let h = f.create(f.object, "CKA_LABEL~");
     f.tree.write(h, 0, b"backup").unwrap();
     f.tree.release(h, patient()).unwrap();
     // busy draft: an unlink of another attribute is being written and waits
@@ -630,14 +485,7 @@ fn a_rename_that_fails_leaves_what_had_the_name() {
 fn what_is_unlinked_while_it_is_committed_is_gone() {
     let f = fixture();
     f.tree.unlink(f.object, os("CKA_LABEL"), patient()).unwrap();
-    let c = Creation {
-        mode: 0o600,
-        ..Creation::default()
-    };
-    let (_, a) = f
-        .tree
-        .create(f.object, os("CKA_LABEL"), c, me(), patient())
-        .unwrap();
+    let a = f.create(f.object, "CKA_LABEL");
     f.tree.write(a, 0, b"new").unwrap();
     let held = lock(&f.dir.path().join("t/key.lock"), libc::F_RDLCK);
     std::thread::scope(|s| {
@@ -665,20 +513,16 @@ fn what_is_unlinked_while_it_is_committed_is_gone() {
 fn what_was_unlinked_is_not_seen_while_something_new_is_committed() {
     let f = fixture();
     f.tree.unlink(f.object, os("CKA_LABEL"), patient()).unwrap();
-    let c = Creation {
-        mode: 0o600,
-        ..Creation::default()
-    };
-    let (e, a) = f
-        .tree
-        .create(f.object, os("CKA_LABEL"), c, me(), patient())
-        .unwrap();
+    let a = f.create(f.object, "CKA_LABEL");
     f.tree.write(a, 0, b"new").unwrap();
     let held = lock(&f.dir.path().join("t/key.lock"), libc::F_RDLCK);
     std::thread::scope(|s| {
         let ta = s.spawn(|| f.tree.flush(a, patient()));
         std::thread::sleep(Duration::from_millis(100));
-        let h = f.tree.open(e.attributes.ino, patient()).unwrap();
+        let h = f
+            .tree
+            .open(f.find(f.object, "CKA_LABEL"), patient())
+            .unwrap();
         let seen = f.tree.read(h, 0, 100).unwrap();
         drop(held);
         ta.join().unwrap().unwrap();

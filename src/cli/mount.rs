@@ -19,9 +19,9 @@ use crate::fuse::adapter::Adapter;
 use crate::fuse::invalidate::{self, Invalidation};
 use crate::fuse::mount::{Request, check_point, check_tokendir};
 use crate::fuse::options::{MountOptions, Unknown};
-use crate::fuse::session;
 use crate::fuse::settle;
 use crate::fuse::signals::Signals;
+use crate::fuse::{server, session};
 use crate::store::{self, Store};
 use crate::tree::{self, Tree};
 
@@ -140,6 +140,7 @@ fn serve(
         mask: plan.mask,
         uid: geteuid().as_raw(),
         gid: getegid().as_raw(),
+        server: server::this_process(),
         ..tree::Settings::default()
     };
     // What a crash left behind, before anybody looks.
@@ -152,6 +153,7 @@ fn serve(
         signals,
         |notifier| {
             let settling = settle::start(&tree)?;
+            invalidate::tell(&tree, notifier.clone())?;
             Ok((watch_store(&tree, notifier, plan.notify), settling))
         },
         |mount| {

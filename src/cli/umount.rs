@@ -2,21 +2,37 @@
 
 use std::fs::File;
 use std::path::Path;
+use std::time::Duration;
 
 use super::Failure;
 use super::args::UmountArgs;
 use crate::error::{Error, Result};
+use crate::fuse::server::Server;
 use crate::fuse::unmount::{Unmount, find_mount, unmount};
 
-/// Unmounts, if it is a mount of tokenfs and nobody uses it. What is pending is written before, so that the store is complete when
-/// this returns.
+/// How long the end of the server is waited for. It is busy for `2 × lock_wait` and a second at most, unless the mount is seen
+/// elsewhere, in another container, and goes on there.
+const LONGEST: Duration = Duration::from_secs(30);
+
+/// Unmounts, if it is a mount of tokenfs and nobody uses it. What is pending is written before, and the server has ended, so that when this
+/// returns the store is complete and nobody of ours uses it.
 ///
 /// # Errors
 /// See [`Failure`].
 pub fn run(args: &UmountArgs) -> Result<(), Failure> {
     let point = find_mount(&args.point)?;
     write_pending(&point)?;
+    let server = Server::of(&point);
     unmount(&point, Unmount::IfUnused)?;
+    if let Some(server) = server
+        && !server.has_ended_within(LONGEST)
+    {
+        eprintln!(
+            "tokenfs: warning: unmounted, but the server (process {}) has not ended after {} s, and keeps the store in use",
+            server.number,
+            LONGEST.as_secs()
+        );
+    }
     Ok(())
 }
 

@@ -441,11 +441,12 @@ impl Filesystem for Adapter {
         );
     }
 
-    fn rmdir(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+    fn rmdir(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         let name = name.to_os_string();
+        let by = Some(caller(request));
         self.waiting.answer(
             reply,
-            move |tree, patience| tree.remove_dir(parent.0, &name, patience),
+            move |tree, patience| tree.remove_dir(parent.0, &name, by, patience),
             reply::empty,
         );
     }

@@ -17,10 +17,13 @@ use fuser::{INodeNo, Notifier};
 use crate::error::{Error, Result};
 use crate::store::Patience;
 use crate::store::watch::{Change, Watcher};
-use crate::tree::{Stale, Tree};
+use crate::tree::{Listener, Stale, Tree};
 
 /// How long an answer can be on its way to the kernel after a notification that it ought to have come before.
 const REPEAT_AFTER: Duration = Duration::from_millis(50);
+
+/// How long a request waits at most until the kernel has been told of what it changes besides.
+const TOLD: Duration = Duration::from_millis(100);
 
 /// How long a database that is locked is waited for before all of it is taken for changed.
 const SCAN_LIMIT: Duration = Duration::from_secs(1);
@@ -154,6 +157,31 @@ fn later(tree: &Tree, notifier: &Notifier, receiver: &Receiver<Later>) {
             notify(notifier, &stale);
         }
     }
+}
+
+/// Has the kernel told of what a request makes stale beside that which it is about, before it is answered: by a thread of its own, so
+/// that a notification that waited for that request after all would be waited for no longer than [`TOLD`].
+///
+/// # Errors
+/// If no thread is to be had.
+pub fn tell(tree: &Tree, notifier: Notifier) -> Result<()> {
+    let (sender, receiver) = channel::<(Vec<Stale>, Sender<()>)>();
+    thread::Builder::new()
+        .name("tokenfs-tell".to_owned())
+        .spawn(move || {
+            for (stale, told) in receiver {
+                notify(&notifier, &stale);
+                let _ = told.send(());
+            }
+        })
+        .map_err(|error| Error::io("start the thread that tells the kernel", &error))?;
+    tree.listen(Listener(Box::new(move |stale| {
+        let (told, done) = channel();
+        if sender.send((stale, told)).is_ok() {
+            let _ = done.recv_timeout(TOLD);
+        }
+    })));
+    Ok(())
 }
 
 /// Sends what is stale after `changes`, and returns what is to be sent once more.

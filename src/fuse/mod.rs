@@ -16,6 +16,7 @@ pub mod mount;
 pub mod mountinfo;
 pub mod options;
 mod reply;
+pub mod server;
 pub mod session;
 pub mod settle;
 pub mod signals;

@@ -174,6 +174,23 @@ pub struct NewObject {
     pub mtime: Option<SystemTime>,
 }
 
+/// What a backend says of an object that is to go for its damage and has none.
+fn undamaged() -> Error {
+    Error::new(
+        ErrorKind::NotEmpty,
+        "the object is not damaged, and there is something in it",
+    )
+}
+
+/// What the diagnostics say when a damaged object is gone.
+fn replaced_damaged(name: &ObjectName, damage: &Error, new: Option<&NewObject>) -> String {
+    let done = match new {
+        None => "removed",
+        Some(_) => "put a new one in the place of",
+    };
+    format!("{done} the damaged object {name}, with all that could not be read of it ({damage})")
+}
+
 /// What has a mode, an owner and times of its own.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Target {
@@ -240,11 +257,18 @@ pub trait Token: Send + Sync + fmt::Debug {
         patience: Patience,
     ) -> Result<()>;
 
+    /// That an object of this token can have a name, as far as the name alone tells.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`] if none can (in the `db` backend it has to be a UUID); [`ErrorKind::NameTooLong`] if there is no room for
+    /// what the backend adds to it.
+    fn check_name(&self, name: &ObjectName) -> Result<()>;
+
     /// Makes an object. It appears as a whole, and SoftHSM is told.
     ///
     /// # Errors
-    /// [`ErrorKind::Exists`]; [`ErrorKind::Invalid`] if no object can have that name (in the `db` backend it has to be a UUID)
-    /// or hold that; otherwise as [`Token::update`].
+    /// [`ErrorKind::Exists`]; [`ErrorKind::Invalid`] if no object can hold that; otherwise as [`Token::check_name`] and
+    /// [`Token::update`].
     fn create(&self, name: &ObjectName, new: &NewObject, patience: Patience) -> Result<()>;
 
     /// Removes an object. It is gone as a whole, and SoftHSM is told.
@@ -253,14 +277,36 @@ pub trait Token: Send + Sync + fmt::Debug {
     /// [`ErrorKind::NotFound`]; otherwise as [`Token::update`].
     fn remove(&self, name: &ObjectName, patience: Patience) -> Result<()>;
 
+    /// Takes a damaged object away as a whole, and puts `new` in its place, if there is one, in the same step. What there was is lost, and
+    /// the diagnostics say so. An object that is not damaged, or not any more, stays as it is.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotEmpty`] if it is not damaged; [`ErrorKind::NotFound`]; otherwise as [`Token::create`].
+    fn replace_damaged(
+        &self,
+        name: &ObjectName,
+        new: Option<&NewObject>,
+        patience: Patience,
+    ) -> Result<()>;
+
     /// Gives an object another name, which no object has: it is what it is at that moment under its locks, damaged or not, and
     /// keeps its times, mode and owner. It is there under exactly one of the two names at every moment, after a crash too, and
     /// SoftHSM is told. A name that it has already changes nothing.
     ///
     /// # Errors
     /// [`ErrorKind::NotFound`] if there is no object `from`; [`ErrorKind::Exists`] if there is one called `to`;
-    /// [`ErrorKind::Invalid`] if no object can have that name, as with [`Token::create`]; otherwise as [`Token::update`].
+    /// otherwise as [`Token::check_name`] and [`Token::update`].
     fn rename(&self, from: &ObjectName, to: &ObjectName, patience: Patience) -> Result<()>;
+
+    /// Something has happened to the object `name`: if it was renamed or removed through this value, and a SoftHSM that had a change in
+    /// hand has brought it back since, that is put right as far as it can be, and said otherwise.
+    ///
+    /// # Errors
+    /// [`ErrorKind::WouldBlock`] with [`Patience::Now`] if there is anything to do; what writing fails with.
+    fn look_after(&self, _name: &ObjectName, _patience: Patience) -> Result<()> {
+        // In a database nothing comes back.
+        Ok(())
+    }
 
     /// Changes mode, owner or times.
     ///

@@ -273,6 +273,7 @@ impl Tree {
             node,
             Node::Control
                 | Node::Log
+                | Node::Server
                 | Node::ByLabel
                 | Node::TokenByLabel(_)
                 | Node::ObjectByLabel(..)

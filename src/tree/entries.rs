@@ -9,11 +9,9 @@ use super::place::Place;
 use super::scratch::Content;
 use super::slot::Slot;
 use super::write::OpenForWriting;
-use super::{Entry, FileKind, HandleId, NAME_MAX, Tree, lock};
+use super::{Entry, FileKind, HandleId, Tree, lock};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::attribute::{Attributes, Kind, Value};
-use crate::store::db::uuid::is_uuid;
-use crate::store::leftover::JOURNAL_SUFFIX;
 use crate::store::{Access, Backend, ObjectId, ObjectName, Patience, TokenName};
 
 /// Who makes something: it belongs to them.
@@ -101,16 +99,23 @@ impl Tree {
                 Ok((look.entry, handle))
             }
             Err(error) => {
-                // Nothing is left, so that it can be tried again.
                 self.discard(handle);
                 if is_new {
-                    match node {
-                        Node::Scratch(_) => lock(&self.scratch).remove(&directory, name),
-                        node => self.drop_fresh(&node),
-                    }
+                    self.take_back(&directory, name, &node);
                 }
                 Err(error)
             }
+        }
+    }
+
+    /// What was just made and only the mount knows of is gone again, so that it can be tried anew.
+    fn take_back(&self, directory: &Node, name: &OsStr, node: &Node) {
+        match node {
+            Node::Scratch(_) => lock(&self.scratch).remove(directory, name),
+            Node::Object(token, id @ ObjectId::Object(_)) => {
+                lock(&self.drafts).remove(&(token.clone(), id.clone()));
+            }
+            node => self.drop_fresh(node),
         }
     }
 
@@ -210,14 +215,7 @@ impl Tree {
                 Ok(look.entry)
             }
             Err(error) => {
-                // What only the mount knows of is gone again, so that it can be tried anew.
-                match &node {
-                    Node::Scratch(_) => lock(&self.scratch).remove(&directory, name),
-                    Node::Object(token, id @ ObjectId::Object(_)) => {
-                        lock(&self.drafts).remove(&(token.clone(), id.clone()));
-                    }
-                    _ => {}
-                }
+                self.take_back(&directory, name, &node);
                 Err(error)
             }
         }
@@ -295,14 +293,11 @@ impl Tree {
         object: &ObjectName,
         access: Access,
     ) -> Result<()> {
-        if self.token(token)?.backend() == Backend::Db {
-            check_uuid(object)?;
-        } else {
+        let opened = self.token(token)?;
+        opened.check_name(object)?;
+        // All objects of a database belong to the same user.
+        if opened.backend() == Backend::File {
             self.check_owner(access)?;
-            // Room for what a write puts beside it.
-            if object.as_bytes().len() + JOURNAL_SUFFIX.len() > NAME_MAX {
-                return Err(Error::new(ErrorKind::NameTooLong, "the name is too long"));
-            }
         }
         let new = New {
             attributes: Attributes::new(),
@@ -384,17 +379,30 @@ impl Tree {
         Ok(())
     }
 
-    /// Removes an empty directory. An object goes from the store as a whole.
+    /// Removes an empty directory, or a damaged object, whose content nobody can list. An object goes from the store as a whole. `by` is
+    /// who asks, as in [`RenameHow`](super::RenameHow).
     ///
     /// # Errors
     /// [`ErrorKind::NotEmpty`]; [`ErrorKind::NotFound`]; [`ErrorKind::NotADirectory`]; what the store fails with.
-    pub fn remove_dir(&self, parent: Ino, name: &OsStr, patience: Patience) -> Result<()> {
+    pub fn remove_dir(
+        &self,
+        parent: Ino,
+        name: &OsStr,
+        by: Option<Caller>,
+        patience: Patience,
+    ) -> Result<()> {
         let directory = self.node(parent)?;
-        let outcome = self.remove_dir_in(&directory, name, patience);
+        let outcome = self.remove_dir_in(&directory, name, by, patience);
         self.noted_entry(&directory, name, outcome)
     }
 
-    fn remove_dir_in(&self, directory: &Node, name: &OsStr, patience: Patience) -> Result<()> {
+    fn remove_dir_in(
+        &self,
+        directory: &Node,
+        name: &OsStr,
+        by: Option<Caller>,
+        patience: Patience,
+    ) -> Result<()> {
         self.check_writable(directory)?;
         let Some((node, kind)) = self.existing(directory, name, patience)? else {
             return Err(Error::not_found("no such file or directory"));
@@ -403,30 +411,13 @@ impl Tree {
         if kind != FileKind::Directory {
             return Err(Error::new(ErrorKind::NotADirectory, "not a directory"));
         }
-        if !self.children(&node, patience)?.is_empty() {
-            return Err(Error::new(
-                ErrorKind::NotEmpty,
-                "there is something in it still",
-            ));
-        }
+        let is_damaged = self.check_empty(&node, by, patience)?;
         match &node {
             Node::Scratch(_) => lock(&self.scratch).remove(directory, name),
             Node::Attribute(..) => self.take_out(&node, patience)?,
             Node::Object(token, ObjectId::Token) => self.remove_own(token),
-            Node::Object(token, id @ ObjectId::Object(object)) => {
-                let key = (token.clone(), id.clone());
-                let was_new = self.with_drafts(&key, patience, |drafts| {
-                    let is_new = drafts.get(&key).is_some_and(|draft| draft.new.is_some());
-                    if is_new {
-                        drafts.remove(&key);
-                        drafts.touch(&key);
-                    }
-                    Ok(is_new)
-                })?;
-                if !was_new {
-                    self.ask(token, patience, |token| token.remove(object, patience))?;
-                    lock(&self.drafts).remove(&key);
-                }
+            Node::Object(token, ObjectId::Object(object)) => {
+                self.remove_object(token, object, is_damaged, patience)?;
             }
             Node::Token(token) => {
                 self.end_building(token, patience, || self.store.remove_token(token, patience))?;
@@ -440,6 +431,60 @@ impl Tree {
         }
         lock(&self.scratch).clear(&node);
         self.wake();
+        Ok(())
+    }
+
+    /// That a directory can go, or be replaced: there is nothing in it, or it is a damaged object, which goes as a whole. Says whether
+    /// it is that.
+    pub(super) fn check_empty(
+        &self,
+        node: &Node,
+        by: Option<Caller>,
+        patience: Patience,
+    ) -> Result<bool> {
+        if self.is_damaged(node, patience)? {
+            if let Some(token) = node.token() {
+                self.check_may_write(token, by, patience)?;
+            }
+            return Ok(true);
+        }
+        if self.children(node, patience)?.is_empty() {
+            return Ok(false);
+        }
+        Err(Error::new(
+            ErrorKind::NotEmpty,
+            "there is something in it still",
+        ))
+    }
+
+    /// Removes an object, whether it is in the store by now or not. One that was seen to be damaged has to be that still.
+    pub(super) fn remove_object(
+        &self,
+        token: &TokenName,
+        object: &ObjectName,
+        is_damaged: bool,
+        patience: Patience,
+    ) -> Result<()> {
+        let key = (token.clone(), ObjectId::Object(object.clone()));
+        let was_new = self.with_drafts(&key, patience, |drafts| {
+            let is_new = drafts.get(&key).is_some_and(|draft| draft.new.is_some());
+            if is_new {
+                drafts.remove(&key);
+                drafts.touch(&key);
+            }
+            Ok(is_new)
+        })?;
+        if was_new {
+            return Ok(());
+        }
+        self.ask(token, patience, |token| {
+            if is_damaged {
+                token.replace_damaged(object, None, patience)
+            } else {
+                token.remove(object, patience)
+            }
+        })?;
+        lock(&self.drafts).remove(&key);
         Ok(())
     }
 
@@ -507,18 +552,6 @@ impl Tree {
             error
         })
     }
-}
-
-/// That an object of a `db` token can have this name.
-pub(super) fn check_uuid(object: &ObjectName) -> Result<()> {
-    let is_uuid = std::str::from_utf8(object.as_bytes()).is_ok_and(is_uuid);
-    if is_uuid {
-        return Ok(());
-    }
-    Err(Error::new(
-        ErrorKind::Invalid,
-        "an object of the db backend is called by a UUID; make one with uuidgen",
-    ))
 }
 
 /// Some value of a kind.

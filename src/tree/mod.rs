@@ -42,13 +42,13 @@ use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use crate::diagnostics::Diagnostics;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::watch::Coverage;
-use crate::store::{Object, Patience, Store, Token, TokenName};
+use crate::store::{Object, ObjectName, Patience, Store, Token, TokenName};
 
 use draft::Drafts;
 pub use entries::{Caller, Creation};
@@ -61,7 +61,8 @@ pub use rename::RenameHow;
 use scratch::Scratch;
 pub use scratch::ScratchId;
 pub use setattr::SetAttributes;
-pub use stale::Stale;
+pub use stale::{Listener, Stale};
+pub(crate) use view::{CONTROL, SERVER};
 pub use write::OpenForWriting;
 
 /// How a tree is shown.
@@ -69,10 +70,12 @@ pub use write::OpenForWriting;
 pub struct Settings {
     /// The bits that no mode has: `objectstore.umask` or'ed with the process umask.
     pub mask: u32,
-    /// The owner of `.tokenfs/log`.
+    /// The owner of the files in `.tokenfs`.
     pub uid: u32,
     /// Its group.
     pub gid: u32,
+    /// What `.tokenfs/server` says: who serves the mount. Without it there is no such file.
+    pub server: Option<String>,
     /// How long an answer may be remembered where every change is reported.
     pub kept: Duration,
     /// How long elsewhere: what others change shows up this much later at most.
@@ -85,6 +88,7 @@ impl Default for Settings {
             mask: 0o077,
             uid: 0,
             gid: 0,
+            server: None,
             // A minute, not for ever: should a change ever go unnoticed, it does not stay so.
             kept: Duration::from_secs(60),
             unwatched: Duration::from_millis(500),
@@ -169,6 +173,9 @@ pub struct Tree {
     drafts: Mutex<Drafts>,
     scratch: Mutex<Scratch>,
     gates: Mutex<building::Gates>,
+    listener: OnceLock<Listener>,
+    /// Objects that SoftHSM has brought back.
+    returned: Mutex<Vec<(TokenName, ObjectName)>>,
     /// Files whose last descriptor is closed and whose content is still being committed, and how long that may take.
     closing: Mutex<HashMap<Node, Instant>>,
     /// Whether there may be something to settle, and the signal for it.
@@ -194,6 +201,8 @@ impl Tree {
             drafts: Mutex::default(),
             scratch: Mutex::default(),
             gates: Mutex::default(),
+            listener: OnceLock::new(),
+            returned: Mutex::default(),
             closing: Mutex::default(),
             work: (Mutex::default(), Condvar::new()),
             changes: AtomicU64::new(0),
@@ -382,7 +391,7 @@ impl Tree {
             return Err(Error::new(ErrorKind::IsADirectory, "a directory"));
         }
         let content = match object {
-            None => self.diagnostics.render().into_bytes(),
+            None => self.control_file(&node).into_bytes(),
             Some(object) => match self.fresh_content(&node) {
                 Some(content) if view::value(&node, &object).is_none() => content,
                 _ => self
@@ -521,6 +530,7 @@ impl Tree {
             Node::Root | Node::Control => self.coverage.has_tokendir(),
             // Made on the spot from what is remembered anyway.
             Node::Log
+            | Node::Server
             | Node::ByLabel
             | Node::TokenByLabel(_)
             | Node::ObjectByLabel(_, _)

@@ -34,6 +34,8 @@ pub enum Node {
     Control,
     /// `.tokenfs/log`.
     Log,
+    /// `.tokenfs/server`.
+    Server,
     /// `.tokenfs/by-label`.
     ByLabel,
     /// A directory in `by-label`.
@@ -55,7 +57,12 @@ impl Node {
             | Self::MapEntry(token, _, _, _)
             | Self::TokenByLabel(token)
             | Self::ObjectByLabel(token, _) => Some(token),
-            Self::Root | Self::Control | Self::Log | Self::ByLabel | Self::Scratch(_) => None,
+            Self::Root
+            | Self::Control
+            | Self::Log
+            | Self::Server
+            | Self::ByLabel
+            | Self::Scratch(_) => None,
         }
     }
 
@@ -87,6 +94,7 @@ impl Node {
             Self::TokenByLabel(_) => 8,
             Self::ObjectByLabel(..) => 9,
             Self::Scratch(_) => 10,
+            Self::Server => 11,
         };
         hasher.write_u8(tag);
         if let Some(token) = self.token() {

@@ -4,7 +4,7 @@ use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 
 use super::draft::Key;
-use super::entries::{Caller, ScratchFile, check_uuid, exists};
+use super::entries::{Caller, ScratchFile, exists};
 use super::name::{self, Name};
 use super::node::{Ino, Node};
 use super::place::Place;
@@ -78,6 +78,7 @@ impl Tree {
             return Err(Error::not_found("no such file or directory"));
         };
         self.check_writable(&node)?;
+        let mut replaces_damaged = false;
         if let Some((replaced, replaced_kind)) = self.existing(to.directory, to.name, patience)? {
             if how.no_replace {
                 return Err(exists());
@@ -86,13 +87,9 @@ impl Tree {
                 return Ok(());
             }
             match (kind, replaced_kind) {
-                (FileKind::Directory, FileKind::Directory)
-                    if !self.children(&replaced, patience)?.is_empty() =>
-                {
-                    let detail = "there is something in the directory of that name still";
-                    return Err(Error::new(ErrorKind::NotEmpty, detail));
+                (FileKind::Directory, FileKind::Directory) => {
+                    replaces_damaged = self.check_empty(&replaced, how.by, patience)?;
                 }
-                (FileKind::Directory, FileKind::Directory) => {}
                 (FileKind::Directory, _) => {
                     return Err(Error::new(ErrorKind::NotADirectory, "a file has that name"));
                 }
@@ -124,7 +121,7 @@ impl Tree {
             }
             (Node::Scratch(id), Place::Object(token, object)) => {
                 self.check_may_write(&token, how.by, patience)?;
-                self.publish_object(*id, &token, &object, patience)?;
+                self.publish_object(*id, (&token, &object), replaces_damaged, patience)?;
                 let target = Node::Object(token, ObjectId::Object(object));
                 self.follow_scratch(&node, &target);
                 lock(&self.scratch).remove(from.directory, from.name);
@@ -138,8 +135,9 @@ impl Tree {
                 self.rebind(ino, &target, to_parent, patience);
             }
             (Node::Attribute(..) | Node::MapEntry(..), Place::Scratch) => {
-                let made =
-                    self.move_to_scratch(&node, to, patience, || self.take_out(&node, patience))?;
+                let made = self.move_to_scratch((&node, false), to, patience, || {
+                    self.take_out(&node, patience)
+                })?;
                 lock(&self.scratch).clear(&node);
                 self.rebind(ino, &Node::Scratch(made), to_parent, patience);
             }
@@ -150,7 +148,7 @@ impl Tree {
                 if *token != to_token {
                     return Err(other_device());
                 }
-                self.rename_object(token, object, &to_object, patience)?;
+                self.rename_object(token, (object, &to_object), replaces_damaged, patience)?;
                 let to_id = ObjectId::Object(to_object.clone());
                 self.moved(&(token.clone(), id.clone()), |slot| {
                     let now = slot.node(token, &to_id);
@@ -166,8 +164,9 @@ impl Tree {
                     return Err(other_device());
                 }
                 self.check_may_write(token, how.by, patience)?;
-                let made = self.move_to_scratch(&node, to, patience, || {
-                    self.remove_object(token, object, patience)
+                let is_damaged = self.is_damaged(&node, patience)?;
+                let made = self.move_to_scratch((&node, is_damaged), to, patience, || {
+                    self.remove_object(token, object, is_damaged, patience)
                 })?;
                 let key = (token.clone(), ObjectId::Object(object.clone()));
                 self.moved(&key, |_| Some(super::handle::Place::Gone));
@@ -190,7 +189,7 @@ impl Tree {
 
     /// That `caller` may write into the database of a `db` token. Of groups the kernel tells one; who has it as another one of theirs
     /// can copy instead, and is then looked at by the kernel.
-    fn check_may_write(
+    pub(super) fn check_may_write(
         &self,
         token: &TokenName,
         caller: Option<Caller>,
@@ -293,8 +292,8 @@ impl Tree {
     fn publish_object(
         &self,
         id: ScratchId,
-        token: &TokenName,
-        object: &ObjectName,
+        (token, object): (&TokenName, &ObjectName),
+        replaces_damaged: bool,
         patience: Patience,
     ) -> Result<()> {
         let node = Node::Scratch(id);
@@ -303,6 +302,11 @@ impl Tree {
         let (access, mtime) = {
             let scratch = lock(&self.scratch);
             let entry = scratch.get(id)?;
+            if entry.was_damaged && attributes.iter().next().is_none() {
+                return Err(Error::damaged(
+                    "this was a damaged object when it was renamed to scratch, and nothing of it is left; restore it from a backup",
+                ));
+            }
             let access = Access {
                 mode: entry.access.mode & 0o666,
                 ..entry.access
@@ -310,43 +314,46 @@ impl Tree {
             (access, entry.given)
         };
         let key = (token.clone(), ObjectId::Object(object.clone()));
-        if self.token(token)?.backend() == Backend::Db {
-            check_uuid(object)?;
-        }
         // Before anything makes room for it.
+        self.token(token)?.check_name(object)?;
         validate::check(None, &attributes)?;
-        self.make_room(&key, object, patience)?;
         let new = NewObject {
             attributes,
             access,
             mtime,
         };
+        if !replaces_damaged {
+            self.make_room(&key, object, false, patience)?;
+        }
         self.ask(token, patience, |token| {
-            token.create(object, &new, patience)
+            if replaces_damaged {
+                token.replace_damaged(object, Some(&new), patience)
+            } else {
+                token.create(object, &new, patience)
+            }
         })?;
         // An empty directory that was just made there is replaced.
         lock(&self.drafts).remove(&key);
         Ok(())
     }
 
-    /// What is to be replaced by an object is an empty directory, as `rename` has seen to: one that the store has because all of it was
-    /// unlinked just now goes for good.
-    fn make_room(&self, key: &Key, object: &ObjectName, patience: Patience) -> Result<()> {
+    /// What is to be replaced by an object is an empty directory or a damaged object, as `rename` has seen to: one that the store has
+    /// because all of it was unlinked just now goes for good.
+    fn make_room(
+        &self,
+        key: &Key,
+        object: &ObjectName,
+        is_damaged: bool,
+        patience: Patience,
+    ) -> Result<()> {
         let is_new = self.with_drafts(key, patience, |drafts| {
             Ok(drafts.get(key).is_some_and(|draft| draft.new.is_some()))
         })?;
         if is_new {
             return Ok(());
         }
-        let removed = self.ask(&key.0, patience, |token| {
-            token.object_metadata(&key.1, patience)?;
-            token.remove(object, patience)
-        });
-        match removed {
-            Ok(()) => {
-                lock(&self.drafts).remove(key);
-                Ok(())
-            }
+        match self.remove_object(&key.0, object, is_damaged, patience) {
+            Ok(()) => Ok(()),
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
             Err(error) => Err(error),
         }
@@ -448,10 +455,11 @@ impl Tree {
         Ok(())
     }
 
-    /// Makes a copy in scratch of what `take_away` removes from its place. What had the name before is there until that is done.
+    /// Makes a copy in scratch of what `take_away` removes from its place. What had the name before is there until that is done. Of a
+    /// damaged object the copy is an empty directory, which cannot become an object again.
     fn move_to_scratch(
         &self,
-        node: &Node,
+        (node, is_damaged): (&Node, bool),
         to: End<'_>,
         patience: Patience,
         take_away: impl FnOnce() -> Result<()>,
@@ -462,7 +470,15 @@ impl Tree {
             directory: to.directory,
             name: OsStr::new(&name),
         };
-        let made = self.copy_to_scratch(node, aside, patience)?;
+        let made = if is_damaged {
+            let (attributes, _) = self.describe(node, patience)?;
+            let mut scratch = lock(&self.scratch);
+            let made = scratch.make(aside.directory, aside.name, None, access_of(&attributes))?;
+            scratch.get_mut(made)?.was_damaged = true;
+            made
+        } else {
+            self.copy_to_scratch(node, aside, patience)?
+        };
         if let Err(error) = take_away() {
             lock(&self.scratch).remove(aside.directory, aside.name);
             return Err(error);
@@ -474,11 +490,7 @@ impl Tree {
     /// A copy in scratch of an attribute, a map or an object, with the mode and owner that it has.
     fn copy_to_scratch(&self, node: &Node, to: End<'_>, patience: Patience) -> Result<ScratchId> {
         let (attributes, object) = self.describe(node, patience)?;
-        let access = Access {
-            mode: attributes.mode,
-            uid: attributes.uid,
-            gid: attributes.gid,
-        };
+        let access = access_of(&attributes);
         if attributes.kind == FileKind::Directory {
             let children = self.children(node, patience)?;
             let made = {
@@ -524,16 +536,14 @@ impl Tree {
     fn rename_object(
         &self,
         token: &TokenName,
-        from: &ObjectName,
-        to: &ObjectName,
+        (from, to): (&ObjectName, &ObjectName),
+        replaces_damaged: bool,
         patience: Patience,
     ) -> Result<()> {
         let from_key = (token.clone(), ObjectId::Object(from.clone()));
         let to_key = (token.clone(), ObjectId::Object(to.clone()));
-        if self.token(token)?.backend() == Backend::Db {
-            check_uuid(to)?;
-        }
-        self.make_room(&to_key, to, patience)?;
+        self.token(token)?.check_name(to)?;
+        self.make_room(&to_key, to, replaces_damaged, patience)?;
         let was_new = self.with_drafts(&from_key, patience, |drafts| {
             if drafts
                 .get(&from_key)
@@ -566,27 +576,13 @@ impl Tree {
         self.wake();
         outcome
     }
+}
 
-    /// Removes an object, whether it is in the store by now or not.
-    fn remove_object(
-        &self,
-        token: &TokenName,
-        object: &ObjectName,
-        patience: Patience,
-    ) -> Result<()> {
-        let key = (token.clone(), ObjectId::Object(object.clone()));
-        let was_new = self.with_drafts(&key, patience, |drafts| {
-            let is_new = drafts.get(&key).is_some_and(|draft| draft.new.is_some());
-            if is_new {
-                drafts.remove(&key);
-            }
-            Ok(is_new)
-        })?;
-        if !was_new {
-            self.ask(token, patience, |token| token.remove(object, patience))?;
-            lock(&self.drafts).remove(&key);
-        }
-        Ok(())
+fn access_of(attributes: &super::Attributes) -> Access {
+    Access {
+        mode: attributes.mode,
+        uid: attributes.uid,
+        gid: attributes.gid,
     }
 }
 

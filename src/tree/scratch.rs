@@ -42,6 +42,8 @@ pub(super) struct Entry {
     /// The time that it was given.
     pub given: Option<SystemTime>,
     pub ctime: SystemTime,
+    /// It was an object that could not be read, so that nothing of it is here.
+    pub was_damaged: bool,
     /// The object in whose directory it is: who writes into it is at work on that.
     pub object: Option<Key>,
 }
@@ -152,6 +154,7 @@ impl Scratch {
             mtime: now,
             given: None,
             ctime: now,
+            was_damaged: false,
             object: self.object_of(directory),
         };
         self.entries.insert(id, entry);

@@ -177,10 +177,7 @@ impl Tree {
             Ok(true)
         })?;
         if !in_draft {
-            let target = Target::Object(id.clone());
-            self.ask(token, patience, |token| {
-                token.set_metadata(&target, change, patience)
-            })?;
+            self.set_stored(token, id, change, patience)?;
             if mtime.is_some()
                 && let Some(draft) = lock(&self.drafts).get_mut(&key)
             {
@@ -198,13 +195,40 @@ impl Tree {
                 mtime: None,
                 ..*change
             };
-            let target = Target::Object(ObjectId::Token);
-            self.ask(token, patience, |token| {
-                token.set_metadata(&target, &shared, patience)
-            })?;
+            self.set_stored(token, &ObjectId::Token, &shared, patience)?;
         }
         if is_directory && change.mtime.is_some() {
             self.finish_object(&key, mtime, patience)?;
+        }
+        Ok(())
+    }
+
+    /// Mode, owner and times of an object that the store has. All that shares them shows a new mode or owner from now on, whatever the
+    /// kernel remembers.
+    fn set_stored(
+        &self,
+        token: &TokenName,
+        id: &ObjectId,
+        change: &MetadataChange,
+        patience: Patience,
+    ) -> Result<()> {
+        let access = || {
+            let found = self.ask(token, patience, |token| token.object_metadata(id, patience));
+            found.map(|found| (found.mode, found.uid, found.gid)).ok()
+        };
+        let wanted = change.mode.is_some() || change.uid.is_some() || change.gid.is_some();
+        let before = wanted.then(access);
+        let target = Target::Object(id.clone());
+        let backend = self.ask(token, patience, |token| {
+            token.set_metadata(&target, change, patience)?;
+            Ok(token.backend())
+        })?;
+        // Of what is being built nothing is remembered.
+        if !self.store.is_building(token) && before.is_some_and(|before| before != access()) {
+            self.tell_of(&match backend {
+                Backend::File => Node::Object(token.clone(), id.clone()),
+                Backend::Db => Node::Token(token.clone()),
+            });
         }
         Ok(())
     }

@@ -42,8 +42,16 @@ impl Tree {
 
     /// Does what is due, and returns when the next thing will be.
     pub fn settle(&self) -> Option<Instant> {
-        let (keys, tokens, next) = lock(&self.drafts).due(Instant::now());
         let patience = || Patience::at_most(self.store.options().lock_wait);
+        let returned = std::mem::take(&mut *lock(&self.returned));
+        for (token, object) in returned {
+            let seen_to = self.ask(&token, patience(), |token| {
+                token.look_after(&object, patience())
+            });
+            // What fails is in the log.
+            let _ = self.noted(seen_to);
+        }
+        let (keys, tokens, next) = lock(&self.drafts).due(Instant::now());
         if keys.is_empty() && tokens.is_empty() {
             return next;
         }
@@ -271,8 +279,10 @@ impl Tree {
             }
             self.store.publish_token(token, patience)
         });
+        let is_published = outcome.is_ok() || !self.store.is_building(token);
         match &outcome {
-            Ok(()) => {
+            // Whether its name is on disk or not.
+            _ if is_published => {
                 let build = lock(&self.drafts).remove_build(token);
                 if let Some(build) = build
                     && let Some(mtime) = build.mtime.or(before.ok().map(|before| before.mtime))
@@ -282,7 +292,7 @@ impl Tree {
                 self.restore_time(token, patience);
             }
             Err(error) if error.kind() == ErrorKind::WouldBlock => {}
-            Err(_) => lock(&self.drafts).build_failed(token),
+            _ => lock(&self.drafts).build_failed(token),
         }
         self.noted_write(&Node::Token(token.clone()), outcome)
     }
@@ -382,7 +392,7 @@ impl Tree {
                 for token in tokens {
                     self.sync_node(&Node::Token(token), patience)?;
                 }
-                self.store.sync()
+                self.noted(self.store.sync())
             }
             // What was scratch when it was opened.
             Node::Scratch(id) => {
@@ -400,7 +410,8 @@ impl Tree {
         if self.store.options().read_only || self.store.is_building(token) {
             return Ok(());
         }
-        self.ask(token, patience, |token| token.sync(patience))
+        let synced = self.ask(token, patience, |token| token.sync(patience));
+        self.noted(synced)
     }
 
     /// The times of a new object's directory were set, so it is finished, unless nothing was put into it yet (rsync sets the times of

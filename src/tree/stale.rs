@@ -23,7 +23,31 @@ pub enum Stale {
     Attributes(Ino),
 }
 
+/// Who takes answers back at once, from another thread, and returns when that is done, or after a moment.
+pub struct Listener(pub Box<dyn Fn(Vec<Stale>) + Send + Sync>);
+
+impl std::fmt::Debug for Listener {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Listener")
+    }
+}
+
 impl Tree {
+    /// Has `listener` told of what a request makes stale beside that which it is about, before it is answered. The first one stays.
+    pub fn listen(&self, listener: Listener) {
+        let _ = self.listener.set(listener);
+    }
+
+    /// The attributes of `node` and of all that is below it are others now, and whoever asked for that may look at once.
+    pub(super) fn tell_of(&self, node: &Node) {
+        let (Some(listener), Some(ino)) = (self.listener.get(), self.known(node)) else {
+            return;
+        };
+        let below = lock(&self.inodes).below(ino);
+        let all = std::iter::once(ino).chain(below);
+        (listener.0)(all.map(Stale::Attributes).collect());
+    }
+
     /// What was answered and is stale after `changes`, in the order of how much it matters.
     ///
     /// The second list is to be repeated a moment later: the answers in question may be on their way to the kernel still,
@@ -42,6 +66,7 @@ impl Tree {
                 }
                 Change::Token(token) => self.stale_token(token, &mut stale),
                 Change::Object(token, id) => {
+                    self.notice_return(token, id);
                     self.stale_below(&Node::Object(token.clone(), id.clone()), &mut stale);
                 }
                 Change::Database(token) => self.stale_database(token, patience, &mut stale),
@@ -64,6 +89,20 @@ impl Tree {
         });
         let recent = self.recent(&stale);
         (stale, recent)
+    }
+
+    /// An object that was renamed or removed may be back: who can wait sees to it.
+    fn notice_return(&self, token: &TokenName, id: &ObjectId) {
+        let ObjectId::Object(object) = id else {
+            return;
+        };
+        let Ok(opened) = self.store.token(token) else {
+            return;
+        };
+        if opened.look_after(object, Patience::Now).is_err() {
+            lock(&self.returned).push((token.clone(), object.clone()));
+            self.wake();
+        }
     }
 
     /// Those of `stale` that are about answers given so lately that they may still be on their way.

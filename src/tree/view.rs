@@ -18,14 +18,15 @@ use crate::store::attribute::{AttributeKey, AttributeType, Kind, Value};
 use crate::store::{Backend, Metadata, Object, ObjectId, ObjectName, Patience, TokenName};
 
 /// The directory of everything derived, in the root and not listed there.
-pub(super) const CONTROL: &str = ".tokenfs";
+pub(crate) const CONTROL: &str = ".tokenfs";
 
 /// The directory of the token's own attributes.
 pub(super) const TOKEN: &str = "token";
 
-/// The two names in `.tokenfs`.
+/// The names in `.tokenfs`.
 const BY_LABEL: &str = "by-label";
 const LOG: &str = "log";
+pub(crate) const SERVER: &str = "server";
 
 impl Tree {
     /// The child `name` of `directory`. That it exists is for [`Tree::describe`] to find out.
@@ -63,6 +64,7 @@ impl Tree {
             }
             Node::Control if name == BY_LABEL => Ok(Node::ByLabel),
             Node::Control if name == LOG => Ok(Node::Log),
+            Node::Control if name == SERVER && self.settings.server.is_some() => Ok(Node::Server),
             Node::Control => Err(absent()),
             Node::ByLabel => {
                 let tokens = self.tokens_by_label(patience)?;
@@ -73,9 +75,11 @@ impl Tree {
                 let object = objects.get(name).ok_or_else(absent)?;
                 Ok(Node::ObjectByLabel(token.clone(), object))
             }
-            Node::Attribute(..) | Node::MapEntry(..) | Node::Log | Node::ObjectByLabel(..) => {
-                Err(not_a_directory())
-            }
+            Node::Attribute(..)
+            | Node::MapEntry(..)
+            | Node::Log
+            | Node::Server
+            | Node::ObjectByLabel(..) => Err(not_a_directory()),
         }
     }
 
@@ -138,7 +142,7 @@ impl Tree {
                 };
                 (described, Some(object))
             }
-            Node::Log => (self.describe_log(), None),
+            Node::Log | Node::Server => (self.describe_control_file(node), None),
             Node::ObjectByLabel(token, object) => {
                 let id = ObjectId::Object(object.clone());
                 let metadata = self.token(token)?.object_metadata(&id, patience)?;
@@ -165,12 +169,24 @@ impl Tree {
         })
     }
 
-    fn describe_log(&self) -> Attributes {
-        let latest = self.diagnostics.latest().unwrap_or(self.mounted_at);
+    /// The text of a file in `.tokenfs`.
+    pub(super) fn control_file(&self, node: &Node) -> String {
+        match node {
+            Node::Server => self.settings.server.clone().unwrap_or_default(),
+            _ => self.diagnostics.render(),
+        }
+    }
+
+    fn describe_control_file(&self, node: &Node) -> Attributes {
+        let latest = match node {
+            Node::Log => self.diagnostics.latest(),
+            _ => None,
+        };
+        let latest = latest.unwrap_or(self.mounted_at);
         Attributes {
             ino: 0,
             kind: FileKind::File,
-            size: self.diagnostics.render().len() as u64,
+            size: self.control_file(node).len() as u64,
             mode: 0o600,
             uid: self.settings.uid,
             gid: self.settings.gid,
@@ -236,10 +252,16 @@ impl Tree {
                     None => return Err(gone()),
                 }
             }
-            Node::Control => vec![
-                as_directory(BY_LABEL.into(), Node::ByLabel),
-                (LOG.into(), FileKind::File, Node::Log),
-            ],
+            Node::Control => {
+                let mut listed = vec![
+                    as_directory(BY_LABEL.into(), Node::ByLabel),
+                    (LOG.into(), FileKind::File, Node::Log),
+                ];
+                if self.settings.server.is_some() {
+                    listed.push((SERVER.into(), FileKind::File, Node::Server));
+                }
+                listed
+            }
             Node::ByLabel => {
                 let tokens = self.tokens_by_label(patience)?;
                 tokens
@@ -269,7 +291,7 @@ impl Tree {
                     })
                     .collect::<Result<_>>()?
             }
-            Node::MapEntry(..) | Node::Log | Node::ObjectByLabel(..) => {
+            Node::MapEntry(..) | Node::Log | Node::Server | Node::ObjectByLabel(..) => {
                 return Err(not_a_directory());
             }
         })
@@ -350,7 +372,7 @@ impl Tree {
             return Err(Error::not_found("the directory token is gone"));
         }
         let Some(draft) = draft else {
-            return self.ask(token, patience, |token| token.object(id, patience));
+            return self.stored(token, id, patience);
         };
         if let Some(new) = &draft.new {
             return Ok(Arc::new(Object {
@@ -358,7 +380,7 @@ impl Tree {
                 ..new.object()
             }));
         }
-        let stored = self.ask(token, patience, |token| token.object(id, patience))?;
+        let stored = self.stored(token, id, patience)?;
         if draft.removed.is_empty() {
             return Ok(stored);
         }
@@ -367,6 +389,39 @@ impl Tree {
             slot.remove(&mut object.attributes);
         }
         Ok(Arc::new(object))
+    }
+
+    /// The version of an object that the store has. Of a damaged one, how to get rid of it is said too.
+    fn stored(&self, token: &TokenName, id: &ObjectId, patience: Patience) -> Result<Arc<Object>> {
+        let stored = self.ask(token, patience, |token| token.object(id, patience));
+        stored.map_err(|error| {
+            let is_one = error.kind() == ErrorKind::Damaged
+                && matches!(id, ObjectId::Object(_))
+                && !self.store.options().read_only
+                // It alone, and not all of its token.
+                && self.object_metadata(token, id, patience).is_ok();
+            if !is_one {
+                return error;
+            }
+            let path = self.path_of(&Node::Object(token.clone(), id.clone()));
+            let path = path.display().to_string();
+            error.advise(format!(
+                "to remove it, for good: rmdir '{}' in the mount",
+                path.escape_debug()
+            ))
+        })
+    }
+
+    /// Whether a directory is that of an object that is there and damaged.
+    pub(super) fn is_damaged(&self, node: &Node, patience: Patience) -> Result<bool> {
+        let Node::Object(token, id) = node else {
+            return Ok(false);
+        };
+        match self.object(token, id, patience) {
+            Ok(_) => Ok(false),
+            Err(error) if error.kind() == ErrorKind::Damaged => Ok(true),
+            Err(error) => Err(error),
+        }
     }
 
     /// Of the backing file of an object, or of the one that a new object is going to have.

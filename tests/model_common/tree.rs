@@ -233,7 +233,7 @@ impl World for TreeWorld {
 
     fn remove_dir(&mut self, path: &str) -> Answer {
         let (directory, name) = self.directory(path)?;
-        errno(self.tree.remove_dir(directory, name, patient()))
+        errno(self.tree.remove_dir(directory, name, None, patient()))
     }
 
     fn set_mode(&mut self, path: &str, mode: u32) -> Answer {

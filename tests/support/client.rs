@@ -213,6 +213,13 @@ impl P11 {
         self.call(&command).map(drop)
     }
 
+    /// Begins a `C_SetAttributeValue` of the label.
+    pub fn begin_label(&mut self, object: u64, label: &str) {
+        let attributes = [super::template::bytes(super::independent::CKA_LABEL, label)];
+        let command = json!({"do": "set", "object": object, "attributes": to_json(&attributes)});
+        self.begin(&command);
+    }
+
     /// `C_SetAttributeValue` of the label.
     pub fn set_label(&mut self, object: u64, label: &str) -> Answer<()> {
         self.set(

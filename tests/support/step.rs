@@ -10,6 +10,7 @@
 //! | `unset TOKEN OBJECT TYPE` | removes it |
 //! | `create TOKEN NAME LIKE [SECONDS]` | makes a copy of an object |
 //! | `remove TOKEN NAME` | |
+//! | `replace TOKEN NAME [LIKE]` | takes a damaged object away, and puts a copy of another in its place |
 //! | `chmod TOKEN NAME OCTAL`, `chown TOKEN NAME UID GID`, `mtime TOKEN NAME SECONDS` | |
 //! | `copy-token TOKEN NAME LABEL` | makes a token with the objects of another, with that label and another serial number |
 //! | `unbuild TOKEN` | begins a token, and removes it before it is published |
@@ -75,6 +76,18 @@ fn access(token: &dyn Token, id: &ObjectId) -> Access {
     }
 }
 
+/// An object like another one.
+fn copy_of(token: &dyn Token, like: &str) -> NewObject {
+    let like = object_id(like);
+    NewObject {
+        attributes: (token.object(&like, patience()).unwrap())
+            .attributes
+            .clone(),
+        access: access(token, &like),
+        mtime: None,
+    }
+}
+
 type Operation<'a> = Box<dyn FnOnce() -> Result<()> + 'a>;
 
 fn prepare<'a>(store: &'a Store, words: &[&'a str]) -> Operation<'a> {
@@ -117,14 +130,14 @@ fn prepare<'a>(store: &'a Store, words: &[&'a str]) -> Operation<'a> {
         }
         ["create", name, object, like, ref mtime @ ..] => {
             let (token, name) = (token(name), object_name(object));
-            let new = NewObject {
-                attributes: (token.object(&object_id(like), patience()).unwrap())
-                    .attributes
-                    .clone(),
-                access: access(&*token, &object_id(like)),
-                mtime: mtime.first().map(|seconds| time(seconds)),
-            };
+            let mut new = copy_of(&*token, like);
+            new.mtime = mtime.first().map(|seconds| time(seconds));
             Box::new(move || token.create(&name, &new, patience()))
+        }
+        ["replace", name, object, ref like @ ..] => {
+            let (token, name) = (token(name), object_name(object));
+            let new = like.first().map(|like| copy_of(&*token, like));
+            Box::new(move || token.replace_damaged(&name, new.as_ref(), patience()))
         }
         ["remove", name, object] => {
             let (token, name) = (token(name), object_name(object));

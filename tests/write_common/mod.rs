@@ -355,6 +355,29 @@ pub fn leftovers(tokendir: &Path) -> Vec<PathBuf> {
     left
 }
 
+/// Damages the private key of a token, as a crash of SoftHSM does it, or somebody's SQL.
+pub fn damage_key(softhsm: &Softhsm, token: &str, key: &str) {
+    let token = softhsm.tokendir.join(token);
+    match softhsm.backend {
+        Backend::File => {
+            let path = token.join(format!("{key}.object"));
+            let whole = fs::read(&path).unwrap();
+            let modified = fs::metadata(&path).unwrap().modified().unwrap();
+            fs::write(&path, &whole[..whole.len() - 3]).unwrap();
+            // It has been at rest for as long as before.
+            let file = fs::File::options().write(true).open(&path).unwrap();
+            file.set_modified(modified).unwrap();
+        }
+        Backend::Db => {
+            let of_key = "object_id = (select object_id from attribute_integer where type = 0 and value = 3)";
+            let statement = format!("update attribute_array set value = x'0102' where {of_key}");
+            run(tool("sqlite3")
+                .arg(token.join("sqlite3.db"))
+                .arg(&statement));
+        }
+    }
+}
+
 /// Seconds and nanoseconds of the last modification.
 pub fn mtime(path: &Path) -> (i64, i64) {
     let metadata = fs::symlink_metadata(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));

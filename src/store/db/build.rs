@@ -105,12 +105,11 @@ impl DbToken {
     }
 
     /// Syncs a token that was begun with [`DbToken::build`], and gives its database its name. This value is of no use
-    /// afterwards.
+    /// afterwards. Says what keeps it from being certain to survive a power failure, if anything does.
     ///
     /// # Errors
-    /// What syncing and renaming fail with; [`ErrorKind::Exists`] if there is a `sqlite3.db` meanwhile. What fails after
-    /// the renaming is said in the diagnostics.
-    pub fn publish(&self) -> Result<()> {
+    /// What syncing and renaming fail with; [`ErrorKind::Exists`] if there is a `sqlite3.db` meanwhile.
+    pub fn publish(&self) -> Result<Option<Error>> {
         let patience = self.may_write(Patience::at_most(self.options.lock_wait))?;
         if !self.built {
             let detail = "only a token that is being built can be published";
@@ -142,12 +141,10 @@ impl DbToken {
             Error::system("rename", errno).at(&target)
         })?;
         point("db.publish.renamed");
-        // It is a token, whatever becomes of this; a later sync waits for the same.
-        if let Err(error) = self.sync_directory() {
-            self.diagnostics.error(&error);
-        }
+        // It is a token, whatever becomes of this.
+        let synced = self.sync_directory();
         point("db.publish.done");
-        Ok(())
+        Ok(synced.err())
     }
 }
 

@@ -384,12 +384,25 @@ impl Token for DbToken {
         self.write_update(id, edit, mtime, patience)
     }
 
+    fn check_name(&self, name: &ObjectName) -> Result<()> {
+        write::uuid_of(name).map(drop)
+    }
+
     fn create(&self, name: &ObjectName, new: &NewObject, patience: Patience) -> Result<()> {
         self.write_new(name, new, patience)
     }
 
     fn remove(&self, name: &ObjectName, patience: Patience) -> Result<()> {
         self.write_removal(name, patience)
+    }
+
+    fn replace_damaged(
+        &self,
+        name: &ObjectName,
+        new: Option<&NewObject>,
+        patience: Patience,
+    ) -> Result<()> {
+        self.write_replacement(name, new, patience)
     }
 
     fn rename(&self, from: &ObjectName, to: &ObjectName, patience: Patience) -> Result<()> {

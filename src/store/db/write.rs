@@ -25,7 +25,10 @@ use super::{Cached, DbToken, PAUSES, REOPENINGS, Slot, TAKEN, read, scan, times}
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::attribute::Attributes;
 use crate::store::crash::point;
-use crate::store::{Metadata, NewObject, ObjectId, ObjectName, Patience, Token, validate};
+use crate::store::{
+    Metadata, NewObject, ObjectId, ObjectName, Patience, Token, replaced_damaged, undamaged,
+    validate,
+};
 
 /// Why nothing is written.
 pub(super) enum Stop {
@@ -110,11 +113,14 @@ impl Work<'_> {
     }
 
     fn create(&mut self, name: &ObjectName, text: &str, new: &NewObject) -> Result<Change, Stop> {
-        let id = ObjectId::Object(name.clone());
-        if self.snapshot.row(&id).is_ok() {
+        if self.snapshot.row(&ObjectId::Object(name.clone())).is_ok() {
             let detail = format!("the token has an object {name} already");
             return Err(Error::new(ErrorKind::Exists, detail).into());
         }
+        self.insert(name, text, new)
+    }
+
+    fn insert(&mut self, name: &ObjectName, text: &str, new: &NewObject) -> Result<Change, Stop> {
         let plan = Plan::new(&Attributes::new(), &new.attributes)?;
         let highest = self.sql(statements::highest(self.connection))?;
         if highest < TOKEN_ROW {
@@ -138,7 +144,7 @@ impl Work<'_> {
         let modified = new.mtime.unwrap_or_else(SystemTime::now);
         let modified = self.remember_time(row, modified, &new.attributes)?;
         Ok(Change::Put {
-            id,
+            id: ObjectId::Object(name.clone()),
             row,
             attributes: new.attributes.clone(),
             modified,
@@ -193,6 +199,25 @@ impl Work<'_> {
         self.sql(statements::remove(self.connection, row))?;
         Ok(Change::Removed(name.clone()))
     }
+
+    /// Also says what was wrong with the object that was there.
+    fn replace(
+        &mut self,
+        name: &ObjectName,
+        new: Option<(&str, &NewObject)>,
+    ) -> Result<(Change, Error), Stop> {
+        let damage = match self.snapshot.object(&ObjectId::Object(name.clone())) {
+            Ok(_) => return Err(undamaged().into()),
+            Err(error) if error.kind() == ErrorKind::Damaged => error,
+            Err(error) => return Err(error.into()),
+        };
+        let removed = self.remove(name)?;
+        let change = match new {
+            Some((text, new)) => self.insert(name, text, new)?,
+            None => removed,
+        };
+        Ok((change, damage))
+    }
 }
 
 /// `begin immediate`, until it is committed; rolled back otherwise.
@@ -220,10 +245,10 @@ impl Drop for Transaction<'_> {
 }
 
 /// A name as text, if an object can have it.
-fn uuid_of(name: &ObjectName) -> Result<&str> {
+pub(super) fn uuid_of(name: &ObjectName) -> Result<&str> {
     let text = name.as_os_str().to_str().filter(|text| is_uuid(text));
     text.ok_or_else(|| {
-        let detail = format!("{name} is no UUID, and an object of a database is called by one");
+        let detail = "an object of the db backend is called by a UUID; make one with uuidgen";
         Error::new(ErrorKind::Invalid, detail)
     })
 }
@@ -274,6 +299,32 @@ impl DbToken {
 
     pub(super) fn write_removal(&self, name: &ObjectName, patience: Patience) -> Result<()> {
         self.write(patience, &mut |work| work.remove(name).map(Some))
+    }
+
+    pub(super) fn write_replacement(
+        &self,
+        name: &ObjectName,
+        new: Option<&NewObject>,
+        patience: Patience,
+    ) -> Result<()> {
+        let patience = self.may_write(patience)?;
+        let refuse = |error: Error| error.at(&self.path);
+        let text = uuid_of(name).map_err(refuse)?;
+        if let Some(new) = new {
+            validate::check(None, &new.attributes).map_err(refuse)?;
+        }
+        let mut damage = None;
+        self.write(patience, &mut |work| {
+            let (change, found) = work.replace(name, new.map(|new| (text, new)))?;
+            damage = Some(found);
+            Ok(Some(change))
+        })?;
+        if let Some(damage) = damage {
+            let said = replaced_damaged(name, &damage, new);
+            self.diagnostics
+                .warning(format!("{}: {said}", self.path.display()));
+        }
+        Ok(())
     }
 
     pub(super) fn write_name(

@@ -60,15 +60,15 @@ impl FileToken {
     }
 
     /// Syncs a token that was begun with [`FileToken::build`], and gives its own object its name. From then on this value is one of
-    /// an ordinary token.
+    /// an ordinary token. Says what keeps it from being certain to survive a power failure, if anything does.
     ///
     /// # Errors
-    /// What syncing and renaming fail with; it is still being built then. What fails after the renaming is said in the diagnostics.
-    pub fn publish(&self) -> Result<()> {
+    /// What syncing and renaming fail with; it is still being built then.
+    pub fn publish(&self) -> Result<Option<Error>> {
         self.publish_all().map_err(|error| error.at(&self.path))
     }
 
-    fn publish_all(&self) -> Result<()> {
+    fn publish_all(&self) -> Result<Option<Error>> {
         if !self.is_building() {
             return Err(Error::not_found("not being built"));
         }
@@ -107,12 +107,10 @@ impl FileToken {
         self.building.store(false, Ordering::Release);
         self.cache().clear();
         point("file.publish.renamed");
-        // It is a token, whatever becomes of this; a later sync waits for the same.
-        if let Err(error) = sync_directory(directory) {
-            self.diagnostics.error(&error.at(&self.path));
-        }
+        // It is a token, whatever becomes of this.
+        let synced = sync_directory(directory);
         point("file.publish.renamed-synced");
-        Ok(())
+        Ok(synced.err().map(|error| error.at(&self.path)))
     }
 
     /// Waits until all files of the token are on disk.

@@ -10,7 +10,9 @@ use nix::sys::stat::fstatat;
 use rustix::fs::{RenameFlags, renameat_with};
 use rustix::io::Errno as Refusal;
 
-use super::attire::{access_of, apply_to_directory, copy, set_mtime};
+use super::attire::{
+    access_of, apply_to_directory, copy, set_access, set_access_if_possible, set_mtime,
+};
 use super::encode::encode;
 use super::guard::{Temporary, Transaction, exists, stat_regular, sync, unlink_if_there};
 use super::names::{Names, too_long};
@@ -20,7 +22,7 @@ use super::{CKA_TOKENFS_FILLER, FileToken};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::attribute::{Attributes, Value};
 use crate::store::crash::point;
-use crate::store::{MetadataChange, ObjectId, Patience, Time, Token, lock, validate};
+use crate::store::{Access, MetadataChange, ObjectId, Patience, Time, Token, lock, validate};
 
 /// How an attempt to put a new version in place ended.
 enum Attempt {
@@ -80,7 +82,7 @@ impl FileToken {
             // this a backup of a token with the same objects would find its directory changed.
             let time = self.directory_time();
             let directory = self.metadata().map(|metadata| metadata.mtime);
-            if self.put(id, &names, &reading, &bytes, mtime)? {
+            if self.put(id, &names, &reading, &bytes, (None, mtime))? {
                 if let Ok(mtime) = directory {
                     self.restore_directory_time(mtime);
                 }
@@ -161,14 +163,15 @@ impl FileToken {
         read_locked(directory, names.object(), file, transaction)
     }
 
-    /// Puts the next version in place; nothing was done if the name means another file by now.
-    fn put(
+    /// Puts the next version in place; nothing was done if the name means another file by now. It looks as the file before it, or as
+    /// it is given.
+    pub(super) fn put(
         &self,
         id: &ObjectId,
         names: &Names,
         reading: &Reading,
         bytes: &[u8],
-        mtime: Option<SystemTime>,
+        (access, mtime): (Option<Access>, Option<SystemTime>),
     ) -> Result<bool> {
         if *id == ObjectId::Token {
             if self.is_building() {
@@ -179,13 +182,22 @@ impl FileToken {
             if !names.fit() {
                 return Err(too_long());
             }
-            match self.exchange(names, reading, bytes, mtime)? {
+            match self.exchange(names, reading, bytes, (access, mtime))? {
                 Attempt::Done => return Ok(true),
                 Attempt::Replaced => return Ok(false),
                 Attempt::InPlace => {}
             }
         }
+        if i64::try_from(reading.bytes.len()) != Ok(reading.stat.st_size) {
+            return Err(Error::new(
+                ErrorKind::TooLarge,
+                "too large to be rewritten, and this file system cannot exchange files; remove it first",
+            ));
+        }
         rewrite::rewrite(self.directory(), names, reading, bytes, mtime)?;
+        if let Some(access) = access {
+            set_access_if_possible(&reading.file, access);
+        }
         Ok(true)
     }
 
@@ -194,13 +206,15 @@ impl FileToken {
         names: &Names,
         reading: &Reading,
         bytes: &[u8],
-        mtime: Option<SystemTime>,
+        (access, mtime): (Option<Access>, Option<SystemTime>),
     ) -> Result<Attempt> {
         let directory = self.directory();
         let mut new = Temporary::new(directory, names.next())?;
         point("file.update.made");
-        if !copy(&reading.file, &reading.stat, &new.file) {
-            return Ok(Attempt::InPlace);
+        match access {
+            Some(access) => set_access(&new.file, access)?,
+            None if copy(&reading.file, &reading.stat, &new.file) => {}
+            None => return Ok(Attempt::InPlace),
         }
         point("file.update.dressed");
         new.write(bytes)?;

@@ -2,8 +2,9 @@
 
 use std::fs;
 
-use super::tests::{Fixture, LABEL, hold, id, sample, soon};
-use super::write_tests::{files, fixture, generation, set_label};
+use super::fixture::{
+    Fixture, LABEL, files, fixture, generation, hold, id, sample, set_label, soon,
+};
 use super::*;
 use crate::store::attribute::{Attributes, Value};
 use crate::store::{ObjectId, Token};

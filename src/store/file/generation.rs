@@ -139,7 +139,8 @@ impl Generation {
     }
 }
 
-fn microseconds() -> u64 {
+/// A number that no generation can have had before.
+pub(super) fn microseconds() -> u64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH);
     now.map_or(0, |now| u64::try_from(now.as_micros()).unwrap_or(0))
 }

@@ -46,6 +46,7 @@ impl FileToken {
         match self.make_locked(&names, new, &bytes, patience) {
             Ok(()) => {
                 self.changes().forget(&ObjectId::Object(name.clone()));
+                self.departures().remove(name);
                 Ok(())
             }
             Err(error) => {
@@ -151,7 +152,20 @@ impl FileToken {
             }
             break transaction;
         };
-        self.clear_temporary(&names, patience)?;
+        self.unmake_locked(&id, &names, patience)
+    }
+
+    /// Removes an object whose lock is held.
+    pub(super) fn unmake_locked(
+        &self,
+        id: &ObjectId,
+        names: &Names,
+        patience: Patience,
+    ) -> Result<()> {
+        let directory = self.directory();
+        let building = self.is_building();
+        let lock_name = names.lock().unwrap_or(Path::new(""));
+        self.clear_temporary(names, patience)?;
         let gone = |errno| match errno {
             Errno::ENOENT => {
                 let _ = unlink_if_there(directory, lock_name);
@@ -197,8 +211,11 @@ impl FileToken {
         }
         unlink_if_there(directory, lock_name)?;
         point("file.remove.done");
-        self.changes().forget(&id);
-        self.cache().remove(&id);
+        if let ObjectId::Object(name) = id {
+            self.depart(name, None);
+        }
+        self.changes().forget(id);
+        self.cache().remove(id);
         Ok(())
     }
 

@@ -22,6 +22,7 @@ mod born;
 mod build;
 mod change;
 mod decode;
+mod departed;
 mod encode;
 mod generation;
 mod guard;
@@ -32,6 +33,7 @@ mod noticed;
 pub mod read;
 mod recover;
 mod rename;
+mod replace;
 mod rewrite;
 mod token;
 
@@ -73,8 +75,16 @@ pub(crate) const LOCK_SUFFIX: &str = ".lock";
 #[cfg(test)]
 mod crash_tests;
 #[cfg(test)]
-mod rename_tests;
+mod fixture;
 #[cfg(test)]
-mod tests;
+mod format_tests;
+#[cfg(test)]
+mod make_tests;
+#[cfg(test)]
+mod race_tests;
+#[cfg(test)]
+mod read_tests;
+#[cfg(test)]
+mod rename_tests;
 #[cfg(test)]
 mod write_tests;

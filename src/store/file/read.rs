@@ -57,7 +57,7 @@ pub(super) struct Reading {
     /// The file, with its lock.
     pub file: File,
     /// Its lock file, with its lock; only held, never used.
-    pub _transaction: Option<File>,
+    pub transaction: Option<File>,
     /// Whether it may be in the middle of a write.
     looks_unfinished: bool,
 }
@@ -151,11 +151,18 @@ pub(super) fn read_locked(
     if !is_named(directory, object, &before)? {
         return Ok(None);
     }
-    let bytes = read_all(&mut file, &before)?;
+    let (bytes, content) = match read_all(&mut file, &before) {
+        Ok(bytes) => {
+            let content = decode(&bytes);
+            (bytes, content)
+        }
+        // One that is too large to be read can be renamed and replaced all the same.
+        Err(error) if error.kind() == ErrorKind::Damaged => (Vec::new(), Err(error)),
+        Err(error) => return Err(error),
+    };
     let stat = fstat(&file).map_err(|errno| Error::system("stat", errno))?;
     let stamp = Stamp::from(&stat);
     let written_meanwhile = stamp != Stamp::from(&before) || bytes.len() as i64 != stat.st_size;
-    let content = decode(&bytes);
     let looks_unfinished =
         written_meanwhile || content.is_err() || bytes.len().is_multiple_of(STREAM_BUFFER);
     Ok(Some(Reading {
@@ -167,7 +174,7 @@ pub(super) fn read_locked(
         bytes,
         stat,
         file,
-        _transaction: transaction,
+        transaction,
         looks_unfinished,
     }))
 }

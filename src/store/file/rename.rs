@@ -73,16 +73,43 @@ impl FileToken {
         let base = reading.stat;
         // Lets go of the locks, for whoever has waited for them.
         drop((reading, transaction));
-        if !self.is_building()
-            && let Err(error) = self.carry_over(&names, &target, from < to, &base, patience)
-        {
-            let path = self.path.join(names.object());
-            self.diagnostics.warning(format!(
-                "{}: SoftHSM stored this object while it got the name \"{to}\", and now there are both: {error}",
-                path.display()
-            ));
+        self.departures().remove(to);
+        self.depart(from, Some((to.clone(), base)));
+        if !self.is_building() && self.is_back(&names) {
+            self.carry_over_or_say(from, to, &base, patience);
         }
         Ok(())
+    }
+
+    /// Whether an object that has just got another name is there under its old one too, within a moment.
+    fn is_back(&self, names: &Names) -> bool {
+        (0..=LOOKS).any(|looks| {
+            if looks > 0 {
+                thread::sleep(PAUSE);
+            }
+            exists(self.directory(), names.object())
+        })
+    }
+
+    /// What SoftHSM has stored under the old name, put in its place; or, where that cannot be, a line in the diagnostics. Whether there
+    /// is one object again.
+    pub(super) fn carry_over_or_say(
+        &self,
+        from: &ObjectName,
+        to: &ObjectName,
+        base: &FileStat,
+        patience: Patience,
+    ) -> bool {
+        let [names, target] = [from, to].map(|name| self.names(&ObjectId::Object(name.clone())));
+        let Err(error) = self.carry_over(&names, &target, from < to, base, patience) else {
+            return true;
+        };
+        let path = self.path.join(names.object());
+        self.diagnostics.warning(format!(
+            "{}: SoftHSM stored this object while it got the name \"{to}\", and now there are both: {error}",
+            path.display()
+        ));
+        false
     }
 
     /// The object, at rest and with what a crash left of an earlier write put right, since that goes by its name; and the lock of
@@ -125,14 +152,6 @@ impl FileToken {
         patience: Patience,
     ) -> Result<()> {
         let directory = self.directory();
-        let mut looks = 0;
-        while !exists(directory, names.object()) {
-            if looks == LOOKS {
-                return Ok(());
-            }
-            looks += 1;
-            thread::sleep(PAUSE);
-        }
         let (reading, _transaction) = self.lock_both(names, target, in_order, base, patience)?;
         reading.version.content.as_ref().map_err(Clone::clone)?;
         let present = stat_regular(directory, target.object())?;

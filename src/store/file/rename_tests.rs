@@ -7,19 +7,16 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use super::tests::{Fixture, LABEL, hold, id, sample, soon};
-use super::write_tests::{files, fixture, generation, set_label};
+use super::fixture::{
+    Fixture, LABEL, files, fixture, generation, hold, id, name, sample, set_label, soon,
+};
 use super::*;
 use crate::diagnostics::Diagnostics;
 use crate::error::{ErrorKind, Result};
-use crate::store::{Access, NewObject, ObjectName, Options, Patience, Token, TokenName};
+use crate::store::{Access, NewObject, Options, Patience, Token, TokenName};
 
 /// What is there where there is the object `a` alone.
 const WHOLE: [&str; 4] = ["a.lock", "a.object", "generation", "token.object"];
-
-fn name(name: &str) -> ObjectName {
-    ObjectName::new(name.as_ref()).unwrap()
-}
 
 fn rename(fixture: &Fixture, from: &str, to: &str) -> Result<()> {
     fixture.token.rename(&name(from), &name(to), soon())

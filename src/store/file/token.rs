@@ -18,6 +18,7 @@ use nix::fcntl::{AtFlags, OFlag, openat};
 use nix::sys::stat::{FileStat, Mode, fstat, fstatat};
 
 use super::born::Ours;
+use super::departed::Departures;
 use super::names::Names;
 use super::noticed::{Changes, name_of};
 use super::read::{Version, read_object};
@@ -48,6 +49,7 @@ pub struct FileToken {
     /// The files that were made here, which are not SoftHSM's newborn objects.
     pub(super) born: Ours,
     changes: Mutex<Changes>,
+    departures: Mutex<Departures>,
     /// What was written and not synced.
     pending: Mutex<BTreeSet<OsString>>,
     /// Held while that is synced.
@@ -88,6 +90,7 @@ impl FileToken {
             building: AtomicBool::new(false),
             born: Ours::default(),
             changes: Mutex::default(),
+            departures: Mutex::default(),
             pending: Mutex::default(),
             syncing: Mutex::default(),
             directory_time: Mutex::default(),
@@ -101,6 +104,12 @@ impl FileToken {
 
     pub(super) fn changes(&self) -> MutexGuard<'_, Changes> {
         self.changes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn departures(&self) -> MutexGuard<'_, Departures> {
+        self.departures
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn pending(&self) -> MutexGuard<'_, BTreeSet<OsString>> {
@@ -300,6 +309,10 @@ impl Token for FileToken {
             .map_err(|error| error.at(self.path_of(id)))
     }
 
+    fn check_name(&self, name: &ObjectName) -> Result<()> {
+        Names::of_new(name).map(drop)
+    }
+
     fn create(&self, name: &ObjectName, new: &NewObject, patience: Patience) -> Result<()> {
         self.make(name, new, patience)
             .map_err(|error| error.at(self.path_of(&ObjectId::Object(name.clone()))))
@@ -310,9 +323,24 @@ impl Token for FileToken {
             .map_err(|error| error.at(self.path_of(&ObjectId::Object(name.clone()))))
     }
 
+    fn replace_damaged(
+        &self,
+        name: &ObjectName,
+        new: Option<&NewObject>,
+        patience: Patience,
+    ) -> Result<()> {
+        self.replace(name, new, patience)
+            .map_err(|error| error.at(self.path_of(&ObjectId::Object(name.clone()))))
+    }
+
     fn rename(&self, from: &ObjectName, to: &ObjectName, patience: Patience) -> Result<()> {
         self.give_name(from, to, patience)
             .map_err(|error| error.at(self.path_of(&ObjectId::Object(from.clone()))))
+    }
+
+    fn look_after(&self, name: &ObjectName, patience: Patience) -> Result<()> {
+        self.look_after_departed(name, patience)
+            .map_err(|error| error.at(self.path_of(&ObjectId::Object(name.clone()))))
     }
 
     fn set_metadata(

@@ -65,11 +65,24 @@ impl Token for Closed {
         self.refuse()
     }
 
+    fn check_name(&self, _name: &ObjectName) -> Result<()> {
+        self.refuse()
+    }
+
     fn create(&self, _name: &ObjectName, _new: &NewObject, _patience: Patience) -> Result<()> {
         self.refuse()
     }
 
     fn remove(&self, _name: &ObjectName, _patience: Patience) -> Result<()> {
+        self.refuse()
+    }
+
+    fn replace_damaged(
+        &self,
+        _name: &ObjectName,
+        _new: Option<&NewObject>,
+        _patience: Patience,
+    ) -> Result<()> {
         self.refuse()
     }
 

@@ -57,7 +57,7 @@ impl Building {
         }
     }
 
-    fn publish(&self) -> Result<()> {
+    fn publish(&self) -> Result<Option<Error>> {
         match &self.kind {
             Kind::File(token) => token.publish(),
             Kind::Db(token) => token.publish(),
@@ -229,14 +229,15 @@ impl Store {
     ///
     /// # Errors
     /// [`ErrorKind::NotFound`] if it is not being built; [`ErrorKind::WouldBlock`] with [`Patience::Now`]; what syncing and
-    /// renaming fail with, and then it is still being built. What fails once it has its name is said in the diagnostics.
+    /// renaming fail with, and then it is still being built; what syncing the name fails with, and then it is a token all the same, and
+    /// not certain to survive a power failure.
     pub fn publish_token(&self, name: &TokenName, patience: Patience) -> Result<()> {
         let path = self.path.join(name.as_os_str());
-        self.end(name, patience, |building| {
+        let published = self.end(name, patience, |building| {
             self.check_in_place()?;
             // The directory first: a token that survives a power failure has one.
             self.sync()?;
-            building.publish()?;
+            let unsynced = building.publish()?;
             point("store.publish.published");
             let unmarked = open_directory(self.directory.as_fd(), name)
                 .and_then(|directory| remove_file(&directory, OsStr::new(BUILDING)));
@@ -245,18 +246,21 @@ impl Store {
                 self.diagnostics.error(&error.at(path.join(BUILDING)));
             }
             point("store.publish.unmarked");
-            Ok(())
-        })
-        .map_err(|error| error.at(&path))
+            Ok(unsynced)
+        });
+        match published.map_err(|error| error.at(&path))? {
+            None => Ok(()),
+            Some(error) => Err(error.at(&path)),
+        }
     }
 
     /// Does what ends the building of a token, one at a time; afterwards it is not being built any more.
-    fn end(
+    fn end<T>(
         &self,
         name: &TokenName,
         patience: Patience,
-        end: impl FnOnce(&Building) -> Result<()>,
-    ) -> Result<()> {
+        end: impl FnOnce(&Building) -> Result<T>,
+    ) -> Result<T> {
         let not_building = || Error::not_found("not being built");
         let building = self
             .building()
@@ -277,10 +281,10 @@ impl Store {
         if !self.building().contains_key(name) {
             return Err(not_building());
         }
-        end(&building)?;
+        let ended = end(&building)?;
         self.building().remove(name);
         self.known().remove(name);
-        Ok(())
+        Ok(ended)
     }
 
     /// Removes a token without objects, whether it is being built or not. It is no token any more with the first step, which
