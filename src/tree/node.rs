@@ -4,11 +4,13 @@
 //! backend. Two that collide (1 in 10⁹ for a store of 10,000 objects) are told apart by [`super::inode`].
 
 use std::hash::Hasher;
+use std::os::unix::ffi::OsStrExt;
 
 use siphasher::sip::SipHasher13;
 
 use super::scratch::ScratchId;
 use crate::store::attribute::{AttributeKey, AttributeType, Kind};
+use crate::store::layout::LayoutFile;
 use crate::store::{ObjectId, ObjectName, TokenName};
 
 /// The number of an inode.
@@ -40,6 +42,12 @@ pub enum Node {
     TokenByLabel(TokenName),
     /// A link in it.
     ObjectByLabel(TokenName, ObjectName),
+    /// `.tokenfs/file`.
+    Layout,
+    /// A token's directory in it.
+    TokenLayout(TokenName),
+    /// A file in that.
+    FileInLayout(TokenName, LayoutFile),
     /// A scratch file or directory.
     Scratch(ScratchId),
 }
@@ -54,8 +62,15 @@ impl Node {
             | Self::Attribute(token, _, _)
             | Self::MapEntry(token, _, _, _)
             | Self::TokenByLabel(token)
-            | Self::ObjectByLabel(token, _) => Some(token),
-            Self::Root | Self::Control | Self::Log | Self::ByLabel | Self::Scratch(_) => None,
+            | Self::ObjectByLabel(token, _)
+            | Self::TokenLayout(token)
+            | Self::FileInLayout(token, _) => Some(token),
+            Self::Root
+            | Self::Control
+            | Self::Log
+            | Self::ByLabel
+            | Self::Layout
+            | Self::Scratch(_) => None,
         }
     }
 
@@ -87,6 +102,9 @@ impl Node {
             Self::TokenByLabel(_) => 8,
             Self::ObjectByLabel(..) => 9,
             Self::Scratch(_) => 10,
+            Self::Layout => 11,
+            Self::TokenLayout(_) => 12,
+            Self::FileInLayout(..) => 13,
         };
         hasher.write_u8(tag);
         if let Some(token) = self.token() {
@@ -104,6 +122,7 @@ impl Node {
                 attribute(&mut hasher, *key);
             }
             Self::ObjectByLabel(_, object) => name(&mut hasher, object.as_bytes()),
+            Self::FileInLayout(_, file) => name(&mut hasher, file.name().as_bytes()),
             Self::Scratch(id) => hasher.write_u64(id.0),
             _ => {}
         }
