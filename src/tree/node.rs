@@ -175,9 +175,12 @@ mod tests {
         };
         assert_eq!(Node::Root.number(), 1);
         assert_eq!(Node::Token(token.clone()).number(), TOKEN);
+        let file = LayoutFile::Object(id.clone());
+        assert_eq!(Node::FileInLayout(token.clone(), file).number(), FILE);
         assert_eq!(Node::Attribute(token, id, key).number(), ATTRIBUTE);
     }
 
     const TOKEN: Ino = 4_923_158_186_254_695_499;
+    const FILE: Ino = 6_486_045_819_429_904_732;
     const ATTRIBUTE: Ino = 4_294_224_703_768_727_196;
 }
