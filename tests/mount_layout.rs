@@ -85,6 +85,23 @@ fn assert_works(bench: &mut Bench, other: &Softhsm) -> P11 {
     client
 }
 
+/// Each token that has a PIN shows a session all of its objects.
+fn assert_opens(softhsm: &Softhsm) {
+    let mut client = softhsm.p11();
+    let mut opened = 0;
+    for token in softhsm.read().into_values() {
+        let pin = independent::CKA_OS_USERPIN;
+        if independent::token_key(&token, pin, PIN).is_some() {
+            let serial = independent::get_bytes(&token.token, 0x8000_534a).unwrap();
+            let serial = std::str::from_utf8(serial).unwrap();
+            client.open(serial, Some(PIN)).unwrap();
+            assert_eq!(client.find(&[]).unwrap().len(), token.objects.len());
+            opened += 1;
+        }
+    }
+    assert_eq!(opened, 3);
+}
+
 fn errno<T: std::fmt::Debug>(result: io::Result<T>) -> i32 {
     result.unwrap_err().raw_os_error().unwrap()
 }
@@ -129,6 +146,7 @@ both_backends! {
             let again = copied(&Mount::new(&softhsm));
             copy.snapshot().assert_same(&again.snapshot());
             before.assert_same(&softhsm.snapshot());
+            assert_opens(&copy);
         }
     }
 

@@ -163,7 +163,7 @@ pub fn set_mode(path: &Path, mode: u32) {
     fs::set_permissions(path, fs::Permissions::from_mode(mode)).expect("chmod");
 }
 
-/// A file with a write lock on all of it, as if another process held it.
+/// A file with a lock on the whole of it, as SoftHSM's, for as long as it is open.
 pub fn exclusively(path: &Path) -> fs::File {
     let file = fs::File::options()
         .read(true)
