@@ -239,6 +239,7 @@ both_backends! {
     fn what_is_not_in_the_store_yet_is_not_there(backend) {
         let bench = Bench::new(backend);
         let before = entries(&of(&bench, "")).unwrap();
+        let counted = fs::read(of(&bench, "generation")).unwrap();
         let pending = "33333333-3333-3333-3333-333333333333";
         bench.quiet(&format!("mkdir {pending}; echo CKO_DATA >{pending}/CKA_CLASS"));
         assert!(bench.at(pending).join("CKA_CLASS").exists());
@@ -247,9 +248,9 @@ both_backends! {
         fs::create_dir(bench.mount.join("new-token")).unwrap();
         assert_eq!(entries(&layout(&bench.mount)).unwrap(), [PathBuf::from(&bench.token)].into());
         assert_eq!(errno(fs::metadata(layout(&bench.mount).join("new-token"))), nix::libc::ENOENT);
-        // And what is unlinked in the mount is in the store until that is done.
         bench.quiet(&format!("echo false >{pending}/CKA_PRIVATE"));
         eventually(SOON, "the object", || of(&bench, format!("{pending}.object")).exists());
+        assert_ne!(fs::read(of(&bench, "generation")).unwrap(), counted);
     }
 
     fn nothing_in_it_can_be_written(backend) {

@@ -151,11 +151,19 @@ pub(super) fn read<T: Token + ?Sized>(
             Ok((object.metadata, encoded(&object.attributes)))
         }
         LayoutFile::Generation => {
-            let metadata = metadata_of_generation(token, patience)?;
-            let number = generation(&token.list(patience)?);
-            Ok((metadata, number.to_be_bytes().to_vec()))
+            read_generation(token, generation(&token.list(patience)?), patience)
         }
     }
+}
+
+/// The same of [`LayoutFile::Generation`], for a token that knows its [`generation`].
+pub(super) fn read_generation<T: Token + ?Sized>(
+    token: &T,
+    number: u64,
+    patience: Patience,
+) -> Result<(Metadata, Vec<u8>)> {
+    let metadata = metadata_of_generation(token, patience)?;
+    Ok((metadata, number.to_be_bytes().to_vec()))
 }
 
 /// Keys of the hashes, which keep nothing secret: they only tell versions apart.
@@ -173,7 +181,8 @@ fn encoded(attributes: &Attributes) -> Vec<u8> {
     bytes
 }
 
-fn generation(objects: &[ObjectName]) -> u64 {
+/// The generation of a token with these objects.
+pub(super) fn generation(objects: &[ObjectName]) -> u64 {
     let mut names = Vec::new();
     for object in objects {
         names.extend_from_slice(object.as_bytes());

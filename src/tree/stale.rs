@@ -29,7 +29,13 @@ impl Tree {
     /// The second list is to be repeated a moment later: the answers in question may be on their way to the kernel still,
     /// which does not know yet what it is told to drop.
     pub fn stale(&self, changes: &[Change], patience: Patience) -> (Vec<Stale>, Vec<Stale>) {
-        self.changes.fetch_add(1, Ordering::AcqRel);
+        // A lock file and a generation have nothing that anything is made of.
+        if changes
+            .iter()
+            .any(|change| !matches!(change, Change::File(..)))
+        {
+            self.changes.fetch_add(1, Ordering::AcqRel);
+        }
         let mut stale = Vec::new();
         for change in changes {
             match change {
