@@ -167,6 +167,15 @@ impl Error {
         self
     }
 
+    /// The same failure in the words of who sees `path`: what is known of the backing file becomes part of the sentence.
+    #[must_use]
+    pub fn of(self, path: &Path) -> Self {
+        match self.path {
+            Some(_) => Self::new(self.kind, self.to_string()).at(path),
+            None => self.at(path),
+        }
+    }
+
     /// The same failure, with the offset in the backing file at which it was met, in bytes.
     #[must_use]
     pub fn at_offset(mut self, offset: u64) -> Self {

@@ -2,7 +2,6 @@
 //! it writes, the object has another name or is gone. SoftHSM makes the file anew then, whoever took it away.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
-mod check_common;
 mod mount_common;
 mod support;
 mod write_common;
@@ -21,7 +20,7 @@ const OTHER: &str = "11111111-2222-4333-8444-555555555555";
 /// file.
 fn late(bench: &mut Bench, act: impl FnOnce(&mut Bench)) {
     let lock = bench.backing(&bench.data).with_extension("lock");
-    let held = check_common::hold(&lock);
+    let held = exclusively(&lock);
     bench.client.begin_label(bench.handles.0, "late");
     let pid = bench.client.pid();
     eventually(SOON, "SoftHSM waits for the lock", || {

@@ -83,7 +83,7 @@ fn what_cannot_be_looked_at_is_exit_code_2() {
     }
 
     // One object is locked, of another the lock file is missing: both are said, and 2 is the code.
-    let held = hold(&object);
+    let held = exclusively(&object);
     fs::remove_file(object.with_extension("lock")).unwrap();
     let start = Instant::now();
     let checked = check(&softhsm, &[]);

@@ -67,7 +67,7 @@ fn a_lock_file_without_an_object_goes_unless_it_is_in_use() {
     let (softhsm, _client, object) = with_object();
     let lock = object.with_extension("lock");
     fs::remove_file(&object).unwrap();
-    let held = hold(&lock);
+    let held = exclusively(&lock);
     check(&softhsm, &["--repair"]).assert_clean();
     assert!(lock.exists());
     drop(held);
@@ -194,7 +194,7 @@ fn what_a_write_left_is_put_right_and_a_write_that_goes_on_is_left_alone() {
         nameless.join(".tokenfs-building"),
     ]
     .iter()
-    .map(|path| hold(path))
+    .map(|path| exclusively(path))
     .collect();
     let checked = look(&softhsm);
     assert!(checked.findings().is_empty(), "{checked:#?}");

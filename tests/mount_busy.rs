@@ -10,7 +10,6 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use mount_common::*;
-use nix::fcntl::{FcntlArg, fcntl};
 use support::*;
 
 const CRASH: &str = "TOKENFS_TEST_CRASH_MOUNTED";
@@ -97,12 +96,7 @@ both_backends! {
         match backend {
             Backend::File => {
                 let path = softhsm.tokendir.join(object.with_extension("object"));
-                let opened = fs::File::options().read(true).write(true).open(path).unwrap();
-                let lock = nix::libc::flock {
-                    l_type: nix::libc::F_WRLCK as i16, l_whence: 0, l_start: 0, l_len: 0, l_pid: 0,
-                };
-                fcntl(&opened, FcntlArg::F_OFD_SETLK(&lock)).unwrap();
-                file = Some(opened);
+                file = Some(exclusively(&path));
             }
             Backend::Db => {
                 let opened = rusqlite::Connection::open(token.join("sqlite3.db")).unwrap();

@@ -199,7 +199,7 @@ print(count)
         let mount = Mount::new(&softhsm);
         assert!(!quiet(mount.path(), "ls -a").contains("tokenfs"));
         assert!(!quiet(mount.path(), "find .").contains(".tokenfs"));
-        assert_eq!(quiet(mount.path(), "cd .tokenfs && ls -A"), "by-label\nlog\nserver\n");
+        assert_eq!(quiet(mount.path(), "cd .tokenfs && ls -A"), "by-label\nfile\nlog\nserver\n");
         assert!(!mount.join(".tokenfs/nothing").exists());
         let log = fs::metadata(mount.join(".tokenfs/log")).unwrap();
         assert_eq!(log.mode(), 0o100_600);

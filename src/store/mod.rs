@@ -15,6 +15,7 @@ pub mod check;
 pub mod crash;
 pub mod db;
 pub mod file;
+pub mod layout;
 pub mod leftover;
 mod lock;
 mod metadata;
@@ -33,6 +34,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use crate::error::{Error, ErrorKind, Result};
 use attribute::Attributes;
+use layout::LayoutFile;
 
 /// Which of SoftHSM's two backends a token is stored in (`objectstore.backend`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -234,6 +236,31 @@ pub trait Token: Send + Sync + fmt::Debug {
     /// [`ErrorKind::NotFound`], [`ErrorKind::PermissionDenied`]; [`ErrorKind::Damaged`] with the offset where it does not
     /// parse; [`ErrorKind::Busy`] or [`ErrorKind::WouldBlock`] if a lock stays taken or a writer does not finish.
     fn object(&self, id: &ObjectId, patience: Patience) -> Result<Arc<Object>>;
+
+    /// The files that it has in the layout of the `file` backend, its own if that is the backend, in the order in which they are best
+    /// copied. [`layout`] says how they are made elsewhere.
+    ///
+    /// # Errors
+    /// As [`Token::list`].
+    fn layout(&self, patience: Patience) -> Result<Vec<LayoutFile>> {
+        layout::files(self, patience)
+    }
+
+    /// What `stat` says of one of them, and its size in bytes. That of an object that cannot be encoded, being damaged, is 0.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] if there is no such file; otherwise as [`Token::object`], but not for damage.
+    fn layout_metadata(&self, file: &LayoutFile, patience: Patience) -> Result<(Metadata, u64)> {
+        layout::metadata(self, file, patience)
+    }
+
+    /// What is in one of them, and what `stat` said of it then. A damaged object of the `file` backend has bytes as any other.
+    ///
+    /// # Errors
+    /// As [`Token::layout_metadata`]; [`ErrorKind::Damaged`] if the backend is another and the object is.
+    fn layout_read(&self, file: &LayoutFile, patience: Patience) -> Result<(Metadata, Vec<u8>)> {
+        layout::read(self, file, patience)
+    }
 
     /// Changes an object: under SoftHSM's locks, `edit` gets what is stored at that moment, and what it leaves is stored as a
     /// whole, with the next generation. It may be called more than once, each time with what is stored then. If it leaves

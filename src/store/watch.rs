@@ -5,7 +5,7 @@
 //! [`Change::Token`] is reported right after that, so that what was remembered before is dropped.
 
 use std::collections::{HashMap, HashSet};
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
 use std::io::PipeReader;
 use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
@@ -17,7 +17,8 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, InotifyEvent, WatchDescriptor};
 use nix::sys::statfs::{FsType, fstatfs, statfs};
 
-use super::file::{TOKEN_OBJECT, object_name};
+use super::file::TOKEN_OBJECT;
+use super::layout::LayoutFile;
 use super::tokendir::{DATABASE, Store, replaced};
 use super::{ObjectId, TokenName};
 use crate::error::{Error, ErrorKind, Result};
@@ -33,6 +34,8 @@ pub enum Change {
     Directory(TokenName),
     /// One object of a token of the `file` backend: changed, made or destroyed.
     Object(TokenName, ObjectId),
+    /// A file of a token of the `file` backend that holds no object: its generation, or a lock file.
+    File(TokenName, LayoutFile),
     /// Anything in a token of the `db` backend.
     Database(TokenName),
     /// Anything anywhere: the kernel has dropped events.
@@ -304,12 +307,12 @@ impl Watcher {
 
 /// What the change of a file in a token's directory means.
 fn content_change(token: &TokenName, file: &OsString) -> Option<Change> {
-    if file == TOKEN_OBJECT {
-        return Some(Change::Object(token.clone(), ObjectId::Token));
-    }
     // With the journal goes the last trace of a transaction: it is committed, or rolled back.
     if file.as_bytes().starts_with(DATABASE.as_bytes()) {
         return Some(Change::Database(token.clone()));
     }
-    object_name(OsStr::new(file)).map(|name| Change::Object(token.clone(), ObjectId::Object(name)))
+    Some(match LayoutFile::parse(file)? {
+        LayoutFile::Object(id) => Change::Object(token.clone(), id),
+        other => Change::File(token.clone(), other),
+    })
 }

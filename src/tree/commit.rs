@@ -277,6 +277,9 @@ impl Tree {
                 | Node::ByLabel
                 | Node::TokenByLabel(_)
                 | Node::ObjectByLabel(..)
+                | Node::Layout
+                | Node::TokenLayout(_)
+                | Node::FileInLayout(..)
         );
         if derived {
             let detail =
@@ -306,11 +309,7 @@ impl Tree {
                 return error;
             }
             // Which attribute, and in which file of the store.
-            let error = match error.path() {
-                Some(_) => Error::new(error.kind(), error.to_string()),
-                None => error,
-            };
-            let error = error.at(self.path_of(node));
+            let error = error.of(&self.path_of(node));
             self.diagnostics.error(&error);
             error
         })

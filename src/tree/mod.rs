@@ -4,8 +4,8 @@
 //! translates, and sends what [`Tree::stale`] returns to whoever remembers answers.
 //!
 //! The parts: [`name`] and [`text`] spell attributes, [`mode`] masks, [`label`] spells `by-label`; [`node`] says what an inode
-//! stands for, [`inode`] which of them the kernel knows; `view` looks a node up in the store; this file has the operations that
-//! read, and `stale` what becomes of answers when the store changes.
+//! stands for, [`inode`] which of them the kernel knows; `view` looks a node up in the store, `layout` one of `.tokenfs/file`;
+//! this file has the operations that read, and `stale` what becomes of answers when the store changes.
 //!
 //! Writing: `write` has the descriptors, `close` what becomes of them, `commit` how a value gets into its object, `follow` what an open file
 //! follows; `place`, `entries`, `rename` and `setattr` have what is made, removed, renamed and set; `draft` and `scratch` hold what the store does not
@@ -24,6 +24,7 @@ mod follow;
 mod handle;
 pub mod inode;
 pub mod label;
+mod layout;
 pub mod mode;
 pub mod name;
 pub mod node;
@@ -62,6 +63,7 @@ use scratch::Scratch;
 pub use scratch::ScratchId;
 pub use setattr::SetAttributes;
 pub use stale::{Listener, Stale};
+use view::{BY_LABEL, LAYOUT, LOG};
 pub(crate) use view::{CONTROL, SERVER};
 pub use write::OpenForWriting;
 
@@ -384,6 +386,10 @@ impl Tree {
         if let Node::Scratch(id) = &node {
             return self.open_scratch(&node, *id, OpenForWriting::default());
         }
+        if let Node::FileInLayout(token, file) = &node {
+            let opened = self.open_in_layout(ino, token, file, patience);
+            return self.noted(opened.map_err(|error| error.of(&self.path_of(&node))));
+        }
         self.wait_until_closed(&node, patience)?;
         let (mut attributes, object) = self.noted(self.describe(&node, patience))?;
         attributes.ino = ino;
@@ -486,8 +492,17 @@ impl Tree {
     /// What `node` is called in the mount, from its root, for messages.
     fn path_of(&self, node: &Node) -> PathBuf {
         let mut path = PathBuf::new();
-        if *node == Node::Root {
-            path.push("/");
+        match node {
+            Node::Root => path.push("/"),
+            Node::Control => path.push(CONTROL),
+            Node::Log => path.extend([CONTROL, LOG]),
+            Node::ByLabel | Node::TokenByLabel(_) | Node::ObjectByLabel(..) => {
+                path.extend([CONTROL, BY_LABEL]);
+            }
+            Node::Layout | Node::TokenLayout(_) | Node::FileInLayout(..) => {
+                path.extend([CONTROL, LAYOUT]);
+            }
+            _ => {}
         }
         if let Some(token) = node.token() {
             path.push(token.as_os_str());
@@ -497,6 +512,9 @@ impl Tree {
                 crate::store::ObjectId::Token => OsStr::new(view::TOKEN),
                 crate::store::ObjectId::Object(name) => name.as_os_str(),
             });
+        }
+        if let Node::FileInLayout(_, file) = node {
+            path.push(file.name());
         }
         if let Some((_, _, slot)) = slot::Slot::of(node) {
             if let Some(map) = slot.map {
@@ -526,8 +544,10 @@ impl Tree {
             Node::Token(token)
             | Node::Object(token, _)
             | Node::Attribute(token, _, _)
-            | Node::MapEntry(token, _, _, _) => self.coverage.has_token(token),
-            Node::Root | Node::Control => self.coverage.has_tokendir(),
+            | Node::MapEntry(token, _, _, _)
+            | Node::TokenLayout(token)
+            | Node::FileInLayout(token, _) => self.coverage.has_token(token),
+            Node::Root | Node::Control | Node::Layout => self.coverage.has_tokendir(),
             // Made on the spot from what is remembered anyway.
             Node::Log
             | Node::Server

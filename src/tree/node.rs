@@ -4,11 +4,13 @@
 //! backend. Two that collide (1 in 10⁹ for a store of 10,000 objects) are told apart by [`super::inode`].
 
 use std::hash::Hasher;
+use std::os::unix::ffi::OsStrExt;
 
 use siphasher::sip::SipHasher13;
 
 use super::scratch::ScratchId;
 use crate::store::attribute::{AttributeKey, AttributeType, Kind};
+use crate::store::layout::LayoutFile;
 use crate::store::{ObjectId, ObjectName, TokenName};
 
 /// The number of an inode.
@@ -42,6 +44,12 @@ pub enum Node {
     TokenByLabel(TokenName),
     /// A link in it.
     ObjectByLabel(TokenName, ObjectName),
+    /// `.tokenfs/file`.
+    Layout,
+    /// A token's directory in it.
+    TokenLayout(TokenName),
+    /// A file in that.
+    FileInLayout(TokenName, LayoutFile),
     /// A scratch file or directory.
     Scratch(ScratchId),
 }
@@ -56,12 +64,15 @@ impl Node {
             | Self::Attribute(token, _, _)
             | Self::MapEntry(token, _, _, _)
             | Self::TokenByLabel(token)
-            | Self::ObjectByLabel(token, _) => Some(token),
+            | Self::ObjectByLabel(token, _)
+            | Self::TokenLayout(token)
+            | Self::FileInLayout(token, _) => Some(token),
             Self::Root
             | Self::Control
             | Self::Log
             | Self::Server
             | Self::ByLabel
+            | Self::Layout
             | Self::Scratch(_) => None,
         }
     }
@@ -94,7 +105,10 @@ impl Node {
             Self::TokenByLabel(_) => 8,
             Self::ObjectByLabel(..) => 9,
             Self::Scratch(_) => 10,
-            Self::Server => 11,
+            Self::Layout => 11,
+            Self::TokenLayout(_) => 12,
+            Self::FileInLayout(..) => 13,
+            Self::Server => 14,
         };
         hasher.write_u8(tag);
         if let Some(token) = self.token() {
@@ -112,6 +126,7 @@ impl Node {
                 attribute(&mut hasher, *key);
             }
             Self::ObjectByLabel(_, object) => name(&mut hasher, object.as_bytes()),
+            Self::FileInLayout(_, file) => name(&mut hasher, file.name().as_bytes()),
             Self::Scratch(id) => hasher.write_u64(id.0),
             _ => {}
         }
@@ -164,9 +179,12 @@ mod tests {
         };
         assert_eq!(Node::Root.number(), 1);
         assert_eq!(Node::Token(token.clone()).number(), TOKEN);
+        let file = LayoutFile::Object(id.clone());
+        assert_eq!(Node::FileInLayout(token.clone(), file).number(), FILE);
         assert_eq!(Node::Attribute(token, id, key).number(), ATTRIBUTE);
     }
 
     const TOKEN: Ino = 4_923_158_186_254_695_499;
+    const FILE: Ino = 6_486_045_819_429_904_732;
     const ATTRIBUTE: Ino = 4_294_224_703_768_727_196;
 }

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use super::node::{Ino, Node, ROOT};
 use super::{Tree, lock, view};
+use crate::store::layout::LayoutFile;
 use crate::store::watch::Change;
 use crate::store::{ObjectId, Patience, TokenName};
 
@@ -53,23 +54,39 @@ impl Tree {
     /// The second list is to be repeated a moment later: the answers in question may be on their way to the kernel still,
     /// which does not know yet what it is told to drop.
     pub fn stale(&self, changes: &[Change], patience: Patience) -> (Vec<Stale>, Vec<Stale>) {
-        self.changes.fetch_add(1, Ordering::AcqRel);
+        // A lock file and a generation have nothing that anything is made of.
+        if changes
+            .iter()
+            .any(|change| !matches!(change, Change::File(..)))
+        {
+            self.changes.fetch_add(1, Ordering::AcqRel);
+        }
         let mut stale = Vec::new();
         for change in changes {
             match change {
-                Change::Tokendir => stale.push(Stale::Attributes(ROOT)),
+                Change::Tokendir => {
+                    let shown = [Node::Root, Node::Control, Node::Layout];
+                    self.stale_attributes(&shown, &mut stale);
+                }
                 Change::Directory(token) => {
-                    stale.extend(
-                        self.known(&Node::Token(token.clone()))
-                            .map(Stale::Attributes),
-                    );
+                    let shown = [
+                        Node::Token(token.clone()),
+                        Node::TokenLayout(token.clone()),
+                        Node::FileInLayout(token.clone(), LayoutFile::Generation),
+                    ];
+                    self.stale_attributes(&shown, &mut stale);
                 }
                 Change::Token(token) => self.stale_token(token, &mut stale),
                 Change::Object(token, id) => {
                     self.notice_return(token, id);
                     self.stale_below(&Node::Object(token.clone(), id.clone()), &mut stale);
+                    self.stale_file(token, LayoutFile::Object(id.clone()), &mut stale);
                 }
-                Change::Database(token) => self.stale_database(token, patience, &mut stale),
+                Change::File(token, file) => self.stale_file(token, file.clone(), &mut stale),
+                Change::Database(token) => {
+                    self.stale_database(token, patience, &mut stale);
+                    self.stale_below(&Node::TokenLayout(token.clone()), &mut stale);
+                }
                 Change::Everything => {
                     stale.push(Stale::Attributes(ROOT));
                     stale.extend(
@@ -128,6 +145,18 @@ impl Tree {
     /// All that is known of a token.
     fn stale_token(&self, token: &TokenName, stale: &mut Vec<Stale>) {
         self.stale_below(&Node::Token(token.clone()), stale);
+        self.stale_below(&Node::TokenLayout(token.clone()), stale);
+    }
+
+    /// The attributes of those of `nodes` that are known.
+    fn stale_attributes(&self, nodes: &[Node], stale: &mut Vec<Stale>) {
+        let known = nodes.iter().filter_map(|node| self.known(node));
+        stale.extend(known.map(Stale::Attributes));
+    }
+
+    /// A file in `.tokenfs/file`.
+    fn stale_file(&self, token: &TokenName, file: LayoutFile, stale: &mut Vec<Stale>) {
+        self.stale_below(&Node::FileInLayout(token.clone(), file), stale);
     }
 
     /// `node` and all that is known below it.

@@ -15,6 +15,7 @@ use super::text::Context;
 use super::{Attributes, FileKind, Tree, by_label, lock, mode, name, text};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::attribute::{AttributeKey, AttributeType, Kind, Value};
+use crate::store::layout::LayoutFile;
 use crate::store::{Backend, Metadata, Object, ObjectId, ObjectName, Patience, TokenName};
 
 /// The directory of everything derived, in the root and not listed there.
@@ -24,8 +25,9 @@ pub(crate) const CONTROL: &str = ".tokenfs";
 pub(super) const TOKEN: &str = "token";
 
 /// The names in `.tokenfs`.
-const BY_LABEL: &str = "by-label";
-const LOG: &str = "log";
+pub(super) const BY_LABEL: &str = "by-label";
+pub(super) const LAYOUT: &str = "file";
+pub(super) const LOG: &str = "log";
 pub(crate) const SERVER: &str = "server";
 
 impl Tree {
@@ -63,6 +65,7 @@ impl Tree {
                 ))
             }
             Node::Control if name == BY_LABEL => Ok(Node::ByLabel),
+            Node::Control if name == LAYOUT => Ok(Node::Layout),
             Node::Control if name == LOG => Ok(Node::Log),
             Node::Control if name == SERVER && self.settings.server.is_some() => Ok(Node::Server),
             Node::Control => Err(absent()),
@@ -75,11 +78,19 @@ impl Tree {
                 let object = objects.get(name).ok_or_else(absent)?;
                 Ok(Node::ObjectByLabel(token.clone(), object))
             }
+            Node::Layout => TokenName::new(name)
+                .map(Node::TokenLayout)
+                .ok_or_else(absent),
+            Node::TokenLayout(token) => {
+                let file = LayoutFile::parse(name).ok_or_else(absent)?;
+                Ok(Node::FileInLayout(token.clone(), file))
+            }
             Node::Attribute(..)
             | Node::MapEntry(..)
             | Node::Log
             | Node::Server
-            | Node::ObjectByLabel(..) => Err(not_a_directory()),
+            | Node::ObjectByLabel(..)
+            | Node::FileInLayout(..) => Err(not_a_directory()),
         }
     }
 
@@ -91,7 +102,7 @@ impl Tree {
     ) -> Result<(Attributes, Option<Arc<Object>>)> {
         let mask = self.settings.mask;
         Ok(match node {
-            Node::Root | Node::Control => {
+            Node::Root | Node::Control | Node::Layout => {
                 let metadata = self.store.metadata()?;
                 (directory(&metadata, metadata.mode), None)
             }
@@ -103,6 +114,14 @@ impl Tree {
                     (attributes.mtime, attributes.ctime) = (changed, changed);
                 }
                 (attributes, None)
+            }
+            Node::TokenLayout(token) => {
+                let metadata = self.stored_token(token)?.metadata()?;
+                let own = mode::of_token(metadata.mode, mask);
+                (directory(&metadata, own), None)
+            }
+            Node::FileInLayout(token, file) => {
+                (self.describe_in_layout(token, file, patience)?, None)
             }
             // What their names tell is in files: nobody may list them who may not read all of those.
             Node::ByLabel => {
@@ -255,6 +274,7 @@ impl Tree {
             Node::Control => {
                 let mut listed = vec![
                     as_directory(BY_LABEL.into(), Node::ByLabel),
+                    as_directory(LAYOUT.into(), Node::Layout),
                     (LOG.into(), FileKind::File, Node::Log),
                 ];
                 if self.settings.server.is_some() {
@@ -281,6 +301,8 @@ impl Tree {
                     })
                     .collect()
             }
+            Node::Layout => self.tokens_in_layout()?,
+            Node::TokenLayout(token) => self.files_in_layout(token, patience)?,
             Node::Scratch(_) => {
                 let scratch = lock(&self.scratch);
                 let names = scratch.names(directory).ok_or_else(not_a_directory)?;
@@ -291,7 +313,11 @@ impl Tree {
                     })
                     .collect::<Result<_>>()?
             }
-            Node::MapEntry(..) | Node::Log | Node::Server | Node::ObjectByLabel(..) => {
+            Node::MapEntry(..)
+            | Node::Log
+            | Node::Server
+            | Node::ObjectByLabel(..)
+            | Node::FileInLayout(..) => {
                 return Err(not_a_directory());
             }
         })

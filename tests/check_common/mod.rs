@@ -8,8 +8,6 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use nix::fcntl::{FcntlArg, fcntl};
-
 use crate::support::template::{boolean, bytes, ulong};
 use crate::support::*;
 
@@ -94,24 +92,6 @@ pub fn look(softhsm: &Softhsm) -> Checked {
     before.0.assert_same(&after.0);
     assert_eq!(before.1, after.1);
     checked
-}
-
-/// A lock on a whole file, as SoftHSM's, for as long as the file is open.
-pub fn hold(path: &Path) -> fs::File {
-    let file = fs::OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open(path)
-        .unwrap();
-    let lock = nix::libc::flock {
-        l_type: nix::libc::F_WRLCK as _,
-        l_whence: nix::libc::SEEK_SET as _,
-        l_start: 0,
-        l_len: 0,
-        l_pid: 0,
-    };
-    fcntl(&file, FcntlArg::F_OFD_SETLK(&lock)).unwrap();
-    file
 }
 
 /// Where the attributes of an object file end, the generation being the first end.

@@ -27,7 +27,7 @@ impl DbToken {
         rename: &mut dyn FnMut() -> Result<()>,
     ) -> Result<()> {
         self.write(patience, &mut |work| {
-            if !work.snapshot.names.is_empty() {
+            if !work.snapshot.names.list.is_empty() {
                 let detail = "there are objects in this token";
                 return Err(Error::new(ErrorKind::NotEmpty, detail).into());
             }

@@ -53,6 +53,7 @@ use self::uuid::Derived;
 use crate::diagnostics::Diagnostics;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::attribute::Attributes;
+use crate::store::layout::{self, LayoutFile};
 use crate::store::{
     Backend, Metadata, MetadataChange, NewObject, Object, ObjectId, ObjectName, Options, Patience,
     Target, Token, TokenName,
@@ -342,7 +343,7 @@ impl Token for DbToken {
     }
 
     fn list(&self, patience: Patience) -> Result<Arc<[ObjectName]>> {
-        Ok(Arc::clone(&self.current(patience)?.names))
+        Ok(Arc::clone(&self.current(patience)?.names.list))
     }
 
     fn object_metadata(&self, id: &ObjectId, patience: Patience) -> Result<Metadata> {
@@ -372,6 +373,16 @@ impl Token for DbToken {
     fn object(&self, id: &ObjectId, patience: Patience) -> Result<Arc<Object>> {
         let object = self.current(patience)?.object(id);
         object.map_err(|error| error.at(&self.path))
+    }
+
+    fn layout_read(&self, file: &LayoutFile, patience: Patience) -> Result<(Metadata, Vec<u8>)> {
+        match file {
+            LayoutFile::Generation => {
+                let number = self.current(patience)?.names.generation();
+                layout::read_generation(self, number, patience)
+            }
+            other => layout::read(self, other, patience),
+        }
     }
 
     fn update(

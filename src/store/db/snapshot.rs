@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::SystemTime;
 
 use super::decode::{self, Undecodable};
@@ -13,7 +13,7 @@ use super::scan::{Cell, Row, Rows, Table};
 use super::{times, uuid};
 use crate::error::{Error, Result};
 use crate::store::attribute::{AttributeType, Attributes, Value};
-use crate::store::{Metadata, Object, ObjectId, ObjectName, TokenName};
+use crate::store::{Metadata, Object, ObjectId, ObjectName, TokenName, layout};
 
 /// `CKA_ALLOWED_MECHANISMS` (PKCS #11, section 4.9): the one type whose rows in `attribute_binary` are mechanism sets
 /// (`attributeKind` in SoftHSM's `DBObject.cpp`).
@@ -27,8 +27,8 @@ pub(super) const TOKEN_ROW: i64 = 1;
 pub(super) struct Snapshot {
     /// Of `sqlite3.db`.
     pub metadata: Metadata,
-    /// The names of its objects, ascending.
-    pub names: Arc<[ObjectName]>,
+    /// The names of its objects.
+    pub names: Names,
     /// What was odd and does not stand in the way.
     pub warnings: Vec<String>,
     /// Whether there are rows that belong to no object.
@@ -37,6 +37,33 @@ pub(super) struct Snapshot {
     contested: bool,
     token: Content,
     objects: HashMap<ObjectName, Entry>,
+}
+
+/// The names of the objects of a token.
+#[derive(Clone, Debug)]
+pub(super) struct Names {
+    /// In ascending order.
+    pub list: Arc<[ObjectName]>,
+    /// What [`Names::generation`] is, once somebody has asked.
+    generation: Arc<OnceLock<u64>>,
+}
+
+impl From<Vec<ObjectName>> for Names {
+    fn from(sorted: Vec<ObjectName>) -> Self {
+        Self {
+            list: sorted.into(),
+            generation: Arc::default(),
+        }
+    }
+}
+
+impl Names {
+    /// The generation that such a token has in the layout of the `file` backend. SoftHSM asks for it with each attribute.
+    pub fn generation(&self) -> u64 {
+        *self
+            .generation
+            .get_or_init(|| layout::generation(&self.list))
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -205,7 +232,7 @@ impl Snapshot {
     pub fn with_metadata(&self, metadata: Metadata) -> Self {
         Self {
             metadata,
-            names: Arc::clone(&self.names),
+            names: self.names.clone(),
             warnings: self.warnings.clone(),
             leftovers: self.leftovers,
             contested: self.contested,
@@ -226,7 +253,7 @@ impl Snapshot {
         let mut next = if metadata.same_access(&self.metadata) {
             Self {
                 metadata,
-                names: Arc::clone(&self.names),
+                names: self.names.clone(),
                 warnings: self.warnings.clone(),
                 leftovers: self.leftovers,
                 contested: self.contested,
@@ -280,7 +307,7 @@ impl Snapshot {
             if self.contested {
                 return None;
             }
-            let mut names = self.names.to_vec();
+            let mut names = self.names.list.to_vec();
             match (names.binary_search(&name), next.objects.contains_key(&name)) {
                 (Err(index), true) => names.insert(index, name),
                 (Ok(index), false) => drop(names.remove(index)),

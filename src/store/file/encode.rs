@@ -8,9 +8,32 @@ use crate::store::attribute::{Attributes, Value};
 /// The bytes of an object, as SoftHSM writes them: in ascending order of type, a true boolean as `0xFF`.
 #[must_use]
 pub fn encode(generation: u64, attributes: &Attributes) -> Vec<u8> {
-    let mut out = generation.to_be_bytes().to_vec();
+    let length = usize::try_from(encoded_length(attributes)).unwrap_or(0);
+    let mut out = Vec::with_capacity(length);
+    ulong(&mut out, generation);
     entries(&mut out, attributes);
     out
+}
+
+/// How many bytes [`encode`] makes of an object.
+#[must_use]
+pub fn encoded_length(attributes: &Attributes) -> u64 {
+    8 + length_of_entries(attributes)
+}
+
+fn length_of_entries(attributes: &Attributes) -> u64 {
+    let lengths = attributes.iter().map(|(_, value)| {
+        let length = match value {
+            Value::Bool(_) => 1,
+            Value::Ulong(_) => 8,
+            Value::Bytes(bytes) => 8 + bytes.len() as u64,
+            Value::Mechs(set) => 8 + 8 * set.len() as u64,
+            Value::Map(map) => 8 + length_of_entries(map),
+        };
+        // Type and kind.
+        16 + length
+    });
+    lengths.sum()
 }
 
 /// `bytes` with an attribute behind them that SoftHSM ignores and [`super::decode()`] hides, so that they are at least as long
@@ -50,10 +73,8 @@ fn entries(out: &mut Vec<u8>, attributes: &Attributes) {
             }
             Value::Map(map) => {
                 ulong(out, KIND_MAP);
-                let mut inner = Vec::new();
-                entries(&mut inner, map);
-                ulong(out, inner.len() as u64);
-                out.append(&mut inner);
+                ulong(out, length_of_entries(map));
+                entries(out, map);
             }
         }
     }

@@ -14,6 +14,7 @@
 //! | `attire` | mode, owner, access control lists and times |
 //! | `recover` | what a crash left |
 //! | `build` | a token that is none yet |
+//! | `layout` | the files of a token as they are |
 //!
 //! Lock order: `.lock`, then `.object`, then `generation`, as in SoftHSM. `token.object` has no other lock than its own.
 
@@ -27,6 +28,7 @@ mod encode;
 mod generation;
 mod guard;
 mod journal;
+mod layout;
 mod make;
 mod names;
 mod noticed;
@@ -39,7 +41,7 @@ mod token;
 
 pub(crate) use attire::{apply_to_directory, set_access};
 pub use decode::{Decoded, decode};
-pub use encode::encode;
+pub use encode::{encode, encoded_length};
 pub(crate) use recover::is_known;
 pub use token::FileToken;
 pub(crate) use token::object_name;

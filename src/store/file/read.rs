@@ -76,10 +76,23 @@ pub fn read_object(
     alone: bool,
     patience: Patience,
 ) -> Result<Version> {
+    read_file(directory, object, lock, alone, patience).map(|reading| reading.version)
+}
+
+/// The same with all that was read, whether it makes sense or not. It is locked until it is dropped.
+///
+/// # Errors
+/// As [`read_object`].
+pub(super) fn read_file(
+    directory: BorrowedFd<'_>,
+    object: &Path,
+    lock: Option<&Path>,
+    alone: bool,
+    patience: Patience,
+) -> Result<Reading> {
     settled(alone, patience, || {
         attempt(directory, object, lock, patience)
     })
-    .map(|reading| reading.version)
 }
 
 /// Makes attempts until one of them finds a file that is finished, or that has looked unfinished for [`SETTLED`]. Between
@@ -190,7 +203,11 @@ pub(super) fn is_named(directory: BorrowedFd<'_>, name: &Path, stat: &FileStat) 
     }
 }
 
-fn read_all(file: &mut File, stat: &FileStat) -> Result<Vec<u8>> {
+/// All of a file, which has to be short enough for an object.
+///
+/// # Errors
+/// [`ErrorKind::Damaged`] if it is not; what reading fails with.
+pub(super) fn read_all(file: &mut File, stat: &FileStat) -> Result<Vec<u8>> {
     let size = u64::try_from(stat.st_size).unwrap_or(0);
     if size > LARGEST {
         return Err(Error::damaged(format!(

@@ -26,6 +26,7 @@ use super::{OBJECT_SUFFIX, TOKEN_OBJECT};
 use crate::diagnostics::Diagnostics;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::attribute::Attributes;
+use crate::store::layout::LayoutFile;
 use crate::store::metadata::{Metadata, Stamp, is_file};
 use crate::store::{
     Backend, MetadataChange, NewObject, Object, ObjectId, ObjectName, Options, Patience, Target,
@@ -33,7 +34,7 @@ use crate::store::{
 };
 
 /// The longest file, in bytes, that is read and decoded while everybody else waits.
-const QUICK: i64 = 512 * 1024;
+pub(super) const QUICK: i64 = 512 * 1024;
 
 /// A token directory with a `token.object` in it, or one that is going to be one.
 #[derive(Debug)]
@@ -173,6 +174,34 @@ impl FileToken {
         .map_err(|error| error.at(self.path_of(id)))
     }
 
+    /// What `wanted` makes of the names of the regular files in the directory.
+    pub(super) fn regular_files<T>(&self, wanted: impl Fn(&OsStr) -> Option<T>) -> Result<Vec<T>> {
+        let failed = |what, errno| Error::system(what, errno).at(&self.path);
+        let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        let mut directory = Dir::openat(&self.directory, ".", flags, Mode::empty())
+            .map_err(|errno| failed("open", errno))?;
+        let mut names = Vec::new();
+        for entry in directory.iter() {
+            let entry = entry.map_err(|errno| failed("read the directory", errno))?;
+            let file = OsStr::from_bytes(entry.file_name().to_bytes());
+            let Some(name) = wanted(file) else {
+                continue;
+            };
+            let regular = match entry.file_type() {
+                Some(kind) => kind == Type::File,
+                None => match fstatat(&self.directory, file, AtFlags::AT_SYMLINK_NOFOLLOW) {
+                    Ok(stat) => is_file(&stat),
+                    Err(Errno::ENOENT) => false,
+                    Err(errno) => return Err(failed("stat", errno)),
+                },
+            };
+            if regular {
+                names.push(name);
+            }
+        }
+        Ok(names)
+    }
+
     /// Turns what was read into an object, and says what is odd about it.
     fn settle(&self, id: &ObjectId, version: Version) -> Result<Arc<Object>> {
         let path = || self.path_of(id);
@@ -216,29 +245,7 @@ impl Token for FileToken {
     }
 
     fn list(&self, _patience: Patience) -> Result<Arc<[ObjectName]>> {
-        let failed = |what, errno| Error::system(what, errno).at(&self.path);
-        let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-        let mut directory = Dir::openat(&self.directory, ".", flags, Mode::empty())
-            .map_err(|errno| failed("open", errno))?;
-        let mut names = Vec::new();
-        for entry in directory.iter() {
-            let entry = entry.map_err(|errno| failed("read the directory", errno))?;
-            let file = OsStr::from_bytes(entry.file_name().to_bytes());
-            let Some(name) = object_name(file) else {
-                continue;
-            };
-            let regular = match entry.file_type() {
-                Some(kind) => kind == Type::File,
-                None => match fstatat(&self.directory, file, AtFlags::AT_SYMLINK_NOFOLLOW) {
-                    Ok(stat) => is_file(&stat),
-                    Err(Errno::ENOENT) => false,
-                    Err(errno) => return Err(failed("stat", errno)),
-                },
-            };
-            if regular {
-                names.push(name);
-            }
-        }
+        let mut names = self.regular_files(object_name)?;
         names.sort_unstable();
         // What is gone is not kept.
         self.cache().retain(|id, _| match id {
@@ -296,6 +303,18 @@ impl Token for FileToken {
         };
         self.cache().insert(id.clone(), cached);
         object
+    }
+
+    fn layout(&self, _patience: Patience) -> Result<Vec<LayoutFile>> {
+        self.files()
+    }
+
+    fn layout_metadata(&self, file: &LayoutFile, _patience: Patience) -> Result<(Metadata, u64)> {
+        self.file_metadata(file)
+    }
+
+    fn layout_read(&self, file: &LayoutFile, patience: Patience) -> Result<(Metadata, Vec<u8>)> {
+        self.read_as_it_is(file, patience)
     }
 
     fn update(
