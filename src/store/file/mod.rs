@@ -14,6 +14,7 @@
 //! | `attire` | mode, owner, access control lists and times |
 //! | `recover` | what a crash left |
 //! | `build` | a token that is none yet |
+//! | `hold` | keeping a token as it is |
 //!
 //! Lock order: `.lock`, then `.object`, then `generation`, as in SoftHSM. `token.object` has no other lock than its own.
 
@@ -25,6 +26,7 @@ mod decode;
 mod encode;
 mod generation;
 mod guard;
+mod hold;
 mod journal;
 mod make;
 mod names;
