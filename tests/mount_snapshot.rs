@@ -115,6 +115,15 @@ impl Writer {
     }
 }
 
+/// Ends the writing, in a panic too.
+struct End<'a>(&'a AtomicBool);
+
+impl Drop for End<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Relaxed);
+    }
+}
+
 /// The rounds that a tree is of: each is that of the one before, or the next; a key can be missing between two rounds.
 #[track_caller]
 fn assert_one_moment(mount: &Mount, tokens: &[PathBuf; 2], more: usize) -> usize {
@@ -197,6 +206,7 @@ both_backends! {
                 }
                 &writer
             });
+            let end = End(&over);
             let mut seen = Vec::new();
             let take = || {
                 assert!(!writing.is_finished(), "the writer failed");
@@ -221,7 +231,7 @@ both_backends! {
             let wanted = if full() { 5000 } else { 300 };
             eventually(Duration::from_secs(600), "many changes", || writing.is_finished() || rounds.load(Relaxed) > wanted);
             println!("{backend}: of rounds {seen:?}");
-            over.store(true, Relaxed);
+            drop(end);
             let writer = writing.join().unwrap();
             let calls = writer.calls.lock().unwrap();
             let mut all: Vec<_> = calls.iter().map(|(_, lasted)| *lasted).collect();
@@ -244,6 +254,38 @@ both_backends! {
         assert!(writer.round > 250);
         assert_eq!(all_of(first.path()), before);
         first.unmount();
+    }
+
+    fn shows_tokens_that_are_finished_while_others_are_being_made(backend) {
+        let (softhsm, _client) = Softhsm::with_token(backend);
+        let over = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let end = End(&over);
+            let making = scope.spawn(|| {
+                let mut maker = softhsm.p11();
+                let mut made = 0;
+                while !over.load(Relaxed) {
+                    made += 1;
+                    maker.init_token(&format!("number {made}"), Some(PIN)).unwrap();
+                }
+                made
+            });
+            let mut last = 0;
+            for _ in 0..8 {
+                let mount = snapshot_of(&softhsm);
+                let tokens = entries(mount.path()).unwrap();
+                assert!(tokens.len() >= last && !tokens.is_empty());
+                last = tokens.len();
+                for token in tokens {
+                    let own = entries(&mount.join(&token).join("token")).unwrap();
+                    assert!(own.contains(Path::new("CKA_OS_SOPIN")), "{}: {own:?}", token.display());
+                }
+                mount.unmount();
+            }
+            assert!(last > 3, "{last}");
+            drop(end);
+            println!("{backend}: {} tokens were made, {last} seen", making.join().unwrap());
+        });
     }
 
     fn outlives_the_store_and_takes_no_writes(backend) {
@@ -335,14 +377,13 @@ impl Lock {
         match backend {
             Backend::File => {
                 let file = File::options().read(true).write(true).open(path).unwrap();
-                let mut lock = nix::libc::flock {
+                let lock = nix::libc::flock {
                     l_type: nix::libc::F_WRLCK as i16,
                     l_whence: nix::libc::SEEK_SET as i16,
                     l_start: 0,
                     l_len: 0,
                     l_pid: 0,
                 };
-                lock.l_pid = 0;
                 fcntl(&file, FcntlArg::F_OFD_SETLK(&lock)).unwrap();
                 Self::File(file)
             }
@@ -356,19 +397,42 @@ impl Lock {
 }
 
 #[test]
+fn needs_an_open_file_for_each_object_and_says_so() {
+    let (softhsm, mut client) = Softhsm::with_token(Backend::File);
+    let attributes = [&labelled("")[..], &[ulong(0, 0)]].concat();
+    client.bulk(40, "many", &attributes).unwrap();
+    let point = temporary();
+    let mount = |limit: u32| {
+        let mut shell = Command::new("bash");
+        shell
+            .arg("-c")
+            .arg(format!("ulimit -n {limit}; exec \"$@\""))
+            .arg("bash")
+            .arg(binary())
+            .args(["mount", "--snapshot", "--config"])
+            .arg(&softhsm.conf)
+            .arg(point.path());
+        shell
+    };
+    let said = run_to_fail(&mut mount(40));
+    assert!(said.contains("ulimit -Hn"), "{said}");
+    assert_eq!(said.lines().count(), 1, "{said}");
+    run(&mut mount(100));
+    let token = softhsm.token_directory();
+    let shown = entries(&point.path().join(token.file_name().unwrap())).unwrap();
+    run(tokenfs().arg("umount").arg(point.path()));
+    assert_eq!(shown.len(), 41);
+}
+
+#[test]
 fn shows_damage_as_it_was() {
     let softhsm = Softhsm::golden(Golden::V2_6_1, Backend::File);
     let token = softhsm.token_directories().remove(0);
-    let whole = softhsm.snapshot();
     fs::write(
         token.join("torn.object"),
         b"\0\0\0\0\0\0\0\x01torn torn torn torn",
     )
     .unwrap();
-    let database = Softhsm::golden(Golden::V2_6_1, Backend::Db)
-        .token_directories()
-        .remove(0);
-    drop(whole);
     let mixed = softhsm.tokendir.join("0-mixed");
     fs::create_dir(&mixed).unwrap();
     fs::write(
@@ -376,7 +440,6 @@ fn shows_damage_as_it_was() {
         "no database at all, and long enough not to be taken for an empty one",
     )
     .unwrap();
-    drop(database);
     let mount = snapshot_of(&softhsm);
     let name = PathBuf::from(token.file_name().unwrap());
     let check = || {

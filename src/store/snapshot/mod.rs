@@ -24,7 +24,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::statvfs::Statvfs;
 
-use super::{Hold, Metadata, ObjectId, ObjectName, Patience, Store, Token, TokenName};
+use super::{Hold, Metadata, ObjectId, Patience, Store, Token, TokenName};
 use crate::error::{Error, ErrorKind, Result};
 use making::is_being_made;
 use token::Entry;
@@ -49,8 +49,11 @@ pub(super) struct Snapshot {
     tokens: BTreeMap<TokenName, Arc<Remembered>>,
 }
 
-/// An object, wherever it is.
-type Place = (TokenName, ObjectName);
+/// An object, wherever it is; a token's own stands for the token.
+type Place = (TokenName, ObjectId);
+
+/// Tokens that nobody can change.
+type AllHeld = BTreeMap<TokenName, (Arc<dyn Token>, Hold)>;
 
 impl Snapshot {
     /// Takes one of `store`.
@@ -60,11 +63,11 @@ impl Snapshot {
     pub fn take(store: &Store) -> Result<Self> {
         let begun = Instant::now();
         let wait = store.options().lock_wait;
-        let old = unfinished(store, wait)?;
+        let known = first_look(store, wait).map_err(explained)?;
         let deadline = Instant::now() + wait;
         loop {
             let attempt = Instant::now();
-            match Self::at_once(store, &old) {
+            match Self::at_once(store, &known) {
                 Ok(snapshot) => {
                     let (tokens, objects) = snapshot.count();
                     log::info!(
@@ -83,8 +86,8 @@ impl Snapshot {
         }
     }
 
-    /// One attempt, without what is being made and is not `old`.
-    fn at_once(store: &Store, old: &HashSet<Place>) -> Result<Self> {
+    /// One attempt, without what is being made and not `known`.
+    fn at_once(store: &Store, known: &HashSet<Place>) -> Result<Self> {
         let held = hold(store)?;
         let mut tokens = BTreeMap::new();
         for (name, (token, _)) in &held {
@@ -97,9 +100,7 @@ impl Snapshot {
         }
         let (metadata, statvfs) = (store.metadata()?, store.statvfs()?);
         drop(held);
-        for (name, token) in &mut tokens {
-            token.leave_out(|object| !old.contains(&(name.clone(), object.clone())));
-        }
+        tokens.retain(|name, token| token.leave_out(|id| !known.contains(&(name.clone(), id))));
         let tokens = tokens.into_iter();
         Ok(Self {
             metadata,
@@ -133,22 +134,29 @@ impl Snapshot {
     }
 }
 
-/// Reads everything once, so that it is known, and waits until SoftHSM has made what it is making. What it has not by then is
-/// what a crash left of a making: the result.
-fn unfinished(store: &Store, wait: Duration) -> Result<HashSet<Place>> {
-    let deadline = Instant::now() + making::LONGEST;
-    let mut unfinished = look(store, wait).map_err(explained)?;
-    while !unfinished.is_empty() && Instant::now() < deadline {
-        thread::sleep(PAUSE);
-        let now = look(store, wait).map_err(explained)?;
-        unfinished.retain(|place| now.contains(place));
-    }
-    Ok(unfinished)
+/// What there is, and what of that is being made.
+#[derive(Debug, Default)]
+struct Look {
+    all: HashSet<Place>,
+    making: HashSet<Place>,
 }
 
-/// Reads everything, at different moments, and says what is being made.
-fn look(store: &Store, wait: Duration) -> Result<HashSet<Place>> {
-    let mut unfinished = HashSet::new();
+/// Reads everything once, so that it is known, and waits until nobody is making any of it. What is not made by then is what a crash
+/// left of a making. The result is what there was; what is being made and is not among it, somebody has begun to make since.
+fn first_look(store: &Store, wait: Duration) -> Result<HashSet<Place>> {
+    let deadline = Instant::now() + making::LONGEST;
+    let Look { all, mut making } = look(store, wait)?;
+    while !making.is_empty() && Instant::now() < deadline {
+        thread::sleep(PAUSE);
+        let now = look(store, wait)?;
+        making.retain(|place| now.making.contains(place));
+    }
+    Ok(all)
+}
+
+/// Reads everything, at different moments.
+fn look(store: &Store, wait: Duration) -> Result<Look> {
+    let mut look = Look::default();
     for name in store.tokens()? {
         let Some(token) = there(store.token(&name))? else {
             continue;
@@ -156,18 +164,18 @@ fn look(store: &Store, wait: Duration) -> Result<HashSet<Place>> {
         let Some(token) = read(&*token, wait)? else {
             continue;
         };
-        unfinished.extend(
-            token
-                .being_made()
-                .map(|object| (name.clone(), object.clone())),
-        );
+        let place = |id| (name.clone(), id);
+        look.all.insert(place(ObjectId::Token));
+        let objects = token.objects.keys().cloned().map(ObjectId::Object);
+        look.all.extend(objects.map(place));
+        look.making.extend(token.being_made().map(place));
     }
-    Ok(unfinished)
+    Ok(look)
 }
 
 /// All tokens of `store`, held.
-fn hold(store: &Store) -> Result<BTreeMap<TokenName, (Arc<dyn Token>, Hold)>> {
-    let mut held: BTreeMap<TokenName, (Arc<dyn Token>, Hold)> = BTreeMap::new();
+fn hold(store: &Store) -> Result<AllHeld> {
+    let mut held = AllHeld::new();
     for _ in 0..LISTINGS {
         let names = store.tokens()?;
         if held.keys().eq(&names) {
@@ -262,26 +270,34 @@ fn lasting<T>(outcome: Result<T>) -> Result<Result<T>> {
 }
 
 impl Remembered {
-    /// The objects that SoftHSM may be making.
-    fn being_made(&self) -> impl Iterator<Item = &ObjectName> {
-        self.objects.iter().filter_map(|(name, entry)| match entry {
-            Entry::Whole(object) if is_being_made(object) => Some(name),
-            _ => None,
-        })
+    /// What somebody may be making.
+    fn being_made(&self) -> impl Iterator<Item = ObjectId> {
+        let objects = self.objects.iter();
+        let objects = objects.map(|(name, entry)| (ObjectId::Object(name.clone()), entry));
+        objects
+            .chain([(ObjectId::Token, &self.own)])
+            .filter(|(id, entry)| is_being_made(id, entry))
+            .map(|(id, _)| id)
     }
 
-    /// Forgets those of them that are `unwanted`.
-    fn leave_out(&mut self, unwanted: impl Fn(&ObjectName) -> bool) {
-        let made = self.being_made().filter(|name| unwanted(name));
-        let left_out: HashSet<ObjectName> = made.cloned().collect();
+    /// Forgets those of them that are `unwanted`; whether the token is not one of them itself.
+    fn leave_out(&mut self, unwanted: impl Fn(ObjectId) -> bool) -> bool {
+        let mut left_out = HashSet::new();
+        for id in self.being_made().filter(|id| unwanted(id.clone())) {
+            match id {
+                ObjectId::Token => return false,
+                ObjectId::Object(name) => drop(left_out.insert(name)),
+            }
+        }
         if left_out.is_empty() {
-            return;
+            return true;
         }
         self.objects.retain(|name, _| !left_out.contains(name));
         if let Ok(names) = &mut self.names {
             let left = names.iter().filter(|name| !left_out.contains(*name));
             *names = left.cloned().collect();
         }
+        true
     }
 }
 

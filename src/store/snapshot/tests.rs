@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use super::*;
 use crate::diagnostics::Diagnostics;
-use crate::pkcs11::{CKA_CLASS, CKA_LABEL, CKA_TOKEN};
+use crate::pkcs11::{CKA_CLASS, CKA_LABEL, CKA_OS_SOPIN, CKA_TOKEN};
 use crate::store::attribute::{Attributes, Value};
-use crate::store::{Access, Backend, NewObject, Options};
+use crate::store::{Access, Backend, NewObject, ObjectName, Options};
 
 const SHORT: Duration = Duration::from_millis(50);
 
@@ -23,7 +23,14 @@ impl Fixture {
         let fixture = Self { directory, backend };
         let store = fixture.store();
         let (private, files) = (access(0o700), access(0o600));
-        store.create_token(&t(), private, files).unwrap();
+        let token = store.create_token(&t(), private, files).unwrap();
+        let mut pin = |own: &mut Attributes| {
+            own.insert(CKA_OS_SOPIN, Value::Bytes(b"blob".to_vec()));
+            Ok(())
+        };
+        token
+            .update(&ObjectId::Token, &mut pin, None, patient())
+            .unwrap();
         store.publish_token(&t(), patient()).unwrap();
         fixture
     }
@@ -217,6 +224,12 @@ fn what_is_only_being_made_is_left_out_and_what_stays_so_is_not() {
     on_both(|fixture| {
         fixture.make(&name(1), true);
         fixture.make(&name(2), false);
+        let making = TokenName::new(OsStr::new("making")).unwrap();
+        let other = fixture.store();
+        other
+            .create_token(&making, access(0o700), access(0o600))
+            .unwrap();
+        other.publish_token(&making, patient()).unwrap();
         let store = fixture.store();
         let listed = |snapshot: &Snapshot| {
             let token = snapshot.token(&t()).unwrap();
@@ -224,12 +237,14 @@ fn what_is_only_being_made_is_left_out_and_what_stays_so_is_not() {
         };
         let now = Snapshot::at_once(&store, &HashSet::new()).unwrap();
         assert_eq!(listed(&now), [name(1)]);
+        assert_eq!(now.tokens(), [t()]);
         let token = now.token(&t()).unwrap();
         let id = ObjectId::Object(name(2));
         assert_eq!(kind(token.object(&id, Patience::Now)), ErrorKind::NotFound);
         let begun = Instant::now();
         let later = Snapshot::take(&store).unwrap();
         assert_eq!(listed(&later), [name(1), name(2)]);
+        assert_eq!(later.tokens(), [making, t()]);
         assert!(begun.elapsed() >= making::LONGEST - Duration::from_secs(1));
         // It is old by now, and nobody waits for it.
         std::thread::sleep(making::LONGEST - begun.elapsed().min(making::LONGEST));
