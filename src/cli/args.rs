@@ -16,6 +16,7 @@ Examples:
   cat ~/tokens/*/token/CKA_OS_TOKENLABEL
   tokenfs umount ~/tokens
   tokenfs mount --tokendir ./tokens --backend db /mnt/tokens
+  tokenfs mount --snapshot /mnt/now      for a copy of one moment of a store that is in use
   tokenfs tree                           print the store without mounting it
   tokenfs check                          say what is damaged or left over in it
 
@@ -35,6 +36,7 @@ Options for -o, separated by commas (a backslash takes a comma into a value):
   ro                  never write to the store, not even to let SQLite roll back what a crashed
                       writer left in a database; that database is EIO then
   rw                  the opposite, which is the default
+  snapshot            as --snapshot
   allow_other         let all users use the mount, as far as the modes of its files let them
                       (for ordinary users only if /etc/fuse.conf has user_allow_other)
   allow_root          let root use it (root is the owner of its own mounts; others use allow_other)
@@ -147,6 +149,10 @@ pub struct MountArgs {
     /// Bits that no mode in the tree has, instead of the configured ones; the umask of the shell is added
     #[arg(long, value_name = "OCTAL", value_parser = |text: &str| parse_umask(text.as_ref()))]
     pub umask: Option<u32>,
+    /// Show the store as it is at this moment, read-only, for as long as the mount lives, whatever happens to the store. All of it is
+    /// in memory until then, keys included. With -o ro, taking it does not write either
+    #[arg(long)]
+    pub snapshot: bool,
     /// Options of the mount, see below
     #[arg(short = 'o', value_name = "OPT[,OPT...]", action = ArgAction::Append)]
     pub options: Vec<OsString>,

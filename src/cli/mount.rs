@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use fuser::Notifier;
+use nix::mount::MsFlags;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::{getegid, geteuid};
 
@@ -49,6 +50,8 @@ pub struct Plan {
     pub mask: u32,
     /// Whether the kernel is asked to report changes; otherwise answers hold for half a second.
     pub notify: bool,
+    /// Whether the store is shown as it is now, from memory.
+    pub snapshot: bool,
     /// Whether to unmount even if the server is killed.
     pub auto_unmount: bool,
     /// What is mounted where.
@@ -69,11 +72,12 @@ enum Log {
 /// # Errors
 /// See [`Failure`].
 pub fn run(args: &MountArgs, argv: &[OsString], stage: Stage) -> Result<(), Failure> {
-    let options = MountOptions::parse(
+    let mut options = MountOptions::parse(
         args.options.iter().map(OsString::as_os_str),
         Unknown::Refuse,
     )
     .map_err(Failure::Usage)?;
+    options.snapshot |= args.snapshot;
     let wish = Wish {
         store: args.store.clone(),
         umask: args.umask,
@@ -135,7 +139,7 @@ fn serve(
         // It fails if there is a logger, as in a test.
         let _ = env_logger::Builder::from_env(filter).try_init();
     }
-    let store = Store::open(&plan.tokendir, plan.store.clone(), Arc::clone(&diagnostics))?;
+    let mut store = Store::open(&plan.tokendir, plan.store.clone(), Arc::clone(&diagnostics))?;
     let settings = tree::Settings {
         mask: plan.mask,
         uid: geteuid().as_raw(),
@@ -145,6 +149,9 @@ fn serve(
     };
     // What a crash left behind, before anybody looks.
     store.recover();
+    if plan.snapshot {
+        store = store.snapshot()?;
+    }
     let tree = Arc::new(Tree::new(store, settings, diagnostics));
     let filesystem = Adapter::new(Arc::clone(&tree));
     let outcome = session::serve(
@@ -207,6 +214,8 @@ pub fn plan(wish: Wish, name: &str) -> Result<Plan> {
     }
     let point = check_point(&wish.point, &tokendir)?;
     let mask = config::effective_mask(config.umask);
+    let mut flags = options.flags;
+    flags.set(MsFlags::MS_RDONLY, options.read_only || options.snapshot);
     let defaults = store::Options::default();
     Ok(Plan {
         store: store::Options {
@@ -215,7 +224,9 @@ pub fn plan(wish: Wish, name: &str) -> Result<Plan> {
             lock_wait: options.lock_wait.unwrap_or(defaults.lock_wait),
         },
         mask,
-        notify: !options.noinotify,
+        // Nothing changes in a snapshot.
+        notify: !options.noinotify && !options.snapshot,
+        snapshot: options.snapshot,
         auto_unmount: options.auto_unmount,
         request: Request {
             fsname: options
@@ -223,7 +234,7 @@ pub fn plan(wish: Wish, name: &str) -> Result<Plan> {
                 .unwrap_or_else(|| tokendir.clone().into_os_string()),
             subtype: options.subtype.unwrap_or_else(|| "tokenfs".to_owned()),
             sharing: options.sharing,
-            flags: options.flags,
+            flags,
             max_read: options.max_read,
             point,
         },

@@ -54,6 +54,8 @@ pub struct MountOptions {
     pub noinotify: bool,
     /// `ro`: the store is not written to at all, not even to roll back what a crashed writer left in a database.
     pub read_only: bool,
+    /// `snapshot`: the store as it is now, from memory. Takes no writes, whatever `rw` says.
+    pub snapshot: bool,
 }
 
 impl Default for MountOptions {
@@ -72,6 +74,7 @@ impl Default for MountOptions {
             lock_wait: None,
             noinotify: false,
             read_only: false,
+            snapshot: false,
         }
     }
 }
@@ -183,6 +186,7 @@ impl MountOptions {
             b"allow_root" => self.share(Sharing::Root)?,
             b"auto_unmount" => self.auto_unmount = true,
             b"noinotify" => self.noinotify = true,
+            b"snapshot" => self.snapshot = true,
             // The last one counts, as for mount(8).
             b"ro" => {
                 self.read_only = true;

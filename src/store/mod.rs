@@ -19,6 +19,7 @@ pub mod layout;
 pub mod leftover;
 mod lock;
 mod metadata;
+pub mod snapshot;
 mod tokendir;
 pub mod validate;
 pub mod watch;
@@ -351,6 +352,27 @@ pub trait Token: Send + Sync + fmt::Debug {
     /// # Errors
     /// What `fsync` fails with.
     fn sync(&self, patience: Patience) -> Result<()>;
+
+    /// Keeps everybody from changing what the token holds, until what it returns is dropped; reading goes on. A SoftHSM that has
+    /// something to write waits meanwhile. What it was making or removing at this moment can get as far as its next step.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Busy`] if somebody has one of the locks for longer than `wait`; what opening the files to lock fails with.
+    fn hold(&self, wait: Duration) -> Result<Hold>;
+}
+
+/// The locks that keep a token as it is.
+#[derive(Debug)]
+pub struct Hold(
+    #[expect(dead_code, reason = "held, and never looked at")] Box<dyn fmt::Debug + Send>,
+);
+
+impl Hold {
+    /// None: where nothing can change.
+    #[must_use]
+    pub fn nothing() -> Self {
+        Self(Box::new(()))
+    }
 }
 
 /// How a store is used.

@@ -4,15 +4,16 @@
 //! A directory is a token if it holds `token.object` or `sqlite3.db`; all else in the tokendir is none of ours.
 //! Symbolic links are not followed, as SoftHSM does not follow them. One that we cannot look into is a token
 //! nobody can read through us: it is listed, and fails with [`ErrorKind::PermissionDenied`].
+//!
+//! A store can also be a [snapshot](super::snapshot) of one, which has none of this open.
 
-mod closed;
 mod lifecycle;
 mod mark;
 mod recover;
 
 use std::collections::HashMap;
 use std::ffi::OsStr;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -26,10 +27,11 @@ use nix::sys::statvfs::{Statvfs, fstatvfs};
 use super::db::DbToken;
 use super::file::{FileToken, TOKEN_OBJECT, apply_to_directory};
 use super::metadata::{is_directory, is_file};
+use super::snapshot::{Remembered, Snapshot};
+use super::watch::Coverage;
 use super::{Backend, Metadata, MetadataChange, Options, Token, TokenName};
 use crate::diagnostics::Diagnostics;
 use crate::error::{Error, ErrorKind, Result};
-use closed::Closed;
 use lifecycle::Building;
 pub(crate) use mark::is_staging;
 
@@ -40,12 +42,21 @@ pub(crate) const DATABASE: &str = "sqlite3.db";
 #[derive(Debug)]
 pub struct Store {
     path: PathBuf,
-    directory: OwnedFd,
+    source: Source,
     options: Options,
     diagnostics: Arc<Diagnostics>,
     known: Mutex<HashMap<TokenName, Known>>,
     /// Tokens that are none yet. Never held over a system call, and not together with `known`.
     building: Mutex<HashMap<TokenName, Building>>,
+}
+
+/// Where the answers come from.
+#[derive(Debug)]
+enum Source {
+    /// The tokendir, open.
+    Directory(OwnedFd),
+    /// Memory.
+    Snapshot(Snapshot),
 }
 
 /// A token that was opened, and the directory that it was then.
@@ -69,7 +80,7 @@ impl Store {
             .map_err(|errno| Error::system("open", errno).at(&path))?;
         Ok(Self {
             path,
-            directory,
+            source: Source::Directory(directory),
             options,
             diagnostics,
             known: Mutex::default(),
@@ -89,9 +100,47 @@ impl Store {
         &self.options
     }
 
+    /// The store as it is at one moment, from memory and read-only, whatever becomes of this one. Nothing of it is open.
+    /// [`super::snapshot`] says what the moment is.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Busy`] if a lock stays taken for [`Options::lock_wait`]; whatever else keeps anything from being read that
+    /// is not damaged or closed to us: rather no snapshot than one that lacks something.
+    pub fn snapshot(&self) -> Result<Self> {
+        Ok(Self {
+            path: self.path.clone(),
+            source: Source::Snapshot(Snapshot::take(self)?),
+            options: Options {
+                read_only: true,
+                ..self.options.clone()
+            },
+            diagnostics: Arc::clone(&self.diagnostics),
+            known: Mutex::default(),
+            building: Mutex::default(),
+        })
+    }
+
+    /// What of the store is reported when it changes, before anybody watches it: of a snapshot, where nothing does, all.
+    #[must_use]
+    pub fn coverage(&self) -> Coverage {
+        match &self.source {
+            Source::Directory(_) => Coverage::default(),
+            Source::Snapshot(_) => Coverage::complete(),
+        }
+    }
+
     /// The tokendir, open.
-    pub(crate) fn directory(&self) -> &OwnedFd {
-        &self.directory
+    ///
+    /// # Errors
+    /// [`ErrorKind::ReadOnly`] if this is a snapshot, of which nothing is.
+    pub(crate) fn directory(&self) -> Result<BorrowedFd<'_>> {
+        match &self.source {
+            Source::Directory(directory) => Ok(directory.as_fd()),
+            Source::Snapshot(_) => {
+                let detail = "a snapshot is in memory, and its tokendir is not open";
+                Err(Error::new(ErrorKind::ReadOnly, detail).at(&self.path))
+            }
+        }
     }
 
     /// Of the tokendir.
@@ -99,9 +148,12 @@ impl Store {
     /// # Errors
     /// What `fstat` fails with.
     pub fn metadata(&self) -> Result<Metadata> {
-        match fstat(&self.directory) {
-            Ok(stat) => Ok(Metadata::of_open(&self.directory, &stat)),
-            Err(errno) => Err(Error::system("stat", errno).at(&self.path)),
+        match &self.source {
+            Source::Snapshot(snapshot) => Ok(snapshot.metadata),
+            Source::Directory(directory) => match fstat(directory) {
+                Ok(stat) => Ok(Metadata::of_open(directory, &stat)),
+                Err(errno) => Err(Error::system("stat", errno).at(&self.path)),
+            },
         }
     }
 
@@ -110,7 +162,12 @@ impl Store {
     /// # Errors
     /// What `fstatvfs` fails with.
     pub fn statvfs(&self) -> Result<Statvfs> {
-        fstatvfs(&self.directory).map_err(|errno| Error::system("statvfs", errno).at(&self.path))
+        match &self.source {
+            Source::Snapshot(snapshot) => Ok(snapshot.statvfs),
+            Source::Directory(directory) => {
+                fstatvfs(directory).map_err(|errno| Error::system("statvfs", errno).at(&self.path))
+            }
+        }
     }
 
     /// The names of the tokens, in ascending order.
@@ -118,11 +175,14 @@ impl Store {
     /// # Errors
     /// What reading the directory fails with; [`ErrorKind::Damaged`] if another directory has its name now.
     pub fn tokens(&self) -> Result<Vec<TokenName>> {
+        if let Source::Snapshot(snapshot) = &self.source {
+            return Ok(snapshot.tokens());
+        }
         self.check_in_place()?;
         let failed = |errno| Error::system("read the directory", errno).at(&self.path);
         let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
         let mut directory =
-            Dir::openat(&self.directory, ".", flags, Mode::empty()).map_err(failed)?;
+            Dir::openat(self.directory()?, ".", flags, Mode::empty()).map_err(failed)?;
         let mut names = Vec::new();
         for entry in directory.iter() {
             let entry = entry.map_err(failed)?;
@@ -142,12 +202,15 @@ impl Store {
         Ok(names)
     }
 
-    /// That the tokendir's path still leads to the directory that was opened.
+    /// That the tokendir's path still leads to the directory that was opened. A snapshot is where it is.
     ///
     /// # Errors
     /// [`ErrorKind::Damaged`] if it does not.
     pub fn check_in_place(&self) -> Result<()> {
-        match (fstat(&self.directory), stat(&self.path)) {
+        let Source::Directory(directory) = &self.source else {
+            return Ok(());
+        };
+        match (fstat(directory), stat(&self.path)) {
             (Ok(opened), Ok(named))
                 if (opened.st_dev, opened.st_ino) == (named.st_dev, named.st_ino) =>
             {
@@ -162,6 +225,10 @@ impl Store {
     /// # Errors
     /// [`ErrorKind::NotFound`] if there is no such token.
     pub fn token(&self, name: &TokenName) -> Result<Arc<dyn Token>> {
+        if let Source::Snapshot(snapshot) = &self.source {
+            let found = snapshot.token(name);
+            return found.map_err(|error| error.at(self.path.join(name.as_os_str())));
+        }
         if let Some(building) = self.building().get(name) {
             return Ok(building.token());
         }
@@ -177,16 +244,18 @@ impl Store {
         let diagnostics = Arc::clone(&self.diagnostics);
         // Not remembered: what keeps us out can end at any time.
         let closed = |path: PathBuf| -> Result<Arc<dyn Token>> {
-            Ok(Arc::new(Closed {
-                name: name.clone(),
-                backend: self.options.backend,
-                metadata: Metadata::of_path(&path, &stat),
-                path,
-            }))
+            let metadata = Metadata::of_path(&path, &stat);
+            let backend = self.options.backend;
+            Ok(Arc::new(Remembered::closed(
+                name.clone(),
+                backend,
+                metadata,
+                &path,
+            )))
         };
         let token: Arc<dyn Token> = match backend {
             Some(Backend::File) => {
-                let tokendir = self.directory.as_fd();
+                let tokendir = self.directory()?;
                 let options = self.options.clone();
                 match FileToken::open(tokendir, name.clone(), &path, options, diagnostics) {
                     Ok(token) => Arc::new(token),
@@ -218,7 +287,7 @@ impl Store {
     /// [`ErrorKind::ReadOnly`]; [`ErrorKind::NotPermitted`] and what else changing fails with.
     pub fn set_metadata(&self, change: &MetadataChange) -> Result<()> {
         self.check_writable()?;
-        apply_to_directory(&self.directory, change).map_err(|error| error.at(&self.path))
+        apply_to_directory(self.directory()?, change).map_err(|error| error.at(&self.path))
     }
 
     /// Waits until the tokens that were made and removed before are so after a power failure too.
@@ -229,7 +298,7 @@ impl Store {
         if self.options.read_only {
             return Ok(());
         }
-        nix::unistd::fsync(&self.directory)
+        nix::unistd::fsync(self.directory()?)
             .map_err(|errno| Error::system("fsync", errno).at(&self.path))
     }
 
@@ -244,17 +313,15 @@ impl Store {
     /// Whether a directory is a token, and of which backend; no backend if we may not look into it.
     fn probe(&self, name: &TokenName) -> Result<(FileStat, Option<Backend>)> {
         let failed = |errno| Error::system("stat", errno).at(self.path.join(name.as_os_str()));
-        let stat = fstatat(
-            &self.directory,
-            name.as_os_str(),
-            AtFlags::AT_SYMLINK_NOFOLLOW,
-        )
-        .map_err(|errno| {
-            if errno == Errno::ENOENT {
-                self.known().remove(name);
-            }
-            failed(errno)
-        })?;
+        let directory = self.directory()?;
+        let stat = fstatat(directory, name.as_os_str(), AtFlags::AT_SYMLINK_NOFOLLOW).map_err(
+            |errno| {
+                if errno == Errno::ENOENT {
+                    self.known().remove(name);
+                }
+                failed(errno)
+            },
+        )?;
         let no_token = || Error::not_found("not a token").at(self.path.join(name.as_os_str()));
         if !is_directory(&stat) {
             self.known().remove(name);
@@ -270,7 +337,7 @@ impl Store {
                 Backend::File => TOKEN_OBJECT,
                 Backend::Db => DATABASE,
             });
-            match fstatat(&self.directory, &file, AtFlags::AT_SYMLINK_NOFOLLOW) {
+            match fstatat(directory, &file, AtFlags::AT_SYMLINK_NOFOLLOW) {
                 Ok(marker) if is_file(&marker) => return Ok((stat, Some(backend))),
                 Ok(_) | Err(Errno::ENOENT) => {}
                 Err(Errno::EACCES) => return Ok((stat, None)),

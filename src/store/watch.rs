@@ -48,21 +48,31 @@ pub struct Coverage(Arc<RwLock<State>>);
 
 #[derive(Debug, Default)]
 struct State {
+    /// Whether there is nothing that could change.
+    everything: bool,
     root: bool,
     tokens: HashSet<TokenName>,
 }
 
 impl Coverage {
+    /// That of a store in which nothing changes.
+    #[must_use]
+    pub fn complete() -> Self {
+        let coverage = Self::default();
+        coverage.write(|state| state.everything = true);
+        coverage
+    }
+
     /// Whether every change of the token is reported.
     #[must_use]
     pub fn has_token(&self, name: &TokenName) -> bool {
-        self.read(|state| state.root && state.tokens.contains(name))
+        self.read(|state| state.everything || state.root && state.tokens.contains(name))
     }
 
     /// Whether every change of the tokendir itself is reported.
     #[must_use]
     pub fn has_tokendir(&self) -> bool {
-        self.read(|state| state.root)
+        self.read(|state| state.everything || state.root)
     }
 
     fn read<T>(&self, ask: impl FnOnce(&State) -> T) -> T {
@@ -128,7 +138,7 @@ impl Watcher {
     /// [`ErrorKind::Unsupported`] on a file system whose changes inotify does not tell; what inotify fails with, which is
     /// mostly a limit of the system (`fs.inotify.max_user_instances`).
     pub fn new(store: &Store, coverage: Coverage) -> Result<Self> {
-        let kind = fstatfs(store.directory())
+        let kind = fstatfs(store.directory()?)
             .map_err(|errno| Error::system("statfs", errno).at(store.path()))?
             .filesystem_type();
         if is_remote(kind) {

@@ -289,7 +289,7 @@ impl Tree {
         if self.store.options().read_only {
             return Err(Error::new(
                 ErrorKind::ReadOnly,
-                "the mount takes no writes (-o ro)",
+                "the mount takes no writes (-o ro, or --snapshot)",
             ));
         }
         // Now, and not when the file is closed: programs do not look then.

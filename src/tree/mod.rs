@@ -193,10 +193,10 @@ impl Tree {
     #[must_use]
     pub fn new(store: Store, settings: Settings, diagnostics: Arc<Diagnostics>) -> Self {
         Self {
+            coverage: store.coverage(),
             store,
             settings,
             diagnostics,
-            coverage: Coverage::default(),
             inodes: Mutex::default(),
             handles: Mutex::default(),
             labels: Mutex::default(),

@@ -44,13 +44,15 @@ fn every_option_of_ours_is_read() {
     let options = MountOptions::parse(
         [
             OsStr::new("allow_other,auto_unmount,fsname=a\\,b,subtype=x-1,max_read=4096"),
-            OsStr::new("config=/c,tokendir=/t=1,backend=db,umask=027,lock_wait=0.5,noinotify"),
+            OsStr::new(
+                "config=/c,tokendir=/t=1,backend=db,umask=027,lock_wait=0.5,noinotify,snapshot",
+            ),
         ],
         Unknown::Refuse,
     )
     .unwrap();
     assert_eq!(options.sharing, Sharing::Everybody);
-    assert!(options.auto_unmount && options.noinotify);
+    assert!(options.auto_unmount && options.noinotify && options.snapshot);
     assert_eq!(options.fsname, Some("a,b".into()));
     assert_eq!(options.subtype, Some("x-1".into()));
     assert_eq!(options.max_read, Some(4096));

@@ -152,7 +152,7 @@ pub fn check(store: &Store, settings: &Settings) -> Result<Report> {
 /// The names in the tokendir that are to be looked at, in order.
 fn directories(store: &Store, settings: &Settings) -> Result<Vec<TokenName>> {
     store.check_in_place()?;
-    let entries = place::entries(store.directory(), store.path())?;
+    let entries = place::entries(store.directory()?, store.path())?;
     if settings.only.is_empty() {
         // A file in the tokendir is of no interest to SoftHSM.
         return Ok(entries
@@ -269,14 +269,14 @@ fn look_inside(
 ) -> Result<Looked> {
     let mut report = Report::default();
     let stat = fstatat(
-        store.directory(),
+        store.directory()?,
         name.as_os_str(),
         AtFlags::AT_SYMLINK_NOFOLLOW,
     )
     .map_err(|errno| Error::system("stat", errno))?;
     let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
     if !super::metadata::is_directory(&stat) {
-        let target = fstatat(store.directory(), name.as_os_str(), AtFlags::empty());
+        let target = fstatat(store.directory()?, name.as_os_str(), AtFlags::empty());
         if target.is_ok_and(|target| super::metadata::is_directory(&target)) {
             let detail = "this is a symbolic link to a directory, and SoftHSM follows none";
             report.found(Finding::new(Category::Foreign, detail).advising(MOVE), path);
@@ -286,7 +286,7 @@ fn look_inside(
             ..Looked::default()
         });
     }
-    let directory = openat(store.directory(), name.as_os_str(), flags, Mode::empty())
+    let directory = openat(store.directory()?, name.as_os_str(), flags, Mode::empty())
         .map_err(|errno| Error::system("open", errno))?;
     let stat = fstat(&directory).map_err(|errno| Error::system("stat", errno))?;
     let entries = place::entries(&directory, path)?;

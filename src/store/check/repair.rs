@@ -119,7 +119,7 @@ impl Place {
             _ => return Err(Error::not_found("not in this store")),
         };
         let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-        let directory = openat(store.directory(), within, flags, Mode::empty())
+        let directory = openat(store.directory()?, within, flags, Mode::empty())
             .map_err(|errno| Error::system("open the directory", errno))?;
         Ok(Self {
             directory,

@@ -65,6 +65,7 @@ impl DbToken {
             connection: Exclusive::default(),
             cache: Mutex::default(),
             last: Mutex::default(),
+            holding: std::sync::Arc::default(),
         };
         token.make_schema().map_err(|failure| match failure {
             Failure::Taken => Error::new(ErrorKind::Busy, TAKEN).at(&token.path),

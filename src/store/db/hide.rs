@@ -56,6 +56,7 @@ impl DbToken {
             connection: Exclusive::default(),
             cache: Mutex::default(),
             last: Mutex::default(),
+            holding: std::sync::Arc::default(),
         };
         token.metadata()?;
         Ok(token)

@@ -15,7 +15,7 @@
 //! - [`decode`], [`encode`]: the blobs. [`uuid`]: the names. [`times`]: times of single objects.
 //! - `scan`: SQL to rows. `snapshot`: rows to objects.
 //! - `write`: a change in its transaction. `statements`: its SQL. `access`: modes and owners. `build`: new tokens.
-//!   `hide`: those that are to go.
+//!   `hide`: those that are to go. `hold`: keeping a token as it is.
 //! - `connection`, `read`, `failure`, `exclusive`: SQLite's connection, one transaction, its errors, whose turn it is. `recover`:
 //!   what a crashed writer left.
 
@@ -28,6 +28,7 @@ pub mod encode;
 mod exclusive;
 mod failure;
 mod hide;
+mod hold;
 mod read;
 mod recover;
 mod scan;
@@ -38,6 +39,7 @@ pub mod uuid;
 mod write;
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
@@ -55,8 +57,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::store::attribute::Attributes;
 use crate::store::layout::{self, LayoutFile};
 use crate::store::{
-    Backend, Metadata, MetadataChange, NewObject, Object, ObjectId, ObjectName, Options, Patience,
-    Target, Token, TokenName,
+    Backend, Hold, Metadata, MetadataChange, NewObject, Object, ObjectId, ObjectName, Options,
+    Patience, Target, Token, TokenName,
 };
 
 /// The file that makes a directory a `db` token (SoftHSM's `DBToken.cpp`).
@@ -89,6 +91,8 @@ pub struct DbToken {
     cache: Mutex<Option<Arc<Cached>>>,
     /// The last version that made sense, whatever has become of it: what is the same in the next one keeps its times.
     last: Mutex<Option<Arc<Snapshot>>>,
+    /// How often it is held.
+    holding: Arc<AtomicUsize>,
 }
 
 /// The connection, if there is one now.
@@ -134,6 +138,7 @@ impl DbToken {
             connection: Exclusive::default(),
             cache: Mutex::default(),
             last: Mutex::default(),
+            holding: Arc::default(),
         };
         token.metadata()?;
         Ok(token)
@@ -286,7 +291,7 @@ impl DbToken {
     fn cached(&self, stat: &FileStat) -> Option<Result<Arc<Snapshot>>> {
         let cached = self.lock_cache().clone()?;
         // Nobody else writes what is being built, and what we write is remembered.
-        let certain = cached.settled || self.built;
+        let certain = cached.settled || self.built || self.is_held();
         let holds = certain && cached.stamp == Stamp::of(stat);
         holds.then(|| cached.content.clone().map(|(_, snapshot)| snapshot))
     }
@@ -434,6 +439,10 @@ impl Token for DbToken {
     fn sync(&self, patience: Patience) -> Result<()> {
         self.may_write(patience)?;
         self.sync_directory()
+    }
+
+    fn hold(&self, wait: Duration) -> Result<Hold> {
+        self.keep(wait)
     }
 }
 

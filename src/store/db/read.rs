@@ -120,7 +120,10 @@ pub(super) fn after_commit(database: &Database, path: &Path) -> Result<Option<Se
 
 /// What the file looks like under the lock that asking for `data_version` takes, and whether it has a write-ahead log; `None` if
 /// another file is at the path.
-fn under_lock(database: &Database, path: &Path) -> Result<Option<(Seen, bool)>, Failure> {
+pub(super) fn under_lock(
+    database: &Database,
+    path: &Path,
+) -> Result<Option<(Seen, bool)>, Failure> {
     let fail = |error| classify(&error, path);
     let data_version = data_version(&database.connection).map_err(fail)?;
     let stat = stat(path).map_err(Failure::Other)?;

@@ -14,6 +14,7 @@
 //! | `attire` | mode, owner, access control lists and times |
 //! | `recover` | what a crash left |
 //! | `build` | a token that is none yet |
+//! | `hold` | keeping a token as it is |
 //! | `layout` | the files of a token as they are |
 //!
 //! Lock order: `.lock`, then `.object`, then `generation`, as in SoftHSM. `token.object` has no other lock than its own.
@@ -27,6 +28,7 @@ mod departed;
 mod encode;
 mod generation;
 mod guard;
+mod hold;
 mod journal;
 mod layout;
 mod make;

@@ -10,7 +10,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use nix::dir::{Dir, Type};
 use nix::errno::Errno;
@@ -29,8 +29,8 @@ use crate::store::attribute::Attributes;
 use crate::store::layout::LayoutFile;
 use crate::store::metadata::{Metadata, Stamp, is_file};
 use crate::store::{
-    Backend, MetadataChange, NewObject, Object, ObjectId, ObjectName, Options, Patience, Target,
-    Token, TokenName,
+    Backend, Hold, MetadataChange, NewObject, Object, ObjectId, ObjectName, Options, Patience,
+    Target, Token, TokenName,
 };
 
 /// The longest file, in bytes, that is read and decoded while everybody else waits.
@@ -378,6 +378,10 @@ impl Token for FileToken {
     fn sync(&self, patience: Patience) -> Result<()> {
         self.sync_all(patience)
             .map_err(|error| error.at(&self.path))
+    }
+
+    fn hold(&self, wait: Duration) -> Result<Hold> {
+        self.keep(wait)
     }
 }
 

@@ -96,7 +96,7 @@ impl Store {
         if self.is_building(name) {
             return Err(exists());
         }
-        let tokendir = self.directory.as_fd();
+        let tokendir = self.directory()?;
         if self.has(name)? {
             // What a crash left of a token of that name is in nobody's way.
             self.recover_directory(name);
@@ -141,7 +141,7 @@ impl Store {
 
     /// Makes a directory that is marked, and looks like `access`, from the moment that it has its name.
     fn make_directory(&self, name: &TokenName, access: Access) -> Result<(OwnedFd, File)> {
-        let tokendir = self.directory.as_fd();
+        let tokendir = self.directory()?;
         let staging = mark::staging(name)?;
         for _ in 0..ATTEMPTS {
             match mkdirat(
@@ -180,7 +180,7 @@ impl Store {
         staging: &TokenName,
         access: Access,
     ) -> Result<Option<(OwnedFd, File)>> {
-        let tokendir = self.directory.as_fd();
+        let tokendir = self.directory()?;
         let gone = |error: Error| match error.kind() {
             ErrorKind::NotFound => Ok(None),
             _ => Err(error),
@@ -208,7 +208,7 @@ impl Store {
     /// Whether there is anything of a name.
     fn has(&self, name: &TokenName) -> Result<bool> {
         match fstatat(
-            &self.directory,
+            self.directory()?,
             name.as_os_str(),
             AtFlags::AT_SYMLINK_NOFOLLOW,
         ) {
@@ -239,7 +239,7 @@ impl Store {
             self.sync()?;
             let unsynced = building.publish()?;
             point("store.publish.published");
-            let unmarked = open_directory(self.directory.as_fd(), name)
+            let unmarked = open_directory(self.directory()?, name)
                 .and_then(|directory| remove_file(&directory, OsStr::new(BUILDING)));
             if let Err(error) = unmarked {
                 // It is a token all the same.
@@ -302,7 +302,7 @@ impl Store {
                 if !building.token().list(patience)?.is_empty() {
                     return Err(not_empty());
                 }
-                let tokendir = self.directory.as_fd();
+                let tokendir = self.directory()?;
                 let directory = open_directory(tokendir, name)?;
                 clear(tokendir, name, directory.as_fd(), true, || {
                     point("store.unbuild.unlinked");
@@ -329,7 +329,7 @@ impl Store {
                 "tokenfs may not look into this directory",
             )
         })?;
-        let tokendir = self.directory.as_fd();
+        let tokendir = self.directory()?;
         let opened = open_directory(tokendir, name)?;
         let directory = opened.as_fd();
         self.check_empty(name, directory, backend, patience)?;
@@ -391,7 +391,7 @@ impl Store {
         // SQLite opens by path, which must lead to where we look.
         self.check_in_place()?;
         let named = fstatat(
-            &self.directory,
+            self.directory()?,
             name.as_os_str(),
             AtFlags::AT_SYMLINK_NOFOLLOW,
         );

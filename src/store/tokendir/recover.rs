@@ -44,7 +44,7 @@ impl Store {
         let failed = |errno| Error::system("read the directory", errno);
         let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
         let mut entries =
-            Dir::openat(&self.directory, ".", flags, Mode::empty()).map_err(failed)?;
+            Dir::openat(self.directory()?, ".", flags, Mode::empty()).map_err(failed)?;
         let mut names = Vec::new();
         for entry in entries.iter() {
             let entry = entry.map_err(failed)?;
@@ -59,7 +59,10 @@ impl Store {
     /// The same in one directory.
     pub(super) fn recover_directory(&self, name: &TokenName) {
         // What is no directory, or may not be looked into, is none of ours.
-        let Ok(directory) = open_directory(self.directory.as_fd(), name) else {
+        let Ok(tokendir) = self.directory() else {
+            return;
+        };
+        let Ok(directory) = open_directory(tokendir, name) else {
             return;
         };
         let path = self.path.join(name.as_os_str());
@@ -86,7 +89,7 @@ impl Store {
         }
         if has(TOKEN_OBJECT) {
             let token = FileToken::open(
-                self.directory.as_fd(),
+                tokendir,
                 name.clone(),
                 &path,
                 self.options.clone(),
@@ -122,8 +125,8 @@ impl Store {
         if removing.is_some() && self.has_object(name, directory, &content)? {
             // A SoftHSM that had a session made an object before it could see that the token was gone.
             let original = mark::staged(name).ok_or_else(not_empty)?;
-            mark::rename_directory(self.directory.as_fd(), name, &original)?;
-            sync_directory(self.directory.as_fd())?;
+            mark::rename_directory(self.directory()?, name, &original)?;
+            sync_directory(self.directory()?)?;
             point("store.recover.renamed");
             drop((building, removing));
             self.recover_directory(&original);
@@ -135,7 +138,7 @@ impl Store {
         } else {
             None
         };
-        let cleared = clear(self.directory.as_fd(), name, directory, false, || {
+        let cleared = clear(self.directory()?, name, directory, false, || {
             point("store.recover.unlinked");
         });
         if let Err(error) = cleared {
@@ -154,7 +157,7 @@ impl Store {
 
     /// What the marks in a directory ask for; whether there still is a directory.
     fn recover_marks(&self, name: &TokenName, directory: BorrowedFd<'_>) -> Result<bool> {
-        let tokendir = self.directory.as_fd();
+        let tokendir = self.directory()?;
         let said = |what: &str| {
             self.diagnostics.warning(format!(
                 "{}: {what}",
