@@ -268,3 +268,6 @@ fn dress(name: &TokenName, like: &Metadata, access: Access, target: &Store) -> R
     let token = target.token(name)?;
     token.set_metadata(&Target::Directory, &change, patience(target))
 }
+
+#[cfg(test)]
+mod tests;

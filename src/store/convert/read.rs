@@ -2,7 +2,7 @@
 //!
 //! Every object is read under its locks, and then looked at again: if none has changed between the end of the first look and the
 //! beginning of the second one, all of them were there together in that moment. If one has, the second look counts as the first of
-//! the next two.
+//! the next two. An object that SoftHSM is making is waited for.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -10,6 +10,8 @@ use std::time::{Duration, Instant, SystemTime};
 
 use super::{Step, Watch};
 use crate::error::{Error, ErrorKind, Result};
+use crate::pkcs11::CKA_CLASS;
+use crate::store::attribute::AttributeType;
 use crate::store::{Metadata, Object, ObjectId, ObjectName, Patience, Token};
 
 /// How often a token is looked at, however long that takes.
@@ -18,12 +20,16 @@ const LOOKS: u32 = 4;
 /// The pause before it is looked at again.
 const PAUSE: Duration = Duration::from_millis(2);
 
-/// How many times SoftHSM stores an object while it makes it, at most, and for how long it does: some thirty times, within milliseconds
-/// (`docs/store-format.md`, "Writing, and files that are cut off"). Of one with more generations, or older, it has finished.
-const GROWING: (u64, Duration) = (100, Duration::from_millis(50));
+/// For how long an object can be unfinished: 3 s were measured in the `db` backend, in which an object of SoftHSM's has the time of the
+/// latest change of any.
+const UNFINISHED: Duration = Duration::from_secs(5);
 
-/// For how long an object of the `db` backend can have no attributes yet: 3 s were measured.
-const EMPTY: Duration = Duration::from_secs(5);
+/// `CKA_TOKEN` (PKCS #11, section 4.4), and what makes a key one: `CKA_VALUE`, `CKA_MODULUS`, `CKA_EC_POINT` (section 6).
+const CKA_TOKEN: AttributeType = 0x1;
+const MATERIAL: [AttributeType; 3] = [0x11, 0x120, 0x181];
+
+/// `CKO_PUBLIC_KEY`, `CKO_PRIVATE_KEY`, `CKO_SECRET_KEY`.
+const KEYS: [u64; 3] = [2, 3, 4];
 
 /// What a token holds.
 #[derive(Debug)]
@@ -47,27 +53,25 @@ impl Content {
                 .all(|(one, two)| one.0 == two.0 && Arc::ptr_eq(&one.1, &two.1))
     }
 
-    /// Without what has nothing in it yet.
-    fn finished(mut self) -> Self {
-        self.objects
-            .retain(|(_, object)| !(object.attributes.is_empty() && is_growing(object)));
-        self
-    }
-
-    fn is_growing(&self) -> bool {
-        self.objects.iter().any(|(_, object)| is_growing(object))
+    fn is_finished(&self) -> bool {
+        !self.objects.iter().any(|(_, object)| is_unfinished(object))
     }
 }
 
-/// Whether SoftHSM may not have finished making an object.
-fn is_growing(object: &Object) -> bool {
+/// Whether SoftHSM may be about to make this object. It stores nothing first, then every attribute with its default, `CKA_TOKEN` being
+/// false in that, then what it was told, and then the key that it has made (`P11Object::init`, `SoftHSM::C_GenerateKeyPair`).
+fn is_unfinished(object: &Object) -> bool {
+    let attributes = &object.attributes;
+    let is_key = attributes
+        .ulong(CKA_CLASS)
+        .is_some_and(|class| KEYS.contains(&class));
+    let has_material = || {
+        let mut values = MATERIAL.iter().filter_map(|key| attributes.bytes(*key));
+        values.any(|value| !value.is_empty())
+    };
     let age = SystemTime::now().duration_since(object.metadata.mtime);
-    let younger = |limit| age.as_ref().is_ok_and(|age| *age < limit);
-    let (generations, limit) = GROWING;
-    let new = object
-        .generation
-        .is_some_and(|generation| generation <= generations);
-    (new && younger(limit)) || (object.attributes.is_empty() && younger(EMPTY))
+    (attributes.boolean(CKA_TOKEN) != Some(true) || (is_key && !has_material()))
+        && age.is_ok_and(|age| age < UNFINISHED)
 }
 
 /// Reads a token as it was at one moment. Each lock is waited for as long as `limit`, and so is a moment in which nobody writes.
@@ -82,15 +86,15 @@ pub(super) fn read(
     let mut last = look(token, limit, true, watch)?;
     let start = Instant::now();
     for looks in 2.. {
-        // Where one object is made after the other there may be no moment without one that grows.
-        let late = start.elapsed() > limit / 2;
+        // What looks unfinished for that long is to be like this.
+        let late = start.elapsed() > limit;
         last = match (look(token, limit, false, watch)?, last) {
-            (Some(now), Some(last)) if now.same(&last) && (late || !now.is_growing()) => {
-                return Ok(now.finished());
+            (Some(now), Some(last)) if now.same(&last) && (late || now.is_finished()) => {
+                return Ok(now);
             }
             (now, _) => now,
         };
-        if looks >= LOOKS && start.elapsed() > limit {
+        if looks >= LOOKS && late {
             break;
         }
         std::thread::sleep(PAUSE);
