@@ -15,8 +15,9 @@ use std::time::Duration;
 use check_common::{Checked, data_object};
 use convert_common::*;
 use support::independent::{self, CKA_LABEL};
+use support::template::{boolean, bytes};
 use support::*;
-use write_common::{CKM_ECDSA, agree, fill, lasting, leftovers};
+use write_common::{CKM_EC_KEY_PAIR_GEN, CKM_ECDSA, CURVE, agree, fill, lasting, leftovers};
 
 /// A SoftHSM with an empty store.
 fn empty(backend: Backend) -> Softhsm {
@@ -145,9 +146,15 @@ both_backends! {
                     let step = steps.fetch_add(1, Relaxed) + 1;
                     for object in [first, second] {
                         client.set_label(object, &step.to_string()).unwrap();
-                        if step.is_multiple_of(5) {
+                        if step.is_multiple_of(3) {
                             let made = client.create(&data_object("passing")).unwrap();
-                            client.destroy(made).unwrap();
+                            let public = [boolean(1, true), boolean(2, false), bytes(0x180, CURVE)];
+                            let private = [boolean(1, true), boolean(2, true)];
+                            let pair = client.generate_pair(CKM_EC_KEY_PAIR_GEN, &public, &private);
+                            let (public, private) = pair.unwrap();
+                            for passing in [made, public, private] {
+                                client.destroy(passing).unwrap();
+                            }
                         }
                         // Somebody who writes without a pause leaves no moment in which nothing changes.
                         std::thread::sleep(Duration::from_millis(4));
@@ -187,16 +194,22 @@ impl Drop for Over<'_> {
     }
 }
 
-/// That SoftHSM had finished each data object that is there.
+/// That SoftHSM had finished each object that is there.
 fn assert_whole(tokendir: &Path, token: &str) {
-    for object in content(tokendir)[token].values() {
-        let is_data = independent::get(object, 0) == Some(&independent::Value::Ulong(0));
-        let has =
-            |what| independent::get_bytes(object, what).is_some_and(|value| !value.is_empty());
-        assert!(
-            !object.is_empty() && (!is_data || has(CKA_LABEL) && has(0x11)),
-            "{object:?}"
-        );
+    let tokens = content(tokendir);
+    for (_, object) in tokens[token].iter().filter(|(name, _)| *name != "token") {
+        let has = |what: &[u64]| {
+            let mut values = what
+                .iter()
+                .filter_map(|what| independent::get_bytes(object, *what));
+            values.any(|value| !value.is_empty())
+        };
+        let is_whole = match independent::get(object, 0) {
+            Some(independent::Value::Ulong(0)) => has(&[CKA_LABEL]) && has(&[0x11]),
+            Some(independent::Value::Ulong(2 | 3)) => has(&[0x11, 0x181]),
+            _ => false,
+        };
+        assert!(is_whole, "{object:?}");
     }
 }
 

@@ -101,19 +101,19 @@ Examples:
   tokenfs convert /var/lib/softhsm/tokens ./tokens --to db
   tokenfs convert ./tokens ./one --to file my-token
 
-Each token is made anew in DST-TOKENDIR under the name of its directory, with all that it holds: the
-objects with their UUIDs and times, labels, PINs. It appears whole or not at all; one that is there
-already, or whose slot is taken, is refused and stays as it is. Modes are those of the source without
-the bits of objectstore.umask; so are the owners, where they can be given. What is in SRC-TOKENDIR
-stays, and may be in use: a token is read as it was at one moment. A token that has a damaged object
-is not converted; every such object is named. DST-TOKENDIR is made if there is none.
+Each token is made anew in DST-TOKENDIR under the name of its directory, with all that it holds:
+objects with their UUIDs and times, labels, PINs. It appears whole or not at all. One that is there
+already, or whose slot is taken, is refused and stays as it is. Modes are those of the source less
+the bits of objectstore.umask, and owners are kept where they can be given. What is in SRC-TOKENDIR
+stays, and may be in use: a token is read as it was at one moment. One that has a damaged object is
+not converted, and every such object is named. DST-TOKENDIR is made if there is none.
 
 The last line on stdout says what was converted.
 
 Exit codes:
   0  all of it is converted
   1  some of it is not; stderr says what and why
-  2  the command line is wrong, or SRC-TOKENDIR or DST-TOKENDIR cannot be used; nothing was converted";
+  2  the command line is wrong, or a TOKENDIR cannot be used; nothing was converted";
 
 /// Mount a SoftHSM v2 token store as a tree of files
 ///

@@ -45,12 +45,10 @@ pub(super) struct Content {
 impl Content {
     /// Whether nobody has changed anything between the two looks.
     fn same(&self, other: &Self) -> bool {
-        let pairs = self.objects.iter().zip(&other.objects);
+        let mut pairs = self.objects.iter().zip(&other.objects);
         Arc::ptr_eq(&self.own, &other.own)
             && self.objects.len() == other.objects.len()
-            && pairs
-                .into_iter()
-                .all(|(one, two)| one.0 == two.0 && Arc::ptr_eq(&one.1, &two.1))
+            && pairs.all(|(one, two)| one.0 == two.0 && Arc::ptr_eq(&one.1, &two.1))
     }
 
     fn is_finished(&self) -> bool {
