@@ -263,7 +263,9 @@ fn already(name: &ObjectName) -> Error {
 pub(in crate::store) fn uuid_of(name: &ObjectName) -> Result<&str> {
     let text = name.as_os_str().to_str().filter(|text| is_uuid(text));
     text.ok_or_else(|| {
-        let detail = "an object of the db backend is called by a UUID; make one with uuidgen";
+        let detail = format!(
+            "{name} is no UUID, and an object of the db backend is called by one; uuidgen makes them"
+        );
         Error::new(ErrorKind::Invalid, detail)
     })
 }
