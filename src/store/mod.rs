@@ -162,6 +162,8 @@ pub struct Object {
     pub metadata: Metadata,
     /// The generation in the first 8 bytes (`file` backend).
     pub generation: Option<u64>,
+    /// Whether the file that it was read from holds what [`file::encode`] makes of this, and nothing else (`file` backend).
+    pub canonical: bool,
     /// What is stored.
     pub attributes: Attributes,
 }
