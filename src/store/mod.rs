@@ -13,6 +13,7 @@ mod acl;
 pub mod attribute;
 pub mod check;
 pub mod crash;
+mod damaged;
 pub mod db;
 pub mod file;
 pub mod layout;
@@ -179,23 +180,6 @@ pub struct NewObject {
     pub mtime: Option<SystemTime>,
 }
 
-/// What a backend says of an object that is to go for its damage and has none.
-fn undamaged() -> Error {
-    Error::new(
-        ErrorKind::NotEmpty,
-        "the object is not damaged, and there is something in it",
-    )
-}
-
-/// What the diagnostics say when a damaged object is gone.
-fn replaced_damaged(name: &ObjectName, damage: &Error, new: Option<&NewObject>) -> String {
-    let done = match new {
-        None => "removed",
-        Some(_) => "put a new one in the place of",
-    };
-    format!("{done} the damaged object {name}, with all that could not be read of it ({damage})")
-}
-
 /// What has a mode, an owner and times of its own.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Target {
@@ -260,7 +244,8 @@ pub trait Token: Send + Sync + fmt::Debug {
     /// What is in one of them, and what `stat` said of it then. A damaged object of the `file` backend has bytes as any other.
     ///
     /// # Errors
-    /// As [`Token::layout_metadata`]; [`ErrorKind::Damaged`] if the backend is another and the object is.
+    /// As [`Token::layout_metadata`]; [`ErrorKind::Damaged`] if the backend is another and the object is, or if the file is too long to
+    /// be an object's.
     fn layout_read(&self, file: &LayoutFile, patience: Patience) -> Result<(Metadata, Vec<u8>)> {
         layout::read(self, file, patience)
     }
@@ -291,7 +276,7 @@ pub trait Token: Send + Sync + fmt::Debug {
     ///
     /// # Errors
     /// [`ErrorKind::Invalid`] if none can (in the `db` backend it has to be a UUID); [`ErrorKind::NameTooLong`] if there is no room for
-    /// what the backend adds to it.
+    /// what the backend adds to it; [`ErrorKind::ReadOnly`] of a token that takes no change at all.
     fn check_name(&self, name: &ObjectName) -> Result<()>;
 
     /// Makes an object. It appears as a whole, and SoftHSM is told.
