@@ -8,6 +8,7 @@
 //!   they are others than those that it remembers, so they do what counted ones do;
 //! - the lock files are empty.
 
+use std::cmp::Ordering;
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 
@@ -19,7 +20,10 @@ use crate::error::{ErrorKind, Result};
 use crate::store::attribute::Attributes;
 
 /// A file in the directory of a token of the `file` backend.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+///
+/// They are in the order in which they are listed: the objects, each behind its lock file, then what is the token's own, and last the
+/// file that makes a token of the directory. Who copies in this order has a token when all of it is there.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum LayoutFile {
     /// `<object>.lock` or `token.lock`: what SoftHSM locks, or opens, when it writes that object.
     Lock(ObjectId),
@@ -68,20 +72,28 @@ impl LayoutFile {
     }
 }
 
-/// In the order in which they are listed: the objects, each behind its lock file, then what is the token's own, and last the file that
-/// makes a token of the directory. Who copies in this order has a token when all of it is there.
-pub(super) fn sort(files: &mut [LayoutFile]) {
-    files.sort_unstable_by(|a, b| rank(a).cmp(&rank(b)));
+impl LayoutFile {
+    /// Whether it is the token's own; of which object; whether it is more than its lock.
+    fn rank(&self) -> (bool, Option<&ObjectName>, u8) {
+        match self {
+            Self::Lock(ObjectId::Object(object)) => (false, Some(object), 0),
+            Self::Object(ObjectId::Object(object)) => (false, Some(object), 1),
+            Self::Generation => (true, None, 0),
+            Self::Lock(ObjectId::Token) => (true, None, 1),
+            Self::Object(ObjectId::Token) => (true, None, 2),
+        }
+    }
 }
 
-/// Whether it is the token's own; of which object; whether it is more than its lock.
-fn rank(file: &LayoutFile) -> (bool, Option<&ObjectName>, u8) {
-    match file {
-        LayoutFile::Lock(ObjectId::Object(object)) => (false, Some(object), 0),
-        LayoutFile::Object(ObjectId::Object(object)) => (false, Some(object), 1),
-        LayoutFile::Generation => (true, None, 0),
-        LayoutFile::Lock(ObjectId::Token) => (true, None, 1),
-        LayoutFile::Object(ObjectId::Token) => (true, None, 2),
+impl Ord for LayoutFile {
+    fn cmp(&self, other: &Self) -> Ordering {
+        self.rank().cmp(&other.rank())
+    }
+}
+
+impl PartialOrd for LayoutFile {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
     }
 }
 
@@ -93,14 +105,12 @@ pub(super) fn files<T: Token + ?Sized>(token: &T, patience: Patience) -> Result<
         LayoutFile::Lock(ObjectId::Token),
         LayoutFile::Object(ObjectId::Token),
     ];
-    let mut files: Vec<LayoutFile> = objects
+    let files = objects
         .iter()
         .map(|object| ObjectId::Object(object.clone()))
         .flat_map(|id| [LayoutFile::Lock(id.clone()), LayoutFile::Object(id)])
-        .chain(own)
-        .collect();
-    sort(&mut files);
-    Ok(files)
+        .chain(own);
+    Ok(files.collect())
 }
 
 /// What [`Token::layout_metadata`] is for a token that has no such files.
@@ -244,7 +254,7 @@ mod tests {
             "a.lock",
         ]
         .map(named);
-        sort(&mut files);
+        files.sort();
         let names = files.map(|file| file.name().into_string().unwrap());
         assert_eq!(
             names,

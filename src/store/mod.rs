@@ -14,6 +14,7 @@ pub mod attribute;
 pub mod check;
 pub mod convert;
 pub mod crash;
+mod damaged;
 pub mod db;
 pub mod file;
 pub mod layout;
@@ -163,6 +164,8 @@ pub struct Object {
     pub metadata: Metadata,
     /// The generation in the first 8 bytes (`file` backend).
     pub generation: Option<u64>,
+    /// Whether the file that it was read from holds what [`file::encode`] makes of this, and nothing else (`file` backend).
+    pub canonical: bool,
     /// What is stored.
     pub attributes: Attributes,
 }
@@ -176,23 +179,6 @@ pub struct NewObject {
     pub access: Access,
     /// Its time of last modification, if that is not now.
     pub mtime: Option<SystemTime>,
-}
-
-/// What a backend says of an object that is to go for its damage and has none.
-fn undamaged() -> Error {
-    Error::new(
-        ErrorKind::NotEmpty,
-        "the object is not damaged, and there is something in it",
-    )
-}
-
-/// What the diagnostics say when a damaged object is gone.
-fn replaced_damaged(name: &ObjectName, damage: &Error, new: Option<&NewObject>) -> String {
-    let done = match new {
-        None => "removed",
-        Some(_) => "put a new one in the place of",
-    };
-    format!("{done} the damaged object {name}, with all that could not be read of it ({damage})")
 }
 
 /// What has a mode, an owner and times of its own.
@@ -259,7 +245,8 @@ pub trait Token: Send + Sync + fmt::Debug {
     /// What is in one of them, and what `stat` said of it then. A damaged object of the `file` backend has bytes as any other.
     ///
     /// # Errors
-    /// As [`Token::layout_metadata`]; [`ErrorKind::Damaged`] if the backend is another and the object is.
+    /// As [`Token::layout_metadata`]; [`ErrorKind::Damaged`] if the backend is another and the object is, or if the file is too long to
+    /// be an object's.
     fn layout_read(&self, file: &LayoutFile, patience: Patience) -> Result<(Metadata, Vec<u8>)> {
         layout::read(self, file, patience)
     }
@@ -290,7 +277,7 @@ pub trait Token: Send + Sync + fmt::Debug {
     ///
     /// # Errors
     /// [`ErrorKind::Invalid`] if none can (in the `db` backend it has to be a UUID); [`ErrorKind::NameTooLong`] if there is no room for
-    /// what the backend adds to it.
+    /// what the backend adds to it; [`ErrorKind::ReadOnly`] of a token that takes no change at all.
     fn check_name(&self, name: &ObjectName) -> Result<()>;
 
     /// Makes an object. It appears as a whole, and SoftHSM is told.

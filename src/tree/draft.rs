@@ -57,6 +57,7 @@ impl New {
         Object {
             metadata: self.metadata(),
             generation: None,
+            canonical: false,
             attributes: self.attributes.clone(),
         }
     }

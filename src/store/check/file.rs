@@ -1,10 +1,8 @@
 //! A token of the `file` backend.
 
 use std::ffi::OsStr;
-use std::io::Read;
 use std::os::fd::AsFd;
 use std::path::Path;
-use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::sys::stat::fstat;
@@ -17,7 +15,7 @@ use super::{Category, Finding, Look, Remedy, open_file};
 use crate::error::{Error, ErrorKind, Result};
 use crate::pkcs11::CKA_OS_TOKENSERIAL;
 use crate::store::attribute::Attributes;
-use crate::store::file::read::{LARGEST, Version, read_object};
+use crate::store::file::read::{Reading, read_file};
 use crate::store::file::{LOCK_SUFFIX, OBJECT_SUFFIX, TOKEN_OBJECT};
 use crate::store::leftover::{JOURNAL_SUFFIX, NEW_SUFFIX};
 use crate::store::metadata::Stamp;
@@ -93,8 +91,17 @@ struct Content {
 /// What a file holds. What is wrong with the file itself is in the report; `None` if there is nothing more to say.
 fn content(look: &mut Look<'_>, file: &OsStr, lock: Option<&OsStr>) -> Option<Content> {
     let path = look.path.join(file);
-    match versioned(look, file, lock) {
-        Ok((version, bytes)) => match version.content {
+    let lock = lock.map(Path::new);
+    // As the mount reads it.
+    let read = read_file(
+        look.directory.as_fd(),
+        Path::new(file),
+        lock,
+        false,
+        look.patience(),
+    );
+    match read {
+        Ok(Reading { version, bytes, .. }) => match version.content {
             Ok(decoded) => {
                 let mut size = Some(bytes.len() as u64);
                 if let Some(offset) = decoded.trailing {
@@ -138,51 +145,6 @@ fn content(look: &mut Look<'_>, file: &OsStr, lock: Option<&OsStr>) -> Option<Co
             None
         }
     }
-}
-
-/// The file as the mount reads it, and the bytes of that version.
-fn versioned(look: &Look<'_>, file: &OsStr, lock: Option<&OsStr>) -> Result<(Version, Vec<u8>)> {
-    let patience = look.patience();
-    loop {
-        let version = read_object(
-            look.directory.as_fd(),
-            Path::new(file),
-            lock.map(Path::new),
-            false,
-            patience,
-        )?;
-        if let Some(bytes) = bytes_of(look, file, &version.stamp, patience)? {
-            return Ok((version, bytes));
-        }
-        patience.wait(
-            Duration::from_millis(2),
-            "the file is written all the while",
-        )?;
-    }
-}
-
-/// What is in the file, if that is still the version of the stamp.
-fn bytes_of(
-    look: &Look<'_>,
-    file: &OsStr,
-    stamp: &Stamp,
-    patience: Patience,
-) -> Result<Option<Vec<u8>>> {
-    let mut open = open_file(look, file).map_err(|errno| Error::system("open", errno))?;
-    lock::lock_shared(&open, patience)?;
-    let same = |open: &std::fs::File| match fstat(open) {
-        Ok(stat) => Ok(Stamp::from(&stat) == *stamp),
-        Err(errno) => Err(Error::system("stat", errno)),
-    };
-    if !same(&open)? {
-        return Ok(None);
-    }
-    let mut bytes = Vec::new();
-    (&mut open)
-        .take(LARGEST)
-        .read_to_end(&mut bytes)
-        .map_err(|error| Error::io("read", &error))?;
-    Ok(same(&open)?.then_some(bytes))
 }
 
 /// The lock file of an object, which SoftHSM has to delete with it.

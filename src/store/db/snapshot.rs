@@ -84,6 +84,7 @@ impl Content {
         let object = Object {
             metadata: own(file, modified),
             generation: None,
+            canonical: false,
             attributes,
         };
         Self {

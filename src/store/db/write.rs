@@ -26,10 +26,8 @@ use super::{Cached, DbToken, PAUSES, REOPENINGS, Slot, TAKEN, read, scan, times}
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::attribute::Attributes;
 use crate::store::crash::point;
-use crate::store::{
-    Metadata, NewObject, ObjectId, ObjectName, Patience, Token, replaced_damaged, undamaged,
-    validate,
-};
+use crate::store::damaged::{replaced_damaged, undamaged};
+use crate::store::{Metadata, NewObject, ObjectId, ObjectName, Patience, Token, validate};
 
 /// Why nothing is written.
 pub(super) enum Stop {

@@ -7,10 +7,10 @@ use nix::fcntl::OFlag;
 use nix::sys::stat::fstat;
 
 use super::guard::stat_regular;
-use super::read::{open_regular, read_all, read_file};
+use super::read::{open_regular, read_all};
 use super::token::{FileToken, QUICK};
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::layout::{self, LayoutFile};
+use crate::store::layout::LayoutFile;
 use crate::store::lock::lock_shared;
 use crate::store::{Metadata, ObjectId, Patience};
 
@@ -18,7 +18,7 @@ impl FileToken {
     /// The names of its files. What is ours, and what is nobody's, is not among them.
     pub(super) fn files(&self) -> Result<Vec<LayoutFile>> {
         let mut files = self.regular_files(LayoutFile::parse)?;
-        layout::sort(&mut files);
+        files.sort_unstable();
         Ok(files)
     }
 
@@ -63,15 +63,12 @@ impl FileToken {
             let detail = "a long file has to be read";
             return Err(Error::new(ErrorKind::WouldBlock, detail));
         }
-        let alone = self.is_building();
-        let reading = read_file(
-            self.directory(),
-            names.object(),
-            names.lock(),
-            alone,
-            patience,
-        )?;
-        Ok((reading.version.metadata, reading.bytes))
+        let reading = self.read(id, patience)?;
+        match reading.version.content {
+            // Too long to be read.
+            Err(error) if reading.bytes.len() as i64 != reading.stat.st_size => Err(error),
+            _ => Ok((reading.version.metadata, reading.bytes)),
+        }
     }
 
     /// A file that holds no object, once `lock` has locked it.

@@ -47,43 +47,30 @@ pub struct Version {
 
 /// A file that was read and is still locked.
 #[derive(Debug)]
-pub(super) struct Reading {
+pub struct Reading {
     /// What was found.
     pub version: Version,
     /// The file's content.
     pub bytes: Vec<u8>,
     /// What `fstat` said of the file.
-    pub stat: FileStat,
+    pub(super) stat: FileStat,
     /// The file, with its lock.
-    pub file: File,
+    pub(super) file: File,
     /// Its lock file, with its lock; only held, never used.
-    pub transaction: Option<File>,
+    pub(super) transaction: Option<File>,
     /// Whether it may be in the middle of a write.
     looks_unfinished: bool,
 }
 
 /// Reads the file `object` in the directory `directory` under the locks; `lock` is its lock file, where SoftHSM
-/// takes one. `alone` says that nobody else can be writing it, so that it is finished whatever it looks like.
+/// takes one. `alone` says that nobody else can be writing it, so that it is finished whatever it looks like. It is locked until what
+/// is returned is dropped.
 ///
 /// # Errors
 /// [`ErrorKind::NotFound`] if there is no such regular file, [`ErrorKind::PermissionDenied`]; [`ErrorKind::WouldBlock`] or
 /// [`ErrorKind::Busy`] if a lock is not to be had or a writer does not finish. That the content is damaged is no
 /// error of this function, but of [`Version::content`].
-pub fn read_object(
-    directory: BorrowedFd<'_>,
-    object: &Path,
-    lock: Option<&Path>,
-    alone: bool,
-    patience: Patience,
-) -> Result<Version> {
-    read_file(directory, object, lock, alone, patience).map(|reading| reading.version)
-}
-
-/// The same with all that was read, whether it makes sense or not. It is locked until it is dropped.
-///
-/// # Errors
-/// As [`read_object`].
-pub(super) fn read_file(
+pub fn read_file(
     directory: BorrowedFd<'_>,
     object: &Path,
     lock: Option<&Path>,

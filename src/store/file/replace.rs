@@ -7,9 +7,8 @@ use super::attire::set_access_if_possible;
 use super::change::{check_storable, encode_checked, following};
 use super::generation::microseconds;
 use crate::error::Result;
-use crate::store::{
-    NewObject, ObjectId, ObjectName, Patience, replaced_damaged, undamaged, validate,
-};
+use crate::store::damaged::{replaced_damaged, undamaged};
+use crate::store::{NewObject, ObjectId, ObjectName, Patience, validate};
 
 impl FileToken {
     pub(super) fn replace(

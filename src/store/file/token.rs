@@ -21,8 +21,8 @@ use super::born::Ours;
 use super::departed::Departures;
 use super::names::Names;
 use super::noticed::{Changes, name_of};
-use super::read::{Version, read_object};
-use super::{OBJECT_SUFFIX, TOKEN_OBJECT};
+use super::read::{Reading, Version, read_file};
+use super::{OBJECT_SUFFIX, TOKEN_OBJECT, encode, encoded_length};
 use crate::diagnostics::Diagnostics;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::attribute::Attributes;
@@ -162,9 +162,10 @@ impl FileToken {
             .map_err(|error| error.at(self.path_of(id)))
     }
 
-    fn read(&self, id: &ObjectId, patience: Patience) -> Result<Version> {
+    /// What is in an object's file, whether it makes sense or not.
+    pub(super) fn read(&self, id: &ObjectId, patience: Patience) -> Result<Reading> {
         let names = self.names(id);
-        read_object(
+        read_file(
             self.directory(),
             names.object(),
             names.lock(),
@@ -203,7 +204,7 @@ impl FileToken {
     }
 
     /// Turns what was read into an object, and says what is odd about it.
-    fn settle(&self, id: &ObjectId, version: Version) -> Result<Arc<Object>> {
+    fn settle(&self, id: &ObjectId, version: Version, bytes: &[u8]) -> Result<Arc<Object>> {
         let path = || self.path_of(id);
         match version.content {
             Ok(decoded) => {
@@ -215,9 +216,14 @@ impl FileToken {
                         path().display()
                     ));
                 }
+                let canonical = decoded.generation.is_some_and(|generation| {
+                    encoded_length(&decoded.attributes) == bytes.len() as u64
+                        && encode(generation, &decoded.attributes) == bytes
+                });
                 Ok(Arc::new(Object {
                     metadata: version.metadata,
                     generation: decoded.generation,
+                    canonical,
                     attributes: decoded.attributes,
                 }))
             }
@@ -284,12 +290,14 @@ impl Token for FileToken {
             );
         }
         let read_at = SystemTime::now();
-        let version = self.read(id, patience)?;
+        // The locks are given back.
+        let Reading { version, bytes, .. } = self.read(id, patience)?;
         let stamp = version.stamp;
-        let mut object = self.settle(id, version);
+        let mut object = self.settle(id, version, &bytes);
         if let (Ok(new), Some(known)) = (&object, &known)
             && let Ok(old) = &known.object
             && known.stamp == stamp
+            && (old.generation, old.canonical) == (new.generation, new.canonical)
             && old.attributes == new.attributes
             && old.metadata.same_access(&new.metadata)
         {

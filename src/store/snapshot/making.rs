@@ -8,6 +8,9 @@
 //! - it is a key and holds neither `CKA_VALUE` nor `CKA_MODULUS` nor `CKA_EC_POINT`. The default of each is empty, every key
 //!   has at least one of them, and those that a key has are set together;
 //! - it is a token's own and has no `CKA_OS_SOPIN`, which `C_InitToken` sets last (`Token.cpp`).
+//!
+//! In the `file` backend it unlinks an object's file and then its lock file (`OSToken.cpp`), and makes an empty `generation` before it
+//! writes a number into it (`Generation.cpp`): a lock file alone, and an empty generation, are what a call has come to that has not returned.
 
 use std::time::Duration;
 
@@ -35,7 +38,7 @@ pub(super) fn is_being_made(id: &ObjectId, entry: &Entry) -> bool {
     }
 }
 
-fn is_young(metadata: &Metadata) -> bool {
+pub(super) fn is_young(metadata: &Metadata) -> bool {
     let age = metadata.ctime.elapsed();
     // A time in the future says nothing.
     age.map_or(true, |age| age <= LONGEST)
@@ -90,6 +93,7 @@ mod tests {
         Entry::Whole(Arc::new(Object {
             metadata: metadata(age),
             generation: Some(1),
+            canonical: true,
             attributes: all,
         }))
     }

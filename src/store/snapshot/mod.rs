@@ -14,6 +14,7 @@
 //!
 //! What is damaged, or closed to us, is so in the snapshot. Whatever else cannot be read, there is no snapshot.
 
+mod files;
 mod making;
 mod token;
 
@@ -24,9 +25,11 @@ use std::time::{Duration, Instant};
 
 use nix::sys::statvfs::Statvfs;
 
-use super::{Hold, Metadata, ObjectId, Patience, Store, Token, TokenName};
+use super::layout::LayoutFile;
+use super::{Backend, Hold, Metadata, ObjectId, ObjectName, Patience, Store, Token, TokenName};
 use crate::error::{Error, ErrorKind, Result};
-use making::is_being_made;
+use files::{Files, Kept};
+use making::{is_being_made, is_young};
 use token::Entry;
 pub(crate) use token::Remembered;
 
@@ -49,8 +52,8 @@ pub(super) struct Snapshot {
     tokens: BTreeMap<TokenName, Arc<Remembered>>,
 }
 
-/// An object, wherever it is; a token's own stands for the token.
-type Place = (TokenName, ObjectId);
+/// An object, in either backend by the name of its file; the token's own stands for the token. Or another file of a token.
+type Place = (TokenName, LayoutFile);
 
 /// Tokens that nobody can change.
 type AllHeld = BTreeMap<TokenName, (Arc<dyn Token>, Hold)>;
@@ -100,7 +103,7 @@ impl Snapshot {
         }
         let (metadata, statvfs) = (store.metadata()?, store.statvfs()?);
         drop(held);
-        tokens.retain(|name, token| token.leave_out(|id| !known.contains(&(name.clone(), id))));
+        tokens.retain(|name, token| token.leave_out(|file| !known.contains(&(name.clone(), file))));
         let tokens = tokens.into_iter();
         Ok(Self {
             metadata,
@@ -164,10 +167,8 @@ fn look(store: &Store, wait: Duration) -> Result<Look> {
         let Some(token) = read(&*token, wait)? else {
             continue;
         };
-        let place = |id| (name.clone(), id);
-        look.all.insert(place(ObjectId::Token));
-        let objects = token.objects.keys().cloned().map(ObjectId::Object);
-        look.all.extend(objects.map(place));
+        let place = |file| (name.clone(), file);
+        look.all.extend(token.all().map(place));
         look.making.extend(token.being_made().map(place));
     }
     Ok(look)
@@ -209,49 +210,88 @@ fn there<T>(outcome: Result<T>) -> Result<Option<T>> {
 
 /// All of a token; nothing if it is none any more.
 fn read(token: &dyn Token, wait: Duration) -> Result<Option<Remembered>> {
+    let Some(listed) = there(lasting(list(token, wait)))? else {
+        return Ok(None);
+    };
+    let has_files = token.backend() == Backend::File && listed.is_ok();
+    let mut files = has_files.then(Files::new);
+    let (listed, others, refused) = match listed {
+        Ok((names, others)) => (names, others, None),
+        Err(error) => (Vec::new(), Vec::new(), Some(error)),
+    };
+    // Before the objects: whoever removes one removes its lock file last.
+    for file in others {
+        let kept = there(Kept::of(token, &file, None, wait))?;
+        if let (Some(files), Some(kept)) = (&mut files, kept) {
+            files.insert(file, kept);
+        }
+    }
+    let (mut names, mut objects) = (Vec::new(), HashMap::new());
+    for name in listed {
+        let id = ObjectId::Object(name.clone());
+        if let Some(entry) = there(entry(token, &id, files.as_mut(), wait))? {
+            names.push(name.clone());
+            objects.insert(name, entry);
+        }
+    }
+    let Some(own) = there(entry(token, &ObjectId::Token, files.as_mut(), wait))? else {
+        return Ok(None);
+    };
+    // Last: by when it changed is known whether something was being removed.
     let Some(metadata) = there(token.metadata())? else {
         return Ok(None);
     };
-    let Some(own) = there(entry(token, &ObjectId::Token, wait))? else {
-        return Ok(None);
-    };
-    let Some(mut names) = there(lasting(token.list(Patience::at_most(wait))))? else {
-        return Ok(None);
-    };
-    let mut objects = HashMap::new();
-    for name in names.iter().flat_map(|names| names.iter()) {
-        let id = ObjectId::Object(name.clone());
-        if let Some(entry) = there(entry(token, &id, wait))? {
-            objects.insert(name.clone(), entry);
-        }
-    }
-    // What has gone since.
-    if let Ok(listed) = &mut names
-        && listed.len() != objects.len()
-    {
-        let left = listed.iter().filter(|name| objects.contains_key(name));
-        *listed = left.cloned().collect();
-    }
     let detail = "this is a snapshot, which takes no change";
     Ok(Some(Remembered {
         name: token.name().clone(),
         backend: token.backend(),
         metadata,
         own,
-        names,
+        names: refused.map_or_else(|| Ok(names.into()), Err),
         objects,
+        files,
         refusal: Error::new(ErrorKind::ReadOnly, detail),
     }))
 }
 
-fn entry(token: &dyn Token, id: &ObjectId, wait: Duration) -> Result<Entry> {
-    Ok(match lasting(token.object(id, Patience::at_most(wait)))? {
+/// The names of its objects, ascending, and in the `file` backend its files that hold none.
+fn list(token: &dyn Token, wait: Duration) -> Result<(Vec<ObjectName>, Vec<LayoutFile>)> {
+    let patience = Patience::at_most(wait);
+    if token.backend() == Backend::Db {
+        return Ok((token.list(patience)?.to_vec(), Vec::new()));
+    }
+    let (mut names, mut others) = (Vec::new(), Vec::new());
+    // One listing for both, so that they agree.
+    for file in token.layout(patience)? {
+        match file {
+            LayoutFile::Object(ObjectId::Object(name)) => names.push(name),
+            LayoutFile::Object(ObjectId::Token) => {}
+            LayoutFile::Lock(_) | LayoutFile::Generation => others.push(file),
+        }
+    }
+    Ok((names, others))
+}
+
+/// An object, and its file in `files`.
+fn entry(
+    token: &dyn Token,
+    id: &ObjectId,
+    files: Option<&mut Files>,
+    wait: Duration,
+) -> Result<Entry> {
+    let entry = match lasting(token.object(id, Patience::at_most(wait)))? {
         Ok(object) => Entry::Whole(object),
         Err(error) => {
             let metadata = lasting(token.object_metadata(id, Patience::at_most(wait)))?;
             Entry::Broken(metadata, error)
         }
-    })
+    };
+    if let Some(files) = files {
+        let file = LayoutFile::Object(id.clone());
+        let kept = Kept::of(token, &file, entry.object(), wait)?;
+        files.insert(file, kept);
+    }
+    Ok(entry)
 }
 
 /// Tells what is so for good, which a snapshot shows as it is, from what keeps it from being taken.
@@ -270,34 +310,67 @@ fn lasting<T>(outcome: Result<T>) -> Result<Result<T>> {
 }
 
 impl Remembered {
-    /// What somebody may be making.
-    fn being_made(&self) -> impl Iterator<Item = ObjectId> {
+    /// What is in it that can be made or removed.
+    fn all(&self) -> impl Iterator<Item = LayoutFile> {
+        let objects = self.entries().map(|(id, _)| LayoutFile::Object(id));
+        objects.chain(self.strays())
+    }
+
+    /// What somebody may be making, or removing.
+    fn being_made(&self) -> impl Iterator<Item = LayoutFile> {
+        let objects = self.entries();
+        let unfinished = objects.filter(|(id, entry)| is_being_made(id, entry));
+        let strays = self.strays().filter(|_| is_young(&self.metadata));
+        unfinished
+            .map(|(id, _)| LayoutFile::Object(id))
+            .chain(strays)
+    }
+
+    fn entries(&self) -> impl Iterator<Item = (ObjectId, &Entry)> {
         let objects = self.objects.iter();
         let objects = objects.map(|(name, entry)| (ObjectId::Object(name.clone()), entry));
-        objects
-            .chain([(ObjectId::Token, &self.own)])
-            .filter(|(id, entry)| is_being_made(id, entry))
-            .map(|(id, _)| id)
+        objects.chain([(ObjectId::Token, &self.own)])
+    }
+
+    /// Lock files without an object, and a generation without a number.
+    fn strays(&self) -> impl Iterator<Item = LayoutFile> {
+        let files = self.files.iter().flatten();
+        let strays = files.filter(|(file, kept)| match file {
+            LayoutFile::Lock(ObjectId::Object(name)) => !self.objects.contains_key(name),
+            LayoutFile::Generation => kept.is_empty(),
+            LayoutFile::Lock(ObjectId::Token) | LayoutFile::Object(_) => false,
+        });
+        strays.map(|(file, _)| file.clone())
     }
 
     /// Forgets those of them that are `unwanted`; whether the token is not one of them itself.
-    fn leave_out(&mut self, unwanted: impl Fn(ObjectId) -> bool) -> bool {
-        let mut left_out = HashSet::new();
-        for id in self.being_made().filter(|id| unwanted(id.clone())) {
-            match id {
-                ObjectId::Token => return false,
-                ObjectId::Object(name) => drop(left_out.insert(name)),
-            }
-        }
+    fn leave_out(&mut self, unwanted: impl Fn(LayoutFile) -> bool) -> bool {
+        let being_made = self.being_made();
+        let left_out: Vec<_> = being_made.filter(|file| unwanted(file.clone())).collect();
         if left_out.is_empty() {
             return true;
         }
-        self.objects.retain(|name, _| !left_out.contains(name));
+        for file in left_out {
+            if file == LayoutFile::Object(ObjectId::Token) {
+                return false;
+            }
+            if let LayoutFile::Object(ObjectId::Object(name)) = &file {
+                self.objects.remove(name);
+                self.forget(&LayoutFile::Lock(ObjectId::Object(name.clone())));
+            }
+            self.forget(&file);
+        }
         if let Ok(names) = &mut self.names {
-            let left = names.iter().filter(|name| !left_out.contains(*name));
+            let left = names.iter().filter(|name| self.objects.contains_key(name));
             *names = left.cloned().collect();
         }
         true
+    }
+
+    fn forget(&mut self, file: &LayoutFile) {
+        if let Some(files) = &mut self.files {
+            files.remove(file);
+        }
     }
 }
 

@@ -89,6 +89,12 @@ fn patient() -> Patience {
     Patience::at_most(Duration::from_secs(10))
 }
 
+fn files_of(snapshot: &Snapshot) -> Vec<String> {
+    let files = snapshot.token(&t()).unwrap().layout(Patience::Now).unwrap();
+    let names = files.iter().map(|file| file.name().into_string().unwrap());
+    names.collect()
+}
+
 fn relabel(token: &dyn Token, object: &ObjectName, patience: Patience) -> Result<()> {
     let id = ObjectId::Object(object.clone());
     let mut edit = |attributes: &mut Attributes| {
@@ -252,4 +258,65 @@ fn what_is_only_being_made_is_left_out_and_what_stays_so_is_not() {
         assert_eq!(listed(&Snapshot::take(&store).unwrap()), [name(1), name(2)]);
         assert!(begun.elapsed() < making::LONGEST);
     });
+}
+
+/// What SoftHSM leaves between the two steps of a removal, and before the first number of a token.
+#[test]
+fn a_lock_file_alone_and_an_empty_generation_are_left_out_unless_they_stay_so() {
+    let fixture = Fixture::new(Backend::File);
+    fixture.make(&name(1), true);
+    fixture.make(&name(2), true);
+    let token = fixture.directory.path().join("t");
+    std::fs::remove_file(token.join(format!("{}.object", name(2)))).unwrap();
+    std::fs::write(token.join("generation"), "").unwrap();
+    let store = fixture.store();
+    let now = Snapshot::at_once(&store, &HashSet::new()).unwrap();
+    let of = |number| ["lock", "object"].map(|ending| format!("{}.{ending}", name(number)));
+    let whole = |others: &[String], own: &[&str]| {
+        let own = own.iter().map(|name| (*name).to_owned());
+        let all = of(1).into_iter().chain(others.iter().cloned()).chain(own);
+        all.collect::<Vec<_>>()
+    };
+    assert_eq!(files_of(&now), whole(&[], &["token.lock", "token.object"]));
+    let own = ["generation", "token.lock", "token.object"];
+    let later = Snapshot::take(&store).unwrap();
+    assert_eq!(files_of(&later), whole(&of(2)[..1], &own));
+}
+
+#[test]
+fn what_is_only_being_made_has_no_files() {
+    let fixture = Fixture::new(Backend::File);
+    fixture.make(&name(1), false);
+    let now = Snapshot::at_once(&fixture.store(), &HashSet::new()).unwrap();
+    let own = ["generation", "token.lock", "token.object"];
+    assert_eq!(files_of(&now), own);
+}
+
+/// A file that is what its object is encoded to is not kept a second time, and every other one is.
+#[test]
+fn bytes_are_kept_of_what_does_not_encode_to_them() {
+    let fixture = Fixture::new(Backend::File);
+    let path = |number| {
+        let file = format!("t/{}.object", name(number));
+        fixture.directory.path().join(file)
+    };
+    for number in 1..=3 {
+        fixture.make(&name(number), true);
+    }
+    let mut longer = std::fs::read(path(2)).unwrap();
+    longer.extend([1; 3]);
+    std::fs::write(path(2), &longer).unwrap();
+    std::fs::write(path(3), [1; 20]).unwrap();
+    let store = fixture.store();
+    let token = read(&*store.token(&t()).unwrap(), Duration::from_secs(5));
+    let token = token.unwrap().unwrap();
+    for (number, twice) in [(1, false), (2, true), (3, true)] {
+        let file = LayoutFile::Object(ObjectId::Object(name(number)));
+        let kept = &token.files.as_ref().unwrap()[&file];
+        assert_eq!(matches!(kept, Kept::Bytes(..)), twice, "{number}");
+        let (metadata, bytes) = token.layout_read(&file, Patience::Now).unwrap();
+        assert_eq!(bytes, std::fs::read(path(number)).unwrap());
+        let (same, size) = token.layout_metadata(&file, Patience::Now).unwrap();
+        assert_eq!((same, size), (metadata, bytes.len() as u64));
+    }
 }

@@ -5,8 +5,10 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use super::files::{Files, Kept};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::attribute::Attributes;
+use crate::store::layout::{self, LayoutFile};
 use crate::store::{
     Backend, Hold, Metadata, MetadataChange, NewObject, Object, ObjectId, ObjectName, Patience,
     Target, Token, TokenName,
@@ -19,6 +21,16 @@ pub(super) enum Entry {
     Broken(Result<Metadata>, Error),
 }
 
+impl Entry {
+    /// What there is of it if it makes sense.
+    pub fn object(&self) -> Option<&Arc<Object>> {
+        match self {
+            Self::Whole(object) => Some(object),
+            Self::Broken(..) => None,
+        }
+    }
+}
+
 /// A token of which there is nothing but what is known already, and which takes no change.
 #[derive(Clone, Debug)]
 pub(crate) struct Remembered {
@@ -29,6 +41,8 @@ pub(crate) struct Remembered {
     /// Ascending; or why they cannot be listed.
     pub(super) names: Result<Arc<[ObjectName]>>,
     pub(super) objects: HashMap<ObjectName, Entry>,
+    /// Its files, if it has some in the layout of the `file` backend.
+    pub(super) files: Option<Files>,
     /// Why it takes no change.
     pub(super) refusal: Error,
 }
@@ -48,6 +62,7 @@ impl Remembered {
             own: Entry::Broken(Err(refusal.clone()), refusal.clone()),
             names: Err(refusal.clone()),
             objects: HashMap::new(),
+            files: None,
             refusal,
         }
     }
@@ -60,6 +75,18 @@ impl Remembered {
         self.names.as_ref().map_err(Clone::clone)?;
         let found = self.objects.get(name);
         found.ok_or_else(|| Error::not_found("no such object"))
+    }
+
+    /// A file; nothing if its bytes are made of the objects.
+    fn file(&self, file: &LayoutFile) -> Result<Option<&Kept>> {
+        let Some(files) = &self.files else {
+            return Ok(None);
+        };
+        let found = files.get(file);
+        found.map_or_else(
+            || Err(Error::not_found("no such file")),
+            |kept| Ok(Some(kept)),
+        )
     }
 
     fn refuse(&self) -> Result<()> {
@@ -95,6 +122,27 @@ impl Token for Remembered {
         match self.entry(id)? {
             Entry::Whole(object) => Ok(Arc::clone(object)),
             Entry::Broken(_, error) => Err(error.clone()),
+        }
+    }
+
+    fn layout(&self, patience: Patience) -> Result<Vec<LayoutFile>> {
+        match &self.files {
+            Some(files) => Ok(files.keys().cloned().collect()),
+            None => layout::files(self, patience),
+        }
+    }
+
+    fn layout_metadata(&self, file: &LayoutFile, patience: Patience) -> Result<(Metadata, u64)> {
+        match self.file(file)? {
+            Some(kept) => kept.metadata(),
+            None => layout::metadata(self, file, patience),
+        }
+    }
+
+    fn layout_read(&self, file: &LayoutFile, patience: Patience) -> Result<(Metadata, Vec<u8>)> {
+        match self.file(file)? {
+            Some(kept) => kept.read(),
+            None => layout::read(self, file, patience),
         }
     }
 
