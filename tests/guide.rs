@@ -27,6 +27,8 @@ p11 --write-object note --type data --label note
 p11 --read-object --type pubkey --id 01 --output-file public.der
 mv public.der /root/
 rm note
+# It is older than its backup: rsync leaves a directory the time at which it made it, if that is in the same second as the right one.
+find /var/lib/softhsm/tokens -mindepth 1 -exec touch -d '2026-01-02 03:04:05.678901234' {} +
 ";
 
 /// For what is looked at afterwards: what a store holds, with owners, modes and times; and a command that has to fail, which `!`
