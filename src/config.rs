@@ -11,6 +11,7 @@ use std::fs;
 use std::io;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use nix::sys::stat::Mode;
 use nix::unistd::{AccessFlags, User, access, getuid};
@@ -253,6 +254,27 @@ pub fn parse_umask(value: &OsStr) -> Result<u32, String> {
             format!(
                 "\"{}\" is not an octal number from 0 to 0777, such as 0077",
                 printable(digits)
+            )
+        })
+}
+
+/// Longer waits for a lock are taken for a mistake.
+const LONGEST_WAIT: Duration = Duration::from_secs(3600);
+
+/// A number of seconds up to 3600, with or without a fraction; otherwise a sentence that says so.
+///
+/// # Errors
+/// Anything else.
+pub fn parse_wait(value: &OsStr) -> Result<Duration, String> {
+    value
+        .to_str()
+        .and_then(|text| text.parse().ok())
+        .and_then(|seconds| Duration::try_from_secs_f64(seconds).ok())
+        .filter(|wait| *wait <= LONGEST_WAIT)
+        .ok_or_else(|| {
+            format!(
+                "\"{}\" is not a number of seconds up to 3600",
+                printable(value.as_bytes())
             )
         })
 }

@@ -389,3 +389,64 @@ fn nothing_but_what_was_asked_for_is_changed() {
     assert_eq!(label(&token, 3), b"l3");
     agree(&made, &token);
 }
+
+#[test]
+fn many_objects_are_made_together_or_not_at_all() {
+    let made = made("");
+    let token = made.token();
+    let before = names(&token);
+    // In no order, each in the row that its name is of; and names that are of no row, of one that is taken by then, and of one far off.
+    let uuids = [
+        derived(token.name(), 9),
+        FOREIGN.to_owned(),
+        derived(token.name(), 7),
+        derived(token.name(), 10),
+        derived(token.name(), 2000),
+    ];
+    let all: Vec<_> = uuids.iter().map(|uuid| (name(uuid), new(uuid))).collect();
+    let nothing = &mut || Ok(());
+    let create = |all: &[_], made: &mut dyn FnMut() -> Result<(), Error>| {
+        token.create_all(all, made, patient())
+    };
+
+    let mut left = 3;
+    let stopped = create(&all, &mut || {
+        left -= 1;
+        if left > 0 {
+            Ok(())
+        } else {
+            Err(Error::new(ErrorKind::NoSpace, "enough"))
+        }
+    });
+    assert_eq!(stopped.unwrap_err().kind(), ErrorKind::NoSpace);
+    let twice = [all.clone(), all.clone()].concat();
+    let known = (name(&before[0]), new("known"));
+    for wrong in [&twice[..], &[all[0].clone(), known]] {
+        let error = create(wrong, nothing).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Exists);
+    }
+    let odd = [all[0].clone(), (name("odd"), new("odd"))];
+    assert_eq!(
+        create(&odd, nothing).unwrap_err().kind(),
+        ErrorKind::Invalid
+    );
+    assert_eq!(names(&token), before);
+    create(&[], nothing).unwrap();
+    agree(&made, &token);
+
+    let mut count = 0;
+    create(&all, &mut || {
+        count += 1;
+        Ok(())
+    })
+    .unwrap();
+    assert_eq!(count, all.len());
+    let mut wanted = [before, uuids.to_vec()].concat();
+    wanted.sort();
+    assert_eq!(names(&token), wanted);
+    for (row, uuid) in [(9, &uuids[0]), (7, &uuids[2]), (2000, &uuids[4])] {
+        let id = ObjectId::Object(name(uuid));
+        assert_eq!(token.row(&id, patient()).unwrap(), row);
+    }
+    agree(&made, &token);
+}

@@ -611,3 +611,37 @@ fn what_was_scratch_and_is_an_attribute_does_not_count_as_scratch() {
         renamed.unwrap();
     }
 }
+
+#[test]
+fn what_is_being_written_has_a_limit_however_it_is_spread() {
+    let f = fixture();
+    let most = 64 * 1024 * 1024;
+    let open = |name: &str| {
+        let how = Creation {
+            mode: 0o600,
+            ..Creation::default()
+        };
+        let made = f.tree.create(f.object, os(name), how, me(), patient());
+        made.unwrap().1
+    };
+    // Nothing but the last byte: what is before it takes memory all the same.
+    let fill = |handle| f.tree.write(handle, most - 1, b"x");
+    let files = [
+        ".scratch",
+        "CKA_VALUE",
+        "CKA_ID",
+        "CKA_SUBJECT",
+        "CKA_ISSUER",
+    ]
+    .map(open);
+    let (last, first) = files.split_last().unwrap();
+    for handle in first {
+        fill(*handle).unwrap();
+    }
+    let refused = fill(*last).unwrap_err();
+    assert_eq!(refused.kind(), tokenfs::error::ErrorKind::NoSpace);
+    // Others go on when one of them is gone.
+    f.tree.release(files[0], patient()).unwrap();
+    f.tree.unlink(f.object, os(".scratch"), patient()).unwrap();
+    fill(*last).unwrap();
+}

@@ -2,10 +2,11 @@
 
 use std::ffi::OsString;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{ArgAction, Args, Parser, Subcommand};
 
-use crate::config::{parse_backend, parse_umask};
+use crate::config::{parse_backend, parse_umask, parse_wait};
 use crate::store::Backend;
 
 const AFTER_HELP: &str = "\
@@ -19,6 +20,7 @@ Examples:
   tokenfs mount --snapshot /mnt/now      for a copy of one moment of a store that is in use
   tokenfs tree                           print the store without mounting it
   tokenfs check                          say what is damaged or left over in it
+  tokenfs convert ./tokens ./new --to db copy it into another backend
 
 Which store:
   SoftHSM's configuration says it: the file that --config names, or else $SOFTHSM2_CONF, or else
@@ -29,7 +31,7 @@ Exit codes:
   0  it is done
   1  it failed; a line on stderr says why, and what to do
   2  the command line is wrong
-  \"tokenfs check\" has its own, see \"tokenfs check --help\".";
+  \"tokenfs check\" and \"tokenfs convert\" have their own, see \"tokenfs check --help\".";
 
 const MOUNT_AFTER_HELP: &str = "\
 Options for -o, separated by commas (a backslash takes a comma into a value):
@@ -96,6 +98,25 @@ Exit codes:
   1  something was found (with --repair: something is left, for it cannot or could not be mended)
   2  the store, or some part of it, could not be looked at; what was found elsewhere is printed";
 
+const CONVERT_AFTER_HELP: &str = "\
+Examples:
+  tokenfs convert /var/lib/softhsm/tokens ./tokens --to db
+  tokenfs convert ./tokens ./one --to file my-token
+
+Each token is made anew in DST-TOKENDIR under the name of its directory, with all that it holds:
+objects with their UUIDs and times, labels, PINs. It appears whole or not at all. One that is there
+already, or whose slot is taken, is refused and stays as it is. Modes are those of the source less
+the bits of objectstore.umask, and owners are kept where they can be given. What is in SRC-TOKENDIR
+stays, and may be in use: a token is read as it was at one moment. One that has a damaged object is
+not converted, and every such object is named. DST-TOKENDIR is made if there is none.
+
+The last line on stdout says what was converted.
+
+Exit codes:
+  0  all of it is converted
+  1  some of it is not; stderr says what and why
+  2  the command line is wrong, or a TOKENDIR cannot be used; nothing was converted";
+
 /// Mount a SoftHSM v2 token store as a tree of files
 ///
 /// A token is a directory, an object of it is a directory, and an attribute of that is a file.
@@ -120,6 +141,8 @@ pub enum Command {
     Tree(TreeArgs),
     /// Say what is damaged, missing or left over in the token store, and mend it
     Check(CheckArgs),
+    /// Copy tokens into another store, of either backend, without a mount
+    Convert(ConvertArgs),
 }
 
 /// Which store.
@@ -200,6 +223,37 @@ pub struct CheckArgs {
     #[arg(short = 'v', long)]
     pub verbose: bool,
     /// Only these tokens, by the names of their directories
+    #[arg(value_name = "TOKEN")]
+    pub tokens: Vec<OsString>,
+}
+
+/// `tokenfs convert`
+#[derive(Debug, Args)]
+#[command(after_help = CONVERT_AFTER_HELP)]
+pub struct ConvertArgs {
+    /// SoftHSM's configuration file, instead of the one that SoftHSM finds
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// The backend of a directory in SRC-TOKENDIR that holds both kinds of token, file or db, instead of the configured one; all
+    /// others are read as what they are
+    #[arg(long, value_name = "BACKEND", value_parser = |text: &str| parse_backend(text.as_ref()))]
+    pub backend: Option<Backend>,
+    /// Bits that no mode of a new token has, instead of the configured ones (objectstore.umask)
+    #[arg(long, value_name = "OCTAL", value_parser = |text: &str| parse_umask(text.as_ref()))]
+    pub umask: Option<u32>,
+    /// How long to wait for a lock that SoftHSM holds, and for a moment in which it does not write (5)
+    #[arg(long, value_name = "SECONDS", value_parser = |text: &str| parse_wait(text.as_ref()))]
+    pub lock_wait: Option<Duration>,
+    /// The backend of the new tokens: file or db
+    #[arg(long, value_name = "BACKEND", value_parser = |text: &str| parse_backend(text.as_ref()))]
+    pub to: Backend,
+    /// The directory of the tokens that are converted
+    #[arg(value_name = "SRC-TOKENDIR")]
+    pub source: PathBuf,
+    /// The directory that the new tokens are made in
+    #[arg(value_name = "DST-TOKENDIR")]
+    pub target: PathBuf,
+    /// Only these tokens, by their directory names, serial numbers or labels
     #[arg(value_name = "TOKEN")]
     pub tokens: Vec<OsString>,
 }

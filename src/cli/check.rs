@@ -5,9 +5,9 @@ use std::io::{self, Write};
 use std::path::Path;
 use std::sync::Arc;
 
-use super::Failure;
 use super::args::CheckArgs;
 use super::mount::{configuration, one_token};
+use super::{Failure, count};
 use crate::config::Config;
 use crate::diagnostics::Diagnostics;
 use crate::error::{Error, Result};
@@ -134,10 +134,6 @@ fn escaped(path: &Path) -> String {
 
 /// `3 tokens, 120 objects: clean`
 fn summary(report: &Report, mended: usize) -> String {
-    let count = |count: usize, one: &str, more: &str| match count {
-        1 => format!("1 {one}"),
-        count => format!("{count} {more}"),
-    };
     let mut text = format!(
         "{}, {}: ",
         count(report.tokens, "token", "tokens"),

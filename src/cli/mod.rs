@@ -1,7 +1,7 @@
 //! The command line: `tokenfs`, and `mount.tokenfs` under that name.
 //!
 //! - [`args`]: its definition.
-//! - [`mount`], [`umount`], [`tree`], [`check`]: the commands.
+//! - [`mount`], [`umount`], [`tree`], [`check`], [`convert`]: the commands. [`select`]: which tokens they are about.
 //! - [`helper`]: `mount.tokenfs`, which mount(8) calls.
 //! - [`daemon`]: the server in the background.
 //! - [`watch`]: the process behind `auto_unmount`.
@@ -10,9 +10,11 @@
 
 pub mod args;
 pub mod check;
+pub mod convert;
 pub mod daemon;
 pub mod helper;
 pub mod mount;
+pub mod select;
 pub mod tree;
 pub mod umount;
 pub mod watch;
@@ -23,6 +25,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use clap::error::ErrorKind as ClapKind;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use crate::error::Error;
 use args::{Cli, Command};
@@ -89,6 +92,7 @@ pub fn run(argv: &[OsString]) -> ExitCode {
             Command::Umount(args) => umount::run(&args),
             Command::Tree(args) => tree::run(&args),
             Command::Check(args) => check::run(&args),
+            Command::Convert(args) => convert::run(&args),
         },
         Err(error) => return command_line(&error, CODES),
     };
@@ -107,6 +111,28 @@ fn conclude(outcome: Result<(), Failure>, codes: Codes) -> ExitCode {
             ExitCode::from(codes.failed)
         }
         Err(Failure::Reported(code)) => ExitCode::from(code),
+    }
+}
+
+/// What a process that holds keys, and many tokens, asks of the kernel; a warning if it does not get that.
+fn set_limits() -> Option<String> {
+    // Each token keeps a descriptor.
+    if let Ok((_, most)) = getrlimit(Resource::RLIMIT_NOFILE) {
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, most, most);
+    }
+    // Keys are in memory from now on, and are not to reach a disk by way of a crash.
+    let refused = setrlimit(Resource::RLIMIT_CORE, 0, 0).err()?;
+    Some(format!(
+        "core dumps cannot be turned off: {}",
+        refused.desc()
+    ))
+}
+
+/// `1 token`, `2 tokens`
+fn count(count: usize, one: &str, more: &str) -> String {
+    match count {
+        1 => format!("1 {one}"),
+        count => format!("{count} {more}"),
     }
 }
 

@@ -7,12 +7,11 @@ use std::time::Duration;
 
 use fuser::Notifier;
 use nix::mount::MsFlags;
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::{getegid, geteuid};
 
 use super::args::{MountArgs, StoreArgs};
 use super::daemon::{self, Stage};
-use super::{Failure, watch};
+use super::{Failure, set_limits, watch};
 use crate::config::{self, Config, Places};
 use crate::diagnostics::Diagnostics;
 use crate::error::{Error, ErrorKind, Result};
@@ -125,13 +124,8 @@ fn serve(
     for warning in &plan.warnings {
         diagnostics.warning(warning);
     }
-    // Keys are in memory from now on, and are not to reach a disk by way of a crash.
-    if let Err(errno) = setrlimit(Resource::RLIMIT_CORE, 0, 0) {
-        diagnostics.warning(format!("core dumps cannot be turned off: {}", errno.desc()));
-    }
-    // Each token keeps a descriptor.
-    if let Ok((_, most)) = getrlimit(Resource::RLIMIT_NOFILE) {
-        let _ = setrlimit(Resource::RLIMIT_NOFILE, most, most);
+    if let Some(warning) = set_limits() {
+        diagnostics.warning(warning);
     }
     // After the warnings, which the user has seen already.
     if log == Log::ToStderr {

@@ -1,20 +1,19 @@
 //! `tokenfs tree`: the store with its labels and classes, without a mount.
 
 use std::collections::BTreeMap;
-use std::ffi::OsStr;
 use std::fmt::Write as _;
 use std::io::{self, Write};
-use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
 
 use super::Failure;
 use super::args::TreeArgs;
 use super::mount::{configuration, one_token};
+use super::select::chosen;
 use crate::diagnostics::Diagnostics;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::mount::check_tokendir;
 use crate::pkcs11::{self, Symbols};
-use crate::store::{self, Object, ObjectId, Patience, Store, Token, TokenName};
+use crate::store::{self, Object, ObjectId, Patience, Store, Token};
 use crate::tree::label;
 
 /// What an object may be used for, in the order in which it is said.
@@ -54,7 +53,7 @@ pub fn run(args: &TreeArgs) -> Result<(), Failure> {
     }
     let store = Store::open(&tokendir, options, Arc::new(Diagnostics::new()))?;
     let patience = Patience::at_most(store.options().lock_wait);
-    let tokens = chosen(&store, args.token.as_deref(), patience)?;
+    let tokens = chosen(&store, args.token.as_slice(), patience)?;
 
     let mut out = format!("{}\n", store.path().display());
     let mut failures = Vec::new();
@@ -83,41 +82,6 @@ pub fn run(args: &TreeArgs) -> Result<(), Failure> {
         }
     }
     Err(last.into())
-}
-
-/// The tokens that `wanted` names, by directory, serial number or label; all if nothing is wanted.
-fn chosen(store: &Store, wanted: Option<&OsStr>, patience: Patience) -> Result<Vec<TokenName>> {
-    let all = store.tokens()?;
-    let Some(wanted) = wanted else {
-        return Ok(all);
-    };
-    let matching: Vec<TokenName> = all
-        .into_iter()
-        .filter(|name| {
-            name.as_bytes() == wanted.as_bytes() || {
-                let own = store
-                    .token(name)
-                    .and_then(|token| token.object(&ObjectId::Token, patience));
-                own.is_ok_and(|own| {
-                    [pkcs11::CKA_OS_TOKENLABEL, pkcs11::CKA_OS_TOKENSERIAL]
-                        .iter()
-                        .filter_map(|attribute| own.attributes.bytes(*attribute))
-                        .any(|stored| label::unpadded(stored) == wanted.as_bytes())
-                })
-            }
-        })
-        .collect();
-    if matching.is_empty() {
-        return Err(Error::new(
-            ErrorKind::NotFound,
-            format!(
-                "no token has {:?} as its directory, serial number or label; \"tokenfs tree\" without it lists all",
-                wanted
-            ),
-        )
-        .at(store.path()));
-    }
-    Ok(matching)
 }
 
 fn print_token(

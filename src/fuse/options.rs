@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use nix::mount::MsFlags;
 
-use crate::config::{parse_backend, parse_umask};
+use crate::config::{parse_backend, parse_umask, parse_wait};
 use crate::store::Backend;
 
 #[cfg(test)]
@@ -247,12 +247,7 @@ impl MountOptions {
                 self.umask = Some(umask);
             }
             b"lock_wait" => {
-                let wait = value
-                    .to_str()
-                    .and_then(|text| text.parse().ok())
-                    .and_then(|seconds| Duration::try_from_secs_f64(seconds).ok())
-                    .filter(|wait| *wait <= LONGEST_WAIT)
-                    .ok_or_else(|| bad("is not a number of seconds up to 3600"))?;
+                let wait = parse_wait(value).map_err(|why| format!("-o lock_wait: {why}"))?;
                 self.lock_wait = Some(wait);
             }
             _ => return Ok(false),
@@ -270,9 +265,6 @@ impl MountOptions {
         Ok(())
     }
 }
-
-/// Longer waits for a lock are taken for a mistake.
-const LONGEST_WAIT: Duration = Duration::from_secs(3600);
 
 /// The options of a list. As in libfuse, a backslash takes the meaning from a comma behind it, and from itself, and
 /// three octal digits behind it are a byte.

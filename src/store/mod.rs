@@ -12,6 +12,7 @@
 mod acl;
 pub mod attribute;
 pub mod check;
+pub mod convert;
 pub mod crash;
 pub mod db;
 pub mod file;
@@ -298,6 +299,24 @@ pub trait Token: Send + Sync + fmt::Debug {
     /// [`ErrorKind::Exists`]; [`ErrorKind::Invalid`] if no object can hold that; otherwise as [`Token::check_name`] and
     /// [`Token::update`].
     fn create(&self, name: &ObjectName, new: &NewObject, patience: Patience) -> Result<()>;
+
+    /// Makes many objects, in fewer steps than one after the other where the backend has such: `made` is called after each, and again
+    /// if it has to be begun anew; what it fails with ends it. After a failure those before it may be there.
+    ///
+    /// # Errors
+    /// As [`Token::create`], and what `made` fails with.
+    fn create_all(
+        &self,
+        new: &[(ObjectName, NewObject)],
+        made: &mut dyn FnMut() -> Result<()>,
+        patience: Patience,
+    ) -> Result<()> {
+        for (name, object) in new {
+            self.create(name, object, patience)?;
+            made()?;
+        }
+        Ok(())
+    }
 
     /// Removes an object. It is gone as a whole, and SoftHSM is told.
     ///

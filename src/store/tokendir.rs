@@ -28,10 +28,12 @@ use super::db::DbToken;
 use super::file::{FileToken, TOKEN_OBJECT, apply_to_directory};
 use super::metadata::{is_directory, is_file};
 use super::snapshot::{Remembered, Snapshot};
+use super::validate::slot_id;
 use super::watch::Coverage;
-use super::{Backend, Metadata, MetadataChange, Options, Token, TokenName};
+use super::{Backend, Metadata, MetadataChange, Object, Options, Token, TokenName};
 use crate::diagnostics::Diagnostics;
 use crate::error::{Error, ErrorKind, Result};
+use crate::pkcs11::CKA_OS_TOKENSERIAL;
 use lifecycle::Building;
 pub(crate) use mark::is_staging;
 
@@ -279,6 +281,32 @@ impl Store {
         };
         self.known().insert(name.clone(), known);
         Ok(token)
+    }
+
+    /// The slots that SoftHSM gives all tokens but `name`, as far as `own` can read what each has of its own.
+    ///
+    /// # Errors
+    /// As [`Store::tokens`]; [`ErrorKind::WouldBlock`] if `own` says so.
+    pub fn slots_of_others(
+        &self,
+        name: &TokenName,
+        mut own: impl FnMut(&TokenName) -> Result<Arc<Object>>,
+    ) -> Result<Vec<u64>> {
+        let mut slots = Vec::new();
+        for other in self.tokens()? {
+            if other == *name {
+                continue;
+            }
+            match own(&other) {
+                Ok(object) => {
+                    let serial = object.attributes.bytes(CKA_OS_TOKENSERIAL);
+                    slots.push(slot_id(serial.unwrap_or_default()));
+                }
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Err(error),
+                Err(_) => {}
+            }
+        }
+        Ok(slots)
     }
 
     /// Changes mode, owner or times of the tokendir.

@@ -138,6 +138,22 @@ pub fn check_token(own: &Attributes) -> Result<()> {
     }
 }
 
+/// Checks that a token with these attributes of its own would be in none of the slots `taken`, which are those of the others in its
+/// store. SoftHSM's `SlotManager::insertToken` asserts that, and ends the program otherwise.
+///
+/// # Errors
+/// [`ErrorKind::Invalid`].
+pub fn check_slot(own: &Attributes, taken: &[u64]) -> Result<()> {
+    match own.bytes(pkcs11::CKA_OS_TOKENSERIAL) {
+        Some(serial) if taken.contains(&slot_id(serial)) => Err(Error::new(
+            ErrorKind::Invalid,
+            "another token in this store has this serial number (its last eight digits count), and every program that uses SoftHSM would abort at its start; a copy of a \
+             token belongs into another store, or needs a serial number of its own",
+        )),
+        _ => Ok(()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -227,12 +227,7 @@ impl Tree {
         };
         self.update_store(&key, mtime, patience, &mut |attributes| {
             edit(attributes)?;
-            match attributes.bytes(pkcs11::CKA_OS_TOKENSERIAL) {
-                Some(serial) if serials.contains(&validate::slot_id(serial)) => {
-                    Err(doubled_serial())
-                }
-                _ => Ok(()),
-            }?;
+            validate::check_slot(attributes, &serials)?;
             if *id == ObjectId::Token {
                 validate::check_token(attributes)?;
             }
@@ -248,23 +243,11 @@ impl Tree {
 
     /// The slots that SoftHSM gives all tokens but this one, as far as they can be read.
     fn slots_of_others(&self, token: &TokenName, patience: Patience) -> Result<Vec<u64>> {
-        let mut serials = Vec::new();
-        for other in self.store.tokens()? {
-            if other == *token {
-                continue;
-            }
-            match self.ask(&other, patience, |other| {
+        self.store.slots_of_others(token, |other| {
+            self.ask(other, patience, |other| {
                 other.object(&ObjectId::Token, patience)
-            }) {
-                Ok(object) => {
-                    let serial = object.attributes.bytes(pkcs11::CKA_OS_TOKENSERIAL);
-                    serials.push(validate::slot_id(serial.unwrap_or_default()));
-                }
-                Err(error) if error.kind() == ErrorKind::WouldBlock => return Err(error),
-                Err(_) => {}
-            }
-        }
-        Ok(serials)
+            })
+        })
     }
 
     /// That something can be written at all.
@@ -314,13 +297,4 @@ impl Tree {
             error
         })
     }
-}
-
-/// SoftHSM's `SlotManager::insertToken` asserts that serial numbers differ, and ends the program otherwise.
-fn doubled_serial() -> Error {
-    Error::new(
-        ErrorKind::Invalid,
-        "another token in this store has this serial number (its last eight digits count), and every program that uses SoftHSM would abort at its start; a copy of a \
-         token belongs into another store, or needs a serial number of its own",
-    )
 }

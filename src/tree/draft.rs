@@ -13,6 +13,7 @@ use std::time::{Duration, Instant, SystemTime};
 use super::slot::Slot;
 use crate::pkcs11;
 use crate::store::attribute::Attributes;
+use crate::store::file;
 use crate::store::{Access, Metadata, Object, ObjectId, ObjectName, TokenName};
 
 /// How long something has to be left alone to be taken for finished.
@@ -292,6 +293,18 @@ impl Drafts {
                 ObjectId::Token => None,
             })
             .collect()
+    }
+
+    /// What the files hold that have no value yet.
+    pub fn contents(&self) -> Vec<Bytes> {
+        let fresh = self.objects.values().flat_map(|draft| draft.fresh.values());
+        fresh.map(Arc::clone).collect()
+    }
+
+    /// How many bytes the new objects would have in a file.
+    pub fn size(&self) -> u64 {
+        let new = self.objects.values().filter_map(|draft| draft.new.as_ref());
+        new.map(|new| file::encoded_length(&new.attributes)).sum()
     }
 
     fn of_token(&self, token: &TokenName) -> impl Iterator<Item = (&ObjectId, &Draft)> {

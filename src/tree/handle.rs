@@ -133,6 +133,13 @@ impl Handles {
         self.open.values().filter_map(writer).collect()
     }
 
+    /// What is open for writing.
+    pub(super) fn contents(&self) -> Vec<Bytes> {
+        let writers = self.writers();
+        let content = |writer: &Arc<Writer>| Arc::clone(&writer.content);
+        writers.iter().map(content).collect()
+    }
+
     pub(super) fn remove(&mut self, id: HandleId) -> Option<Handle> {
         self.users.remove(&id);
         self.open.remove(&id)

@@ -14,6 +14,7 @@
 //! Locks: each table (inodes, handles, labels, drafts, scratch, gates, files that are being closed) has one. None is held while the store is asked, and
 //! none while another of them is taken. A writer's content, then its state, can be taken inside any of them.
 
+mod budget;
 mod building;
 mod by_label;
 mod close;
@@ -174,6 +175,7 @@ pub struct Tree {
     labels: Mutex<by_label::Index>,
     drafts: Mutex<Drafts>,
     scratch: Mutex<Scratch>,
+    budget: Mutex<budget::Budget>,
     gates: Mutex<building::Gates>,
     listener: OnceLock<Listener>,
     /// Objects that SoftHSM has brought back.
@@ -202,6 +204,7 @@ impl Tree {
             labels: Mutex::default(),
             drafts: Mutex::default(),
             scratch: Mutex::default(),
+            budget: Mutex::default(),
             gates: Mutex::default(),
             listener: OnceLock::new(),
             returned: Mutex::default(),

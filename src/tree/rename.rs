@@ -516,8 +516,8 @@ impl Tree {
             Some(Ok(Some(content))) => content,
             _ => self.fresh_content(node).unwrap_or_default(),
         };
+        self.check_room(content.len() as u64)?;
         let mut scratch = lock(&self.scratch);
-        scratch.check_room(content.len() as u64)?;
         scratch.remove(to.directory, to.name);
         let made = scratch.make(to.directory, to.name, Some(content), access)?;
         drop(scratch);

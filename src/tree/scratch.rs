@@ -15,9 +15,6 @@ use super::{Attributes, FileKind, lock};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::Access;
 
-/// How many bytes all scratch files may have together.
-const MOST_BYTES: u64 = 256 * 1024 * 1024;
-
 /// How many scratch files and directories there may be.
 const MOST_ENTRIES: usize = 100_000;
 
@@ -86,8 +83,6 @@ pub(super) struct Scratch {
     /// The attributes that scratch files have been renamed to: what is written into these from then on belongs there. A restore leaves
     /// as many here as it writes files, until the kernel forgets them.
     became: HashMap<ScratchId, Node>,
-    /// The files have no more bytes than this.
-    at_most: u64,
 }
 
 impl Scratch {
@@ -256,31 +251,13 @@ impl Scratch {
         self.became.remove(&id);
     }
 
-    /// That a file may grow by so many bytes.
-    ///
-    /// # Errors
-    /// [`ErrorKind::NoSpace`] beyond the limit.
-    pub fn check_room(&mut self, more: u64) -> Result<()> {
-        self.at_most = self.at_most.saturating_add(more);
-        if self.at_most <= MOST_BYTES {
-            return Ok(());
-        }
-        // They are counted only when that can matter: there may be many, and this is asked for every write.
-        let used: u64 = self
-            .entries
-            .values()
-            .map(|entry| match &entry.content {
-                Content::File(bytes) => lock(bytes).len() as u64,
-                Content::Directory(_) => 0,
-            })
-            .sum();
-        let wanted = used.saturating_add(more);
-        if wanted > MOST_BYTES {
-            self.at_most = used;
-            return Err(full());
-        }
-        self.at_most = wanted;
-        Ok(())
+    /// What the files hold.
+    pub fn contents(&self) -> Vec<Bytes> {
+        let file = |entry: &Entry| match &entry.content {
+            Content::File(bytes) => Some(Arc::clone(bytes)),
+            Content::Directory(_) => None,
+        };
+        self.entries.values().filter_map(file).collect()
     }
 }
 

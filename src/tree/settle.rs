@@ -126,7 +126,7 @@ impl Tree {
                 self.diagnostics.warning(format!(
                     "{token}: a directory without the attributes of a token was left in the root; it is removed with all that is in it"
                 ));
-                self.abandon(&token, Patience::at_most(limit))
+                self.store.abandon_token(&token, Patience::at_most(limit))
             };
             if let Err(error) = outcome {
                 self.diagnostics.error(&error);
@@ -139,16 +139,6 @@ impl Tree {
         lock(&self.drafts)
             .build(token)
             .is_some_and(super::draft::Build::is_token)
-    }
-
-    /// Removes a token that is being built, with its objects.
-    fn abandon(&self, name: &TokenName, patience: Patience) -> Result<()> {
-        let token = self.token(name)?;
-        for object in token.list(patience)?.iter() {
-            token.remove(object, patience)?;
-        }
-        drop(token);
-        self.store.remove_token(name, patience)
     }
 
     /// Writes what is new or unlinked of one object to the store.

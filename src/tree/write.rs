@@ -107,6 +107,7 @@ impl Tree {
                 _ => self.fresh_content(node).unwrap_or_default(),
             }
         };
+        self.check_room(content.len() as u64)?;
         let resized = how.truncate && attributes.size > 0;
         let content: Bytes = Arc::new(Mutex::new(content));
         Ok(self.insert_writer(node.clone(), attributes, how.append, content, resized))
@@ -234,16 +235,19 @@ impl Tree {
         let more = data.len() as u64;
         let is_scratch = matches!(writer.node, Node::Scratch(_));
         let node = self.committed_as(writer);
-        if is_scratch {
-            lock(&self.scratch).check_room(more)?;
-        }
-        let mut content = lock(&writer.content);
-        let start = if writer.append {
-            content.len() as u64
-        } else {
-            offset
+        let range = |length: usize| {
+            let start = if writer.append { length as u64 } else { offset };
+            (start, start.saturating_add(more))
         };
-        let end = start.saturating_add(more);
+        let length = lock(&writer.content).len();
+        let (_, end) = range(length);
+        if end > LONGEST_VALUE {
+            return Err(too_large());
+        }
+        self.check_room(end.saturating_sub(length as u64))?;
+        let mut content = lock(&writer.content);
+        // Somebody else may have written meanwhile.
+        let (start, end) = range(content.len());
         if end > LONGEST_VALUE {
             return Err(too_large());
         }
@@ -337,12 +341,9 @@ impl Tree {
         if size > LONGEST_VALUE {
             return Err(too_large());
         }
+        let present = lock(&writer.content).len() as u64;
+        self.check_room(size.saturating_sub(present))?;
         let size = as_index(size);
-        if matches!(writer.node, Node::Scratch(_)) {
-            // What all scratch files have is counted before this one is locked.
-            let present = lock(&writer.content).len();
-            lock(&self.scratch).check_room(size.saturating_sub(present) as u64)?;
-        }
         let mut content = lock(&writer.content);
         if content.len() == size {
             return Ok(());
@@ -380,7 +381,7 @@ impl Tree {
             return Err(too_large());
         }
         if let Node::Scratch(id) = node {
-            let mut scratch = lock(&self.scratch);
+            let scratch = lock(&self.scratch);
             if let Some(became) = scratch.became(*id) {
                 drop(scratch);
                 return self.resize(&became, size, patience);
@@ -388,8 +389,9 @@ impl Tree {
             let Content::File(bytes) = scratch.get(*id)?.content.clone() else {
                 return Err(Error::new(ErrorKind::IsADirectory, "a directory"));
             };
+            drop(scratch);
             let present = lock(&bytes).len() as u64;
-            scratch.check_room(size.saturating_sub(present))?;
+            self.check_room(size.saturating_sub(present))?;
             lock(&bytes).resize(as_index(size), 0);
             return Ok(());
         }
@@ -405,6 +407,7 @@ impl Tree {
         if content.len() as u64 == size {
             return Ok(());
         }
+        self.check_room(size.saturating_sub(content.len() as u64))?;
         content.resize(as_index(size), 0);
         self.commit_resized(node, size, &content, patience)
     }

@@ -70,6 +70,7 @@ pub fn tool(name: &str) -> Command {
         "pkcs11-tool" => "opensc",
         "setpriv" | "flock" | "losetup" | "nsenter" => "util-linux",
         "softhsm2-util" | "softhsm2-dump-file" => "softhsm2",
+        "script" => "bsdutils",
         "xz" => "xz-utils",
         "ps" | "pgrep" | "free" => "procps",
         other => other,

@@ -23,7 +23,7 @@ pub const CKA_VALUE: u64 = 0x11;
 pub const CKA_APPLICATION: u64 = 0x10;
 
 /// secp256r1.
-const CURVE: [u8; 10] = [6, 8, 0x2a, 0x86, 0x48, 0xce, 0x3d, 3, 1, 7];
+pub const CURVE: [u8; 10] = [6, 8, 0x2a, 0x86, 0x48, 0xce, 0x3d, 3, 1, 7];
 
 /// How long something that is held or pending may take to take effect, on a machine that is busy.
 pub const SOON: Duration = Duration::from_secs(5);

@@ -52,6 +52,7 @@ pub(crate) use self::failure::journal_of;
 use self::read::{Outcome, Seen, Version};
 use self::snapshot::Snapshot;
 use self::uuid::Derived;
+pub(super) use self::write::uuid_of;
 use crate::diagnostics::Diagnostics;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::attribute::Attributes;
@@ -406,6 +407,16 @@ impl Token for DbToken {
 
     fn create(&self, name: &ObjectName, new: &NewObject, patience: Patience) -> Result<()> {
         self.write_new(name, new, patience)
+    }
+
+    /// In one transaction: all of them, or none.
+    fn create_all(
+        &self,
+        new: &[(ObjectName, NewObject)],
+        made: &mut dyn FnMut() -> Result<()>,
+        patience: Patience,
+    ) -> Result<()> {
+        self.write_many(new, made, patience)
     }
 
     fn remove(&self, name: &ObjectName, patience: Patience) -> Result<()> {

@@ -142,6 +142,8 @@ pub(super) enum Change {
     },
     /// One is gone.
     Removed(ObjectName),
+    /// So many that a scan costs less than keeping count.
+    Many,
     /// One has another name, and a time that is known, if it has any.
     Renamed {
         from: ObjectName,
@@ -250,6 +252,9 @@ impl Snapshot {
 
     /// What a scan would find after `change`, if that can be told without one. `metadata` is that of the file now.
     pub fn after(&self, change: Change, metadata: Metadata) -> Option<Self> {
+        if matches!(change, Change::Many) {
+            return None;
+        }
         let mut next = if metadata.same_access(&self.metadata) {
             Self {
                 metadata,
@@ -298,6 +303,7 @@ impl Snapshot {
                     }
                 }
             }
+            Change::Many => return None,
             Change::Removed(name) => {
                 next.objects.remove(&name);
                 (true, name)

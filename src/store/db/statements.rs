@@ -204,10 +204,21 @@ pub(super) fn remember_time(
         .prepare_cached("update attribute_text set value = ? where type = ? and object_id = ?")?
         .execute(params![text, attribute_type, object])?;
     if known == 0 {
-        connection
-            .prepare_cached("insert into attribute_text (value, type, object_id) values (?, ?, ?)")?
-            .execute(params![text, attribute_type, object])?;
+        return remember_first_time(connection, object, text);
     }
+    point("db.timed");
+    Ok(())
+}
+
+/// The same of an object that is new, for which the rows of all others need not be looked at.
+pub(super) fn remember_first_time(
+    connection: &Connection,
+    object: i64,
+    text: &str,
+) -> rusqlite::Result<()> {
+    connection
+        .prepare_cached("insert into attribute_text (value, type, object_id) values (?, ?, ?)")?
+        .execute(params![text, CKA_TOKENFS_TIMES.cast_signed(), object])?;
     point("db.timed");
     Ok(())
 }

@@ -11,6 +11,7 @@
 //! else has committed until the new stamp is taken, nothing is scanned. What fails after the commit does not fail the change; it
 //! costs a scan.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -79,12 +80,18 @@ impl Work<'_> {
         row: i64,
         modified: SystemTime,
         attributes: &Attributes,
+        is_new: bool,
     ) -> Result<Option<SystemTime>, Stop> {
         if !self.has_text {
             return Ok(None);
         }
         let text = times::text(modified, attributes);
-        self.sql(statements::remember_time(self.connection, row, &text))?;
+        let remember = if is_new {
+            statements::remember_first_time
+        } else {
+            statements::remember_time
+        };
+        self.sql(remember(self.connection, row, &text))?;
         // As it will be read.
         Ok(times::modified(&text, attributes))
     }
@@ -103,7 +110,7 @@ impl Work<'_> {
         let plan = Plan::new(&object.attributes, &attributes)?;
         self.run(&plan, row)?;
         let modified = mtime.unwrap_or_else(SystemTime::now);
-        let modified = self.remember_time(row, modified, &attributes)?;
+        let modified = self.remember_time(row, modified, &attributes, false)?;
         Ok(Change::Put {
             id: id.clone(),
             row,
@@ -114,8 +121,7 @@ impl Work<'_> {
 
     fn create(&mut self, name: &ObjectName, text: &str, new: &NewObject) -> Result<Change, Stop> {
         if self.snapshot.row(&ObjectId::Object(name.clone())).is_ok() {
-            let detail = format!("the token has an object {name} already");
-            return Err(Error::new(ErrorKind::Exists, detail).into());
+            return Err(already(name).into());
         }
         self.insert(name, text, new)
     }
@@ -142,7 +148,7 @@ impl Work<'_> {
         }
         self.run(&plan, row)?;
         let modified = new.mtime.unwrap_or_else(SystemTime::now);
-        let modified = self.remember_time(row, modified, &new.attributes)?;
+        let modified = self.remember_time(row, modified, &new.attributes, true)?;
         Ok(Change::Put {
             id: ObjectId::Object(name.clone()),
             row,
@@ -164,8 +170,7 @@ impl Work<'_> {
             return Ok(None);
         }
         if self.snapshot.row(&ObjectId::Object(to.clone())).is_ok() {
-            let detail = format!("the token has an object {to} already");
-            return Err(Error::new(ErrorKind::Exists, detail).into());
+            return Err(already(to).into());
         }
         if !self.has_text {
             let detail = "the database has no table attribute_text, so that an object cannot have a name of its own";
@@ -184,7 +189,9 @@ impl Work<'_> {
         point("db.renamed");
         // The time would be that of this commit if it were not remembered. A damaged object has none of its own.
         let modified = match self.snapshot.object(&id) {
-            Ok(object) => self.remember_time(row, object.metadata.mtime, &object.attributes)?,
+            Ok(object) => {
+                self.remember_time(row, object.metadata.mtime, &object.attributes, false)?
+            }
             Err(_) => None,
         };
         Ok(Some(Change::Renamed {
@@ -244,11 +251,21 @@ impl Drop for Transaction<'_> {
     }
 }
 
+fn already(name: &ObjectName) -> Error {
+    let detail = format!("the token has an object {name} already");
+    Error::new(ErrorKind::Exists, detail)
+}
+
 /// A name as text, if an object can have it.
-pub(super) fn uuid_of(name: &ObjectName) -> Result<&str> {
+///
+/// # Errors
+/// [`ErrorKind::Invalid`] if it is no UUID.
+pub(in crate::store) fn uuid_of(name: &ObjectName) -> Result<&str> {
     let text = name.as_os_str().to_str().filter(|text| is_uuid(text));
     text.ok_or_else(|| {
-        let detail = "an object of the db backend is called by a UUID; make one with uuidgen";
+        let detail = format!(
+            "{name} is no UUID, and an object of the db backend is called by one; uuidgen makes them"
+        );
         Error::new(ErrorKind::Invalid, detail)
     })
 }
@@ -295,6 +312,32 @@ impl DbToken {
         let text = uuid_of(name).map_err(refuse)?;
         validate::check(None, &new.attributes).map_err(refuse)?;
         self.write(patience, &mut |work| work.create(name, text, new).map(Some))
+    }
+
+    pub(super) fn write_many(
+        &self,
+        new: &[(ObjectName, NewObject)],
+        made: &mut dyn FnMut() -> Result<()>,
+        patience: Patience,
+    ) -> Result<()> {
+        let patience = self.may_write(patience)?;
+        let refuse = |error: Error| error.at(&self.path);
+        let mut texts = Vec::with_capacity(new.len());
+        let mut names = HashSet::with_capacity(new.len());
+        for (name, object) in new {
+            texts.push(uuid_of(name).map_err(refuse)?);
+            validate::check(None, &object.attributes).map_err(refuse)?;
+            if !names.insert(name) {
+                return Err(refuse(already(name)));
+            }
+        }
+        self.write(patience, &mut |work| {
+            for ((name, object), text) in new.iter().zip(&texts) {
+                work.create(name, text, object)?;
+                made()?;
+            }
+            Ok((!new.is_empty()).then_some(Change::Many))
+        })
     }
 
     pub(super) fn write_removal(&self, name: &ObjectName, patience: Patience) -> Result<()> {

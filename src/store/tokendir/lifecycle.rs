@@ -287,6 +287,25 @@ impl Store {
         Ok(ended)
     }
 
+    /// Removes a token that is being built with everything in it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] if it is not being built; [`ErrorKind::WouldBlock`] with [`Patience::Now`]; what removing fails
+    /// with, and then the next writer removes it.
+    pub fn abandon_token(&self, name: &TokenName, patience: Patience) -> Result<()> {
+        self.end(name, patience, |_| self.unbuild(name))
+            .map_err(|error| error.at(self.path.join(name.as_os_str())))?;
+        self.sync()
+    }
+
+    fn unbuild(&self, name: &TokenName) -> Result<()> {
+        let tokendir = self.directory()?;
+        let directory = open_directory(tokendir, name)?;
+        clear(tokendir, name, directory.as_fd(), true, || {
+            point("store.unbuild.unlinked");
+        })
+    }
+
     /// Removes a token without objects, whether it is being built or not. It is no token any more with the first step, which
     /// cannot be seen half done; a crash after that is finished by the next writer.
     ///
@@ -302,11 +321,7 @@ impl Store {
                 if !building.token().list(patience)?.is_empty() {
                     return Err(not_empty());
                 }
-                let tokendir = self.directory()?;
-                let directory = open_directory(tokendir, name)?;
-                clear(tokendir, name, directory.as_fd(), true, || {
-                    point("store.unbuild.unlinked");
-                })
+                self.unbuild(name)
             })
         } else {
             self.remove_published(name, patience)
