@@ -68,7 +68,7 @@ pub fn tool(name: &str) -> Command {
         "getfattr" | "setfattr" => "attr",
         "p11tool" | "certtool" => "gnutls-bin",
         "pkcs11-tool" => "opensc",
-        "setpriv" | "flock" | "losetup" => "util-linux",
+        "setpriv" | "flock" | "losetup" | "nsenter" => "util-linux",
         "softhsm2-util" | "softhsm2-dump-file" => "softhsm2",
         "script" => "bsdutils",
         "xz" => "xz-utils",
