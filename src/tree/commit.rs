@@ -225,7 +225,8 @@ impl Tree {
             }
             _ => Vec::new(),
         };
-        self.update_store(&key, mtime, patience, &mut |attributes| {
+        self.begin_dating(&key, mtime, patience)?;
+        let outcome = self.update_store(&key, mtime, patience, &mut |attributes| {
             edit(attributes)?;
             match attributes.bytes(pkcs11::CKA_OS_TOKENSERIAL) {
                 Some(serial) if serials.contains(&validate::slot_id(serial)) => {
@@ -237,7 +238,12 @@ impl Tree {
                 validate::check_token(attributes)?;
             }
             Ok(())
-        })?;
+        });
+        let slot = Slot::of(node).map(|(_, _, slot)| slot);
+        let written = slot.as_slice();
+        let written = if outcome.is_ok() { written } else { &[] };
+        self.end_dating(&key, written, mtime, patience);
+        outcome?;
         if *id == ObjectId::Token
             && let Some(build) = lock(&self.drafts).build_mut(token)
         {
