@@ -21,7 +21,11 @@ fn os(s: &str) -> &OsStr {
     OsStr::new(s)
 }
 fn me() -> Caller {
-    Caller { uid: 0, gid: 0 }
+    Caller {
+        uid: 0,
+        gid: 0,
+        pid: std::process::id(),
+    }
 }
 struct F {
     tree: Tree,

@@ -55,6 +55,7 @@ fn caller(request: &Request) -> Caller {
     Caller {
         uid: request.uid(),
         gid: request.gid(),
+        pid: request.pid(),
     }
 }
 
@@ -381,7 +382,12 @@ impl Filesystem for Adapter {
             atime: atime.map(time),
             mtime: mtime.map(time),
         };
-        let change = SetAttributes { size, metadata };
+        let pid = request.pid();
+        let change = SetAttributes {
+            size,
+            metadata,
+            pid,
+        };
         let handle = handle.map(|handle| HandleId(handle.0));
         if let Some(handle) = handle {
             self.tree.used_by(handle, request.pid());

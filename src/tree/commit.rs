@@ -225,14 +225,20 @@ impl Tree {
             }
             _ => Vec::new(),
         };
-        self.update_store(&key, mtime, patience, &mut |attributes| {
+        self.begin_dating(&key, mtime, patience)?;
+        let outcome = self.update_store(&key, mtime, patience, &mut |attributes| {
             edit(attributes)?;
             validate::check_slot(attributes, &serials)?;
             if *id == ObjectId::Token {
                 validate::check_token(attributes)?;
             }
             Ok(())
-        })?;
+        });
+        let slot = Slot::of(node).map(|(_, _, slot)| slot);
+        let written = slot.as_slice();
+        let written = if outcome.is_ok() { written } else { &[] };
+        self.end_dating(&key, written, mtime, patience);
+        outcome?;
         if *id == ObjectId::Token
             && let Some(build) = lock(&self.drafts).build_mut(token)
         {

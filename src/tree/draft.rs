@@ -49,6 +49,8 @@ pub(super) struct New {
     pub mtime: Option<SystemTime>,
     /// Descriptors that are open for writing in it.
     pub writers: usize,
+    /// The processes that have made its directory, or given that a time: one of them says when it is finished.
+    pub makers: BTreeSet<u32>,
 }
 
 impl New {

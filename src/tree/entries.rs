@@ -1,5 +1,6 @@
 //! What is made and removed: files, directories, and with them attributes, maps, objects and tokens.
 
+use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
 use std::sync::{Arc, Mutex};
 
@@ -21,6 +22,8 @@ pub struct Caller {
     pub uid: u32,
     /// Their group.
     pub gid: u32,
+    /// Their process, 0 if it is not known.
+    pub pid: u32,
 }
 
 /// How a file is created.
@@ -239,7 +242,7 @@ impl Tree {
             }
             Place::Object(token, object) => {
                 let access = self.access(directory, mode, 0o666, caller, patience)?;
-                self.begin_object(&token, &object, access)?;
+                self.begin_object(&token, &object, access, caller)?;
                 Ok(Node::Object(token, ObjectId::Object(object)))
             }
             Place::Own(token) => {
@@ -292,6 +295,7 @@ impl Tree {
         token: &TokenName,
         object: &ObjectName,
         access: Access,
+        caller: Caller,
     ) -> Result<()> {
         let opened = self.token(token)?;
         opened.check_name(object)?;
@@ -304,6 +308,7 @@ impl Tree {
             access,
             mtime: None,
             writers: 0,
+            makers: BTreeSet::from([caller.pid]),
         };
         let key = (token.clone(), ObjectId::Object(object.clone()));
         lock(&self.drafts).insert_new(key, new);

@@ -9,9 +9,9 @@
 //!
 //! Writing: `write` has the descriptors, `close` what becomes of them, `commit` how a value gets into its object, `follow` what an open file
 //! follows; `place`, `entries`, `rename` and `setattr` have what is made, removed, renamed and set; `draft` and `scratch` hold what the store does not
-//! have, `settle` writes it, and `building` keeps others off a token at the moment that it is published.
+//! have, `settle` writes it, `dates` has the times that attributes have beside the store's, and `building` keeps others off a token at the moment that it is published.
 //!
-//! Locks: each table (inodes, handles, labels, drafts, scratch, gates, files that are being closed) has one. None is held while the store is asked, and
+//! Locks: each table (inodes, handles, labels, drafts, dates, scratch, gates, files that are being closed) has one. None is held while the store is asked, and
 //! none while another of them is taken. A writer's content, then its state, can be taken inside any of them.
 
 mod budget;
@@ -19,6 +19,7 @@ mod building;
 mod by_label;
 mod close;
 mod commit;
+mod dates;
 mod draft;
 mod entries;
 mod follow;
@@ -174,6 +175,7 @@ pub struct Tree {
     handles: Mutex<Handles>,
     labels: Mutex<by_label::Index>,
     drafts: Mutex<Drafts>,
+    dates: Mutex<dates::AllDates>,
     scratch: Mutex<Scratch>,
     budget: Mutex<budget::Budget>,
     gates: Mutex<building::Gates>,
@@ -203,6 +205,7 @@ impl Tree {
             handles: Mutex::default(),
             labels: Mutex::default(),
             drafts: Mutex::default(),
+            dates: Mutex::default(),
             scratch: Mutex::default(),
             budget: Mutex::default(),
             gates: Mutex::default(),

@@ -2,8 +2,10 @@
 
 use std::time::SystemTime;
 
+use super::draft::Key;
 use super::handle::HandleId;
 use super::node::{Ino, Node};
+use super::slot::Slot;
 use super::{Entry, FileKind, Tree, lock};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::attribute::Kind;
@@ -16,6 +18,8 @@ pub struct SetAttributes {
     pub size: Option<u64>,
     /// Mode, owner and times.
     pub metadata: MetadataChange,
+    /// The process that sets it, 0 if it is not known.
+    pub pid: u32,
 }
 
 impl Tree {
@@ -62,7 +66,7 @@ impl Tree {
                 _ => self.resize(node, size, patience)?,
             }
         }
-        let metadata = &change.metadata;
+        let (metadata, pid) = (&change.metadata, change.pid);
         if *metadata == MetadataChange::default() {
             return Ok(());
         }
@@ -120,14 +124,15 @@ impl Tree {
             }
             Node::Object(token, id) => {
                 let change = self.masked(metadata, 0o666);
-                self.set_object(token, id, &change, true, patience)
+                self.set_object(token, id, &change, None, pid, patience)
             }
             Node::Attribute(token, id, _) | Node::MapEntry(token, id, _, _) => {
                 let change = self.masked(metadata, 0o666);
                 if let Some(mtime) = change.mtime {
                     self.date_writers(node, moment(mtime, SystemTime::now()));
                 }
-                self.set_object(token, id, &change, false, patience)
+                let slot = Slot::of(node).map(|(_, _, slot)| slot);
+                self.set_object(token, id, &change, slot, pid, patience)
             }
             _ => Ok(()),
         }
@@ -148,17 +153,19 @@ impl Tree {
         token: &TokenName,
         id: &ObjectId,
         change: &MetadataChange,
-        is_directory: bool,
+        slot: Option<Slot>,
+        pid: u32,
         patience: Patience,
     ) -> Result<()> {
+        let is_directory = slot.is_none();
         let key = (token.clone(), id.clone());
         let mtime = change.mtime.map(|mtime| moment(mtime, SystemTime::now()));
         let is_shared = self.token(token)?.backend() == Backend::Db;
         let uid = self.settings.uid;
-        let in_draft = self.with_drafts(&key, patience, |drafts| {
+        let maker = self.with_drafts(&key, patience, |drafts| {
             drafts.touch(&key);
             let Some(new) = drafts.get_mut(&key).and_then(|draft| draft.new.as_mut()) else {
-                return Ok(false);
+                return Ok(None);
             };
             if !is_shared {
                 if uid != 0 && change.uid.is_some_and(|wanted| wanted != uid) {
@@ -171,13 +178,10 @@ impl Tree {
                 new.access.uid = change.uid.unwrap_or(new.access.uid);
                 new.access.gid = change.gid.unwrap_or(new.access.gid);
             }
-            if !is_directory && mtime.is_some() {
-                new.mtime = mtime;
-            }
-            Ok(true)
+            Ok(Some(new.makers.contains(&pid)))
         })?;
-        if !in_draft {
-            self.set_stored(token, id, change, patience)?;
+        let Some(is_maker) = maker else {
+            self.set_stored(&key, slot, change, patience)?;
             if mtime.is_some()
                 && let Some(draft) = lock(&self.drafts).get_mut(&key)
             {
@@ -187,7 +191,7 @@ impl Tree {
                 self.finish_object(&key, mtime, patience)?;
             }
             return Ok(());
-        }
+        };
         if is_shared && (change.mode.is_some() || change.uid.is_some() || change.gid.is_some()) {
             // All objects of a database have its mode and owner.
             let shared = MetadataChange {
@@ -195,17 +199,26 @@ impl Tree {
                 mtime: None,
                 ..*change
             };
-            self.set_stored(token, &ObjectId::Token, &shared, patience)?;
+            self.set_and_tell(token, &ObjectId::Token, &shared, patience)?;
         }
-        if is_directory && change.mtime.is_some() {
-            self.finish_object(&key, mtime, patience)?;
+        if is_directory && is_maker && change.mtime.is_some() {
+            return self.finish_object(&key, mtime, patience);
+        }
+        let mut drafts = lock(&self.drafts);
+        let draft = drafts.get_mut(&key).and_then(|draft| draft.new.as_mut());
+        if let Some(new) = draft.filter(|_| change.mtime.is_some()) {
+            // A process that comes upon what another one has left there begins now (rsync, run again), and says later when it is finished.
+            new.makers.insert(pid);
+            if !is_directory || !new.attributes.is_empty() {
+                new.mtime = mtime;
+            }
         }
         Ok(())
     }
 
     /// Mode, owner and times of an object that the store has. All that shares them shows a new mode or owner from now on, whatever the
     /// kernel remembers.
-    fn set_stored(
+    fn set_and_tell(
         &self,
         token: &TokenName,
         id: &ObjectId,
@@ -231,6 +244,30 @@ impl Tree {
             });
         }
         Ok(())
+    }
+
+    /// Mode, owner and times of the file of an object in the store. A time that its directory is given is not yet that of what is in it
+    /// (`dates`), unless it is now, as of what was just touched.
+    fn set_stored(
+        &self,
+        key: &Key,
+        slot: Option<Slot>,
+        change: &MetadataChange,
+        patience: Patience,
+    ) -> Result<()> {
+        let (token, id) = key;
+        let given = match (slot, change.mtime) {
+            (None, Some(Time::At(mtime))) => Some(mtime),
+            _ => None,
+        };
+        self.begin_dating(key, given, patience)?;
+        let outcome = self.set_and_tell(token, id, change, patience);
+        let dated = slot.filter(|_| change.mtime.is_some() && outcome.is_ok());
+        self.end_dating(key, dated.as_slice(), None, patience);
+        if slot.is_none() && change.mtime == Some(Time::Now) && outcome.is_ok() {
+            self.forget_dates(key);
+        }
+        outcome
     }
 
     /// A change without the bits of a mode that cannot be had.

@@ -236,7 +236,8 @@ impl Tree {
             }
             validate::check_finished(Some(&before), attributes)
         };
-        self.ask(&key.0, patience, |token| {
+        self.begin_dating(key, None, patience)?;
+        let outcome = self.ask(&key.0, patience, |token| {
             // The time that it was given after they were unlinked stays, unless somebody else has changed it meanwhile.
             let given = draft.given.filter(|given| {
                 let metadata = token.object_metadata(&key.1, patience);
@@ -247,7 +248,9 @@ impl Tree {
                 Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
                 outcome => outcome,
             }
-        })
+        });
+        self.end_dating(key, &[], None, patience);
+        outcome
     }
 
     /// Makes a token that is being built one, if it has its own attributes.

@@ -179,12 +179,16 @@ impl Tree {
     pub(super) fn describe_version(&self, node: &Node, object: &Object) -> Result<Attributes> {
         let metadata = &object.metadata;
         let mask = self.settings.mask;
-        Ok(match content_length(node, object)? {
+        let described = match content_length(node, object)? {
             Some(size) => Attributes {
                 size,
                 ..file(metadata, mask)
             },
             None => directory(metadata, mode::of_object(metadata.mode, mask)),
+        };
+        Ok(Attributes {
+            mtime: self.date_of(node, object),
+            ..described
         })
     }
 

@@ -71,14 +71,6 @@ const COPIES: usize = 200;
 /// How many checks go on at once.
 const CHECKS: usize = 24;
 
-/// The seed of what a plain run chooses.
-pub fn seed() -> usize {
-    match std::env::var("TOKENFS_TEST_SEED") {
-        Ok(seed) => seed.parse().expect("TOKENFS_TEST_SEED"),
-        Err(_) => 0,
-    }
-}
-
 /// Copies a directory with modes, owners being those of the caller.
 pub fn copy(from: &Path, to: &Path) {
     fs::create_dir(to).unwrap_or_else(|e| panic!("{}: {e}", to.display()));

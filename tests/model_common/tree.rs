@@ -45,6 +45,7 @@ fn caller() -> Caller {
     Caller {
         uid: nix::unistd::geteuid().as_raw(),
         gid: nix::unistd::getegid().as_raw(),
+        pid: std::process::id(),
     }
 }
 
@@ -61,7 +62,7 @@ impl TreeWorld {
 
     fn mounted(tokendir: &Path, backend: Backend) -> Tree {
         let log = Arc::new(Diagnostics::new());
-        let Caller { uid, gid } = caller();
+        let Caller { uid, gid, .. } = caller();
         let settings = Settings {
             uid,
             gid,
@@ -242,8 +243,9 @@ impl World for TreeWorld {
             ..MetadataChange::default()
         };
         let change = SetAttributes {
-            size: None,
             metadata,
+            pid: caller().pid,
+            ..SetAttributes::default()
         };
         self.set(self.walk(path)?, None, change)
     }
@@ -256,8 +258,9 @@ impl World for TreeWorld {
             ..MetadataChange::default()
         };
         let change = SetAttributes {
-            size: None,
             metadata,
+            pid: caller().pid,
+            ..SetAttributes::default()
         };
         self.set(self.walk(path)?, None, change)
     }

@@ -52,6 +52,14 @@ pub fn full() -> bool {
     std::env::var_os("TOKENFS_TEST_FULL").is_some_and(|value| value == "1")
 }
 
+/// The seed of what a plain run chooses.
+pub fn seed() -> usize {
+    match std::env::var("TOKENFS_TEST_SEED") {
+        Ok(seed) => seed.parse().expect("TOKENFS_TEST_SEED"),
+        Err(_) => 0,
+    }
+}
+
 /// A command, once it is sure that it is there. A panic names the Debian package that has it.
 pub fn tool(name: &str) -> Command {
     let path = std::env::var_os("PATH").unwrap_or_default();

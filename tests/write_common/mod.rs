@@ -294,6 +294,12 @@ pub fn object_of_class(softhsm: &Softhsm, token: &str, class: u64) -> String {
 /// All that a session sees is what is stored, and the other way round.
 #[track_caller]
 pub fn agree(softhsm: &Softhsm, token: &str, client: &mut P11) {
+    agree_under(PIN, softhsm, token, client);
+}
+
+/// The same for a token whose user has another PIN.
+#[track_caller]
+pub fn agree_under(pin: &str, softhsm: &Softhsm, token: &str, client: &mut P11) {
     // A session gives an object that lacks something its defaults, which are stored then: so the store is read after it.
     let found = client.find(&[]).unwrap();
     let seen: Vec<_> = found
@@ -312,7 +318,7 @@ pub fn agree(softhsm: &Softhsm, token: &str, client: &mut P11) {
         .collect();
     let stored = softhsm.read().remove(token).expect("the token");
     assert!(stored.damaged.is_empty(), "{:?}", stored.damaged);
-    let key = independent::token_key(&stored, independent::CKA_OS_USERPIN, PIN).expect("the key");
+    let key = independent::token_key(&stored, independent::CKA_OS_USERPIN, pin).expect("the key");
     let clear = stored.objects.values();
     let clear = clear.map(|o| independent::in_the_clear(o, &key));
     let mut clear: Vec<Object> = clear.collect::<Result<_, _>>().unwrap();
