@@ -437,6 +437,68 @@ both_backends! {
         assert_works(&bench.softhsm, "the number of another token was refused");
     }
 
+    fn the_number_of_the_empty_slot_is_refused(backend) {
+        // SoftHSM shows an empty slot beside the tokens, whose number is how many these are.
+        let bench = Bench::alone(backend);
+        let own = bench.at("token/CKA_OS_TOKENSERIAL");
+        let write = |path: &Path, serial: &str| {
+            let mut file = File::create(path).unwrap();
+            file.write_all(serial.as_bytes()).unwrap();
+            close(file).err()
+        };
+        let refused = Some(nix::errno::Errno::EINVAL);
+        assert_eq!(write(&own, "0000000000000001"), refused);
+        assert_logged(&bench, &["CKA_OS_TOKENSERIAL", "slot 1"]);
+        assert_works(&bench.softhsm, "the number of the empty slot beside one token was refused");
+        // That of the one beside two is well as long as there are not two.
+        assert_eq!(write(&own, "0000000000000002"), None);
+        assert_works(&bench.softhsm, "the number of another slot");
+        let token = bench.directory();
+        let copy = PathBuf::from(format!("{}-copy", token.display()));
+        bench.quiet(&format!("mkdir -p {1}/token; cd {0}/token; cp *FLAGS *PIN {1}/token/; printf '%-32s' copy >{1}/token/CKA_OS_TOKENLABEL", token.display(), copy.display()));
+        let of_copy = copy.join("token/CKA_OS_TOKENSERIAL");
+        assert_eq!(write(&of_copy, "0123456789abcdef"), refused);
+        assert_logged(&bench, &["-copy", "slot 2"]);
+        assert_works(&bench.softhsm, "a second token would have been one too many");
+        assert_eq!(write(&own, "fedcba9876543210"), None);
+        assert_eq!(write(&of_copy, "0123456789abcdef"), None);
+        bench.quiet(&format!("sync {}", copy.display()));
+        assert_works(&bench.softhsm, "two tokens");
+    }
+
+    fn a_copy_of_a_tokendir_is_refused(backend) {
+        let bench = Bench::new(backend);
+        bench.quiet("cp -a ../.tokenfs/file $out/backup");
+        let before = expected(&bench.softhsm);
+        for line in ["cp -a $out/backup/. ../", "rsync -a $out/backup/ ../", "cp $out/backup/*/*.object .", "cp $k/CKA_LABEL ./00000000-0000-4000-8000-000000000001"] {
+            let said = bench.fails(line);
+            assert!(said.contains("Invalid argument"), "`{line}`: {said}");
+        }
+        assert_logged(&bench, &["it belongs into a tokendir and not into a mount"]);
+        assert_same(&before, &expected(&bench.softhsm));
+    }
+
+    fn a_directory_that_somebody_has_open_can_be_removed_and_made_again(backend) {
+        let bench = Bench::new(backend);
+        let other = Softhsm::new(backend);
+        let into = Mount::new(&other);
+        bench.quiet(&format!("cp -a $k $out/key; cp -a . {}", into.join(&bench.token).display()));
+        for (what, line) in [
+            (bench.at(&bench.private), "rm -r $k; cp -a $out/key $k".to_owned()),
+            (bench.at(&bench.private), "rm -r $k/*; mkdir .new; cp -a $out/key/. .new; mv -T .new $k; rm -r $k; cp -a $out/key $k".to_owned()),
+            (into.join(&bench.token), format!("rm -r {0}; cp -a . {0}", into.join(&bench.token).display())),
+        ] {
+            let listed = |path: &Path| fs::read_dir(path).unwrap().count();
+            let before = listed(&what);
+            // As a shell has it that stands in there.
+            let held = File::open(&what).unwrap();
+            bench.quiet(&line);
+            assert_eq!(listed(&what), before, "after `{line}`");
+            drop(held);
+            assert_eq!(listed(&what), before, "after `{line}`, when nobody has the old one open any more");
+        }
+    }
+
     fn what_cannot_work_fails_at_once(backend) {
         let bench = Bench::alone(backend);
         let other = bench.softhsm.p11().init_token("other", Some(PIN)).unwrap();

@@ -11,13 +11,13 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use fuser::{
-    AccessFlags, BsdFileFlags, Errno, FileHandle, Filesystem, FopenFlags, INodeNo, InitFlags,
-    KernelConfig, LockOwner, OpenAccMode, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate,
-    ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyOpen, ReplyStatfs,
-    ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
+    AccessFlags, BsdFileFlags, Errno, FileHandle, Filesystem, FopenFlags, Generation, INodeNo,
+    InitFlags, IoctlFlags, KernelConfig, LockOwner, OpenAccMode, OpenFlags, RenameFlags, ReplyAttr,
+    ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl,
+    ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 
-use super::reply::{self, GENERATION, attributes, by_inode, errno, file_type, fill};
+use super::reply::{self, attributes, by_inode, errno, file_type, fill};
 use super::wait::Waiting;
 use crate::store::{MetadataChange, Patience, Time};
 use crate::tree::{
@@ -335,6 +335,22 @@ impl Filesystem for Adapter {
         }
     }
 
+    // There is nothing to control, and programs ask each file whether it is a terminal (isatty(3)).
+
+    fn ioctl(
+        &self,
+        _request: &Request,
+        _ino: INodeNo,
+        _fh: FileHandle,
+        _flags: IoctlFlags,
+        _cmd: u32,
+        _in_data: &[u8],
+        _out_size: u32,
+        reply: ReplyIoctl,
+    ) {
+        reply.error(Errno::ENOTTY);
+    }
+
     // There are no extended attributes. ENOSYS is the answer for good, and saves a question for each file.
 
     fn getxattr(
@@ -511,7 +527,7 @@ impl Filesystem for Adapter {
                     reply.created(
                         &entry.valid,
                         &attributes(&entry.attributes),
-                        GENERATION,
+                        Generation(entry.generation),
                         FileHandle(handle.0),
                         OPENED,
                     );

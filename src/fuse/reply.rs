@@ -11,9 +11,6 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::store::Patience;
 use crate::tree::{self, Entry, FileKind, Listed, Tree};
 
-/// A number of an inode that was never used before has this generation: ours are not used again for something else.
-pub(super) const GENERATION: Generation = Generation(0);
-
 /// The size that directories and files are read in best.
 const BLOCK_SIZE: u32 = 4096;
 
@@ -36,7 +33,11 @@ pub(super) fn empty(_: &Tree, reply: ReplyEmpty, answer: Result<()>) {
 
 pub(super) fn entry(_: &Tree, reply: ReplyEntry, answer: Result<Entry>) {
     match answer {
-        Ok(entry) => reply.entry(&entry.valid, &attributes(&entry.attributes), GENERATION),
+        Ok(entry) => reply.entry(
+            &entry.valid,
+            &attributes(&entry.attributes),
+            Generation(entry.generation),
+        ),
         Err(error) => reply.error(errno(&error)),
     }
 }
@@ -68,7 +69,14 @@ pub(super) fn fill(
         if next > offset {
             is_empty = false;
             let bare = bare(ino, FileKind::Directory);
-            if reply.add(INodeNo(ino), next, name, &Duration::ZERO, &bare, GENERATION) {
+            if reply.add(
+                INodeNo(ino),
+                next,
+                name,
+                &Duration::ZERO,
+                &bare,
+                Generation(0),
+            ) {
                 reply.ok();
                 return Ok(());
             }
@@ -95,7 +103,7 @@ pub(super) fn fill(
             &entry.name,
             &found.valid,
             &attributes(&found.attributes),
-            GENERATION,
+            Generation(found.generation),
         );
         if full {
             break;

@@ -138,20 +138,38 @@ pub fn check_token(own: &Attributes) -> Result<()> {
     }
 }
 
-/// Checks that a token with these attributes of its own would be in none of the slots `taken`, which are those of the others in its
-/// store. SoftHSM's `SlotManager::insertToken` asserts that, and ends the program otherwise.
+/// Checks that a token with these attributes of its own can be in a store whose other tokens are in the slots `taken`. SoftHSM shows an empty
+/// slot beside them, whose number is that of the tokens. `SlotManager::insertToken` asserts that no two are the same, and ends the
+/// program otherwise.
 ///
 /// # Errors
 /// [`ErrorKind::Invalid`].
 pub fn check_slot(own: &Attributes, taken: &[u64]) -> Result<()> {
-    match own.bytes(pkcs11::CKA_OS_TOKENSERIAL) {
-        Some(serial) if taken.contains(&slot_id(serial)) => Err(Error::new(
-            ErrorKind::Invalid,
-            "another token in this store has this serial number (its last eight digits count), and every program that uses SoftHSM would abort at its start; a copy of a \
-             token belongs into another store, or needs a serial number of its own",
-        )),
-        _ => Ok(()),
-    }
+    let Some(serial) = own.bytes(pkcs11::CKA_OS_TOKENSERIAL) else {
+        return Ok(());
+    };
+    let (slot, empty) = (slot_id(serial), taken.len() as u64 + 1);
+    let clash = if taken.contains(&slot) {
+        "another token in this store has this serial number (its last eight digits count)"
+            .to_owned()
+    } else if slot == empty {
+        format!(
+            "the last eight digits of the serial number say slot {slot}, and SoftHSM's empty slot has the number of its tokens"
+        )
+    } else if taken.contains(&empty) {
+        format!(
+            "another token is in slot {empty} by its serial number, and with one more token that is the number of SoftHSM's empty slot"
+        )
+    } else {
+        return Ok(());
+    };
+    Err(Error::new(
+        ErrorKind::Invalid,
+        format!(
+            "{clash}, and every program that uses SoftHSM would abort at its start; a copy of a token belongs into another store, or needs a \
+             serial number of its own"
+        ),
+    ))
 }
 
 #[cfg(test)]

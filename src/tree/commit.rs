@@ -136,18 +136,14 @@ impl Tree {
             .filter_map(|node| Slot::of(node).map(|(_, _, slot)| slot))
             .collect();
         // Before the value is there: nobody must take it for the one that was unlinked, and remove it.
-        let held = self.with_drafts(&key, patience, |drafts| {
+        let (number, held) = self.with_drafts(&key, patience, |drafts| {
             let draft = drafts.entry(&key);
             for slot in &slots {
                 *draft.committing.entry(*slot).or_insert(0) += 1;
             }
             let ours = |held: &Slot| slots.iter().any(|slot| held == slot || held.is_in(*slot));
-            Ok(draft
-                .removed
-                .iter()
-                .copied()
-                .filter(ours)
-                .collect::<Vec<_>>())
+            let held: Vec<Slot> = draft.removed.iter().copied().filter(ours).collect();
+            Ok((draft.number, held))
         })?;
         let outcome = self.change(first, mtime, patience, &mut |attributes| {
             // What the store has there still is not there for whoever unlinked it.
@@ -157,7 +153,10 @@ impl Tree {
             edit(attributes)
         });
         let mut drafts = lock(&self.drafts);
-        if let Some(draft) = drafts.get_mut(&key) {
+        // The object may have another name by now, or there is another one of this name.
+        let key = drafts.find(&key, number).unwrap_or(key);
+        let draft = drafts.get_mut(&key).filter(|draft| draft.number == number);
+        if let Some(draft) = draft {
             for slot in slots {
                 let Some(count) = draft.committing.get_mut(&slot) else {
                     // It was unlinked meanwhile: what has come is to go again.
@@ -217,18 +216,20 @@ impl Tree {
         if in_draft {
             return Ok(());
         }
-        let serials = match Slot::of(node) {
+        let taken = match Slot::of(node) {
             Some((token, ObjectId::Token, slot))
                 if slot.key.attribute_type == pkcs11::CKA_OS_TOKENSERIAL =>
             {
-                self.slots_of_others(token, patience)?
+                Some(self.slots_of_others(token, patience)?)
             }
-            _ => Vec::new(),
+            _ => None,
         };
         self.begin_dating(&key, mtime, patience)?;
         let outcome = self.update_store(&key, mtime, patience, &mut |attributes| {
             edit(attributes)?;
-            validate::check_slot(attributes, &serials)?;
+            if let Some(taken) = &taken {
+                validate::check_slot(attributes, taken)?;
+            }
             if *id == ObjectId::Token {
                 validate::check_token(attributes)?;
             }
@@ -248,7 +249,11 @@ impl Tree {
     }
 
     /// The slots that SoftHSM gives all tokens but this one, as far as they can be read.
-    fn slots_of_others(&self, token: &TokenName, patience: Patience) -> Result<Vec<u64>> {
+    pub(super) fn slots_of_others(
+        &self,
+        token: &TokenName,
+        patience: Patience,
+    ) -> Result<Vec<u64>> {
         self.store.slots_of_others(token, |other| {
             self.ask(other, patience, |other| {
                 other.object(&ObjectId::Token, patience)

@@ -81,6 +81,8 @@ impl New {
 /// One object's share of what is not in the store.
 #[derive(Clone, Debug)]
 pub(super) struct Draft {
+    /// No other one ever has it: an object that is renamed takes its draft along, and one that comes under its name has another.
+    pub number: u64,
     /// All of it, if it is new.
     pub new: Option<New>,
     /// What was unlinked and is in the store still.
@@ -101,8 +103,9 @@ pub(super) struct Draft {
 }
 
 impl Draft {
-    fn new(new: Option<New>) -> Self {
+    fn new(number: u64, new: Option<New>) -> Self {
         Self {
+            number,
             new,
             removed: BTreeSet::new(),
             fresh: BTreeMap::new(),
@@ -205,6 +208,8 @@ impl Build {
 pub(super) struct Drafts {
     objects: HashMap<Key, Draft>,
     builds: HashMap<TokenName, Build>,
+    /// How many drafts there have been.
+    last: u64,
     /// The times that the directories of tokens were given while something was still to be written into them.
     times: HashMap<TokenName, SystemTime>,
     /// When the last new object was made in a token's directory, of which the store's directory knows nothing yet.
@@ -225,14 +230,33 @@ impl Drafts {
         self.touch(&key);
         self.changed.insert(key.0.clone(), SystemTime::now());
         self.times.remove(&key.0);
-        self.objects.insert(key, Draft::new(Some(new)));
+        self.last += 1;
+        let draft = Draft::new(self.last, Some(new));
+        self.objects.insert(key, draft);
     }
 
     /// The draft of an object, which is in the store if there was none.
     pub fn entry(&mut self, key: &Key) -> &mut Draft {
-        self.objects
-            .entry(key.clone())
-            .or_insert_with(|| Draft::new(None))
+        let last = &mut self.last;
+        self.objects.entry(key.clone()).or_insert_with(|| {
+            *last += 1;
+            Draft::new(*last, None)
+        })
+    }
+
+    /// Under which key the draft is now that had this number under `key`.
+    pub fn find(&self, key: &Key, number: u64) -> Option<Key> {
+        if self
+            .objects
+            .get(key)
+            .is_some_and(|draft| draft.number == number)
+        {
+            return Some(key.clone());
+        }
+        let mut drafts = self.objects.iter();
+        drafts
+            .find(|(_, draft)| draft.number == number)
+            .map(|(key, _)| key.clone())
     }
 
     /// Puts a draft under a key.

@@ -434,6 +434,7 @@ impl Tree {
             }
             _ => return Err(Error::new(ErrorKind::ReadOnly, "cannot be removed")),
         }
+        lock(&self.inodes).bury(&node);
         lock(&self.scratch).clear(&node);
         self.wake();
         Ok(())

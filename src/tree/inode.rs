@@ -24,6 +24,10 @@ pub struct Inode {
     pub told_at: Instant,
     /// It was unlinked through the mount: whoever asks for it has it open.
     pub unlinked: bool,
+    /// How often the number was taken anew while the kernel still knew a directory by it that was removed.
+    generation: u64,
+    /// It was a directory, and was removed. The kernel finds nothing in that any more, not even what is made in the next one of its number.
+    is_dead: bool,
     lookups: u64,
     children: HashSet<Ino>,
 }
@@ -36,6 +40,8 @@ impl Inode {
             seen: None,
             told_at: Instant::now(),
             unlinked: false,
+            generation: 0,
+            is_dead: false,
             lookups: 0,
             children: HashSet::new(),
         }
@@ -104,6 +110,27 @@ impl InodeTable {
         self.inodes.contains_key(&ino).then_some(ino)
     }
 
+    /// The generation of `ino` in an answer that names it: another one than before tells the kernel that it is something else now.
+    #[must_use]
+    pub fn generation(&self, ino: Ino) -> u64 {
+        let generation = |inode: &Inode| inode.generation + u64::from(inode.is_dead);
+        self.inodes.get(&ino).map_or(0, generation)
+    }
+
+    /// The directory `node` is gone.
+    pub fn bury(&mut self, node: &Node) {
+        if let Some(ino) = self.find(node) {
+            self.bury_number(ino);
+        }
+    }
+
+    /// The directory with this number is gone.
+    pub fn bury_number(&mut self, ino: Ino) {
+        if let Some(inode) = self.inodes.get_mut(&ino) {
+            inode.is_dead = true;
+        }
+    }
+
     /// Counts one more answer that names `node`, in the directory `parent`, and returns its number.
     pub fn remember(&mut self, node: &Node, parent: Ino, seen: Option<Arc<Object>>) -> Ino {
         let ino = self.number(node);
@@ -113,6 +140,9 @@ impl InodeTable {
             .or_insert_with(|| Inode::new(node.clone(), parent));
         inode.lookups += 1;
         inode.unlinked = false;
+        if std::mem::take(&mut inode.is_dead) {
+            inode.generation += 1;
+        }
         inode.tell(seen);
         if let Some(directory) = self.inodes.get_mut(&parent) {
             directory.children.insert(ino);
@@ -130,7 +160,9 @@ impl InodeTable {
         if self.renamed.get(&old) == Some(&ino) {
             self.renamed.remove(&old);
         }
-        if node.number() != ino {
+        if node.number() == ino {
+            self.renamed.remove(&node);
+        } else {
             self.renamed.insert(node, ino);
         }
         if let Some(parent) = parent

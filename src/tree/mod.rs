@@ -141,6 +141,8 @@ pub struct Entry {
     pub attributes: Attributes,
     /// For how long.
     pub valid: Duration,
+    /// Tells apart what has the same number one after the other.
+    pub generation: u64,
 }
 
 /// What there is to say of something, before it has been said.
@@ -293,6 +295,7 @@ impl Tree {
                 return Ok(Entry {
                     attributes,
                     valid: Duration::ZERO,
+                    generation: 0,
                 });
             }
             answer => answer?,
@@ -324,6 +327,7 @@ impl Tree {
             Err(error) if error.kind() == ErrorKind::NotFound => Entry {
                 attributes: Attributes { ino, ..at_open },
                 valid: Duration::ZERO,
+                generation: 0,
             },
             answer => answer?,
         };
@@ -357,7 +361,11 @@ impl Tree {
         let begun = Instant::now();
         self.wait_until_closed(&node, patience)?;
         let (mut attributes, seen) = self.describe(&node, patience)?;
-        attributes.ino = lock(&self.inodes).number(&node);
+        let generation = {
+            let inodes = lock(&self.inodes);
+            attributes.ino = inodes.number(&node);
+            inodes.generation(attributes.ino)
+        };
         // A change that was reported meanwhile is reported once more a moment later, for answers that are on their way. One that took
         // longer than that, in a thread that had to wait or on a machine that is busy, may be old news that nobody takes back.
         let valid = if begun.elapsed() > LONG_AGO {
@@ -366,7 +374,11 @@ impl Tree {
             self.validity(&node)
         };
         Ok(Look {
-            entry: Entry { attributes, valid },
+            entry: Entry {
+                attributes,
+                valid,
+                generation,
+            },
             node,
             seen,
         })

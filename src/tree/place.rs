@@ -50,6 +50,14 @@ impl Tree {
             Node::Scratch(_) => Ok(Place::Scratch),
             Node::Root if name == CONTROL => Err(exists()),
             Node::Root | Node::Token(_) if !is_directory => match parsed {
+                Name::Scratch if is_of_a_backend(bytes) => Err(Error::new(
+                    ErrorKind::Invalid,
+                    "a file of a tokendir, as .tokenfs/file has them: it belongs into a tokendir and not into a mount, which takes the tree that it shows",
+                )),
+                Name::Scratch if is_meant_to_stay(name) => Err(Error::new(
+                    ErrorKind::Invalid,
+                    "a token and an object are directories, and no other file of this name would be kept",
+                )),
                 Name::Scratch => Ok(Place::Scratch),
                 Name::Attribute(_) | Name::Impossible => Err(outside()),
             },
@@ -108,6 +116,21 @@ impl Tree {
             Err(error) => Err(error),
         }
     }
+}
+
+/// Whether a backend has a file of this name: a copy of a tokendir was to be restored.
+fn is_of_a_backend(name: &[u8]) -> bool {
+    let suffixes: [&[u8]; 3] = [b".object", b".lock", b".db"];
+    name == b"generation"
+        || (!name.starts_with(b".") && suffixes.iter().any(|suffix| name.ends_with(suffix)))
+}
+
+/// Whether it can only be meant as a token, an object, or a token's own directory.
+fn is_meant_to_stay(name: &OsStr) -> bool {
+    name == TOKEN
+        || name
+            .to_str()
+            .is_some_and(|text| uuid::Uuid::try_parse(text).is_ok() && text.len() == 36)
 }
 
 fn wrong_kind(kind: Kind) -> Error {

@@ -79,6 +79,7 @@ impl Tree {
         };
         self.check_writable(&node)?;
         let mut replaces_damaged = false;
+        let mut buried = None;
         if let Some((replaced, replaced_kind)) = self.existing(to.directory, to.name, patience)? {
             if how.no_replace {
                 return Err(exists());
@@ -89,6 +90,7 @@ impl Tree {
             match (kind, replaced_kind) {
                 (FileKind::Directory, FileKind::Directory) => {
                     replaces_damaged = self.check_empty(&replaced, how.by, patience)?;
+                    buried = self.known_number(&replaced);
                 }
                 (FileKind::Directory, _) => {
                     return Err(Error::new(ErrorKind::NotADirectory, "a file has that name"));
@@ -182,6 +184,9 @@ impl Tree {
                 ));
             }
             _ => return Err(other_device()),
+        }
+        if let Some(ino) = buried {
+            lock(&self.inodes).bury_number(ino);
         }
         self.wake();
         Ok(())

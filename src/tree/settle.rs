@@ -270,6 +270,9 @@ impl Tree {
                     "a token without a CKA_OS_TOKENSERIAL is none; it stays pending",
                 ));
             }
+            // There may be other tokens by now than when its serial number was written.
+            let taken = self.slots_of_others(token, patience)?;
+            validate::check_slot(&own.attributes, &taken)?;
             self.store.publish_token(token, patience)
         });
         let is_published = outcome.is_ok() || !self.store.is_building(token);
