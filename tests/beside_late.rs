@@ -1,5 +1,6 @@
 //! A `C_SetAttributeValue` that is late (`file` backend): SoftHSM has found the object and is stopped before it writes, and by the time that
-//! it writes, the object has another name or is gone. SoftHSM makes the file anew then, whoever took it away.
+//! it writes, the object has another name or is gone. SoftHSM makes the file anew then, whoever took it away. What somebody else does to the
+//! same names is not taken for that.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
 mod mount_common;
@@ -7,6 +8,7 @@ mod support;
 mod write_common;
 
 use std::fs;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
@@ -100,14 +102,93 @@ fn what_comes_back_after_it_was_removed_is_said() {
         eventually(SOON, "the log says so", || {
             bench
                 .log()
-                .contains("has made it anew after it was removed")
+                .contains("as a SoftHSM brings it back that was changing it")
         });
         assert!(bench.has(&bench.data));
-        // As the log says.
+        assert!(!bench.log().contains("remove it"), "{}", bench.log());
         bench.quiet("rm -r $o && sync .");
         bench.settle();
         assert!(!bench.has(&bench.data));
         bench.assert_no_leftovers();
         bench.assert_sessions_agree();
+    }
+}
+
+/// The lock files of objects that are not there.
+fn lonely_locks(bench: &Bench) -> Vec<PathBuf> {
+    let entries = fs::read_dir(bench.softhsm.tokendir.join(&bench.token)).unwrap();
+    let mut lonely: Vec<PathBuf> = entries.map(|entry| entry.unwrap().path()).collect();
+    lonely.retain(|path| {
+        path.extension().is_some_and(|suffix| suffix == "lock")
+            && !path.with_extension("object").exists()
+    });
+    lonely.retain(|path| path.file_stem().is_some_and(|stem| stem != "token"));
+    lonely
+}
+
+both_backends! {
+    /// An operator who restores a key must not be told that it is one too many.
+    fn what_is_put_back_through_the_mount_is_not_said_to_be_back(backend) {
+        for line in [
+            "cp -a $o $out/o && rm -r $o && cp -a $out/o $o",
+            "cp -a $o $out/o && rm -r $o && sync . && sleep 0.3 && cp -a $out/o $o",
+            "mv $o .gone && mv .gone $o",
+            "cp -a $o $out/o && rmdir $o && cp -a $out/o $o",
+            "tar -C . -cf $out/o.tar $o && tar --recursive-unlink -xf $out/o.tar",
+            "mv $o $other && mv $other $o",
+            "mv $o ${o}x && mv ${o}x $o",
+            "mv $o zzz && cp -a zzz $o && rm -r zzz",
+        ] {
+            let names_are_uuids = backend == Backend::Db;
+            if names_are_uuids && (line.contains("{o}x") || line.contains("zzz")) {
+                continue;
+            }
+            let bench = Bench::new(backend);
+            for _ in 0..3 {
+                let output = bench.shell(&format!("other={OTHER}; rm -rf $out/o; {line}; sync .")).output().unwrap();
+                assert!(output.status.success(), "{backend} `{line}`: {output:?}");
+                // What is reported of it is seen to within a moment.
+                bench.settle();
+                assert_eq!(bench.log(), "", "{backend} `{line}`");
+                if backend == Backend::File {
+                    assert_eq!(lonely_locks(&bench), Vec::<PathBuf>::new(), "`{line}`");
+                }
+            }
+            bench.quiet("rm -r $o && sync .");
+            if backend == Backend::File {
+                assert_eq!(lonely_locks(&bench), Vec::<PathBuf>::new(), "`{line}`");
+            }
+            bench.assert_no_leftovers();
+        }
+    }
+}
+
+/// Who puts a backup into the store's own directory is no SoftHSM that is late: it is not given the place of what was renamed.
+#[test]
+fn what_somebody_else_puts_into_the_store_is_his() {
+    for (line, said) in [
+        ("mv $o .gone", "is there again"),
+        ("mv $o zzz", "now there are both"),
+    ] {
+        let bench = Bench::new(Backend::File);
+        let path = bench.backing(&bench.data);
+        let old = fs::read(&path).unwrap();
+        bench.quiet("echo -n newer >$o/CKA_LABEL");
+        bench.quiet(line);
+        eventually(SOON, "it is gone", || !path.exists());
+        // Longer than a rename waits.
+        std::thread::sleep(Duration::from_millis(100));
+        fs::write(&path, &old).unwrap();
+        eventually(SOON, "the log says so", || bench.log().contains(said));
+        assert_eq!(fs::read(&path).unwrap(), old);
+        let log = bench.log();
+        assert!(
+            !log.contains("remove it") && !log.contains("as a SoftHSM"),
+            "{log}"
+        );
+        if line.ends_with("zzz") {
+            assert_eq!(bench.stored("zzz/CKA_LABEL").unwrap(), b"newer");
+        }
+        assert_eq!(lonely_locks(&bench), Vec::<PathBuf>::new());
     }
 }

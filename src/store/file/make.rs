@@ -43,13 +43,14 @@ impl FileToken {
         }
         let lock_name = names.lock().unwrap_or(Path::new(""));
         let transaction = Transaction::take(directory, lock_name, new.access, patience)?;
+        let departed = self.arrive(name);
         match self.make_locked(&names, new, &bytes, patience) {
             Ok(()) => {
                 self.changes().forget(&ObjectId::Object(name.clone()));
-                self.departures().remove(name);
                 Ok(())
             }
             Err(error) => {
+                self.arrive_not(name, departed);
                 if !exists(directory, names.object()) {
                     transaction.give_up(directory, lock_name);
                 }
@@ -177,6 +178,11 @@ impl FileToken {
         if !building {
             Generation::open(directory)?;
         }
+        let last = if building {
+            None
+        } else {
+            self.fingerprint(names)
+        };
         if names.fit() {
             // Under another name, so that a crash leaves a trace of what SoftHSM has to be told.
             renameat(directory, names.object(), directory, names.next()).map_err(gone)?;
@@ -209,11 +215,11 @@ impl FileToken {
             unlink_if_there(directory, names.journal())?;
             point("file.remove.unjournalled");
         }
+        if let ObjectId::Object(name) = id {
+            self.depart(name, last, None);
+        }
         unlink_if_there(directory, lock_name)?;
         point("file.remove.done");
-        if let ObjectId::Object(name) = id {
-            self.depart(name, None);
-        }
         self.changes().forget(id);
         self.cache().remove(id);
         Ok(())

@@ -24,7 +24,7 @@ const EARLIER: usize = 4096;
 const KEPT: Duration = Duration::from_secs(60);
 
 /// The hash of a value; nothing if the object has none.
-type Trace = Option<u128>;
+pub(super) type Trace = Option<u128>;
 
 /// What this process has changed of late.
 #[derive(Debug, Default)]
@@ -137,7 +137,8 @@ impl Changes {
     }
 }
 
-fn trace(attributes: &Attributes, attribute_type: AttributeType) -> Trace {
+/// The hash of the value that an object has of a type.
+pub(super) fn trace(attributes: &Attributes, attribute_type: AttributeType) -> Trace {
     let value = attributes.of_type(attribute_type)?;
     let mut alone = Attributes::new();
     alone.insert(attribute_type, value.clone());

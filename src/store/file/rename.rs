@@ -18,6 +18,7 @@ use rustix::io::Errno as Refusal;
 
 use super::FileToken;
 use super::attire::{access_of, set_access_if_possible};
+use super::departed::{Departed, Fingerprint};
 use super::generation::Generation;
 use super::guard::{Temporary, Transaction, exists, stat_regular, unlink_if_there};
 use super::make::already;
@@ -56,10 +57,19 @@ impl FileToken {
             return Err(already());
         }
         let (reading, transaction) = self.lock_both(&names, &target, from < to, &stat, patience)?;
+        let departed = self.arrive(to);
         if let Err(error) = self.give_name_locked(&names, &target, &reading, patience) {
+            self.arrive_not(to, departed);
             self.leave(&target, transaction);
             return Err(error);
         }
+        let became = Some((to.clone(), reading.stat));
+        self.depart(from, Fingerprint::of_version(&reading.version), became);
+        if let Err(error) = self.drop_lock(&names) {
+            // It has its new name all the same; a recovery removes what is left of the old one.
+            self.diagnostics.error(&error);
+        }
+        point("file.rename.done");
         let mut changes = self.changes();
         for id in [from_id, to_id] {
             changes.forget(id);
@@ -70,13 +80,13 @@ impl FileToken {
             cache.remove(id);
         }
         drop(cache);
-        let base = reading.stat;
         // Lets go of the locks, for whoever has waited for them.
         drop((reading, transaction));
-        self.departures().remove(to);
-        self.depart(from, Some((to.clone(), base)));
-        if !self.is_building() && self.is_back(&names) {
-            self.carry_over_or_say(from, to, &base, patience);
+        if !self.is_building()
+            && self.is_back(&names)
+            && let Err(error) = self.look_after_departed(from, patience)
+        {
+            self.diagnostics.error(&error.at(self.path_of(from_id)));
         }
         Ok(())
     }
@@ -91,25 +101,44 @@ impl FileToken {
         })
     }
 
-    /// What SoftHSM has stored under the old name, put in its place; or, where that cannot be, a line in the diagnostics. Whether there
-    /// is one object again.
+    /// What SoftHSM has stored under the old name, put in the place of what has the new one, `base`; or, where that cannot be, a line in
+    /// the diagnostics.
     pub(super) fn carry_over_or_say(
         &self,
         from: &ObjectName,
-        to: &ObjectName,
-        base: &FileStat,
+        departed: &Departed,
+        (to, base): (&ObjectName, &FileStat),
         patience: Patience,
-    ) -> bool {
+    ) {
         let [names, target] = [from, to].map(|name| self.names(&ObjectId::Object(name.clone())));
-        let Err(error) = self.carry_over(&names, &target, from < to, base, patience) else {
-            return true;
+        let locked = self.lock_both(&names, &target, from < to, base, patience);
+        let carried = locked.and_then(|(reading, transaction)| {
+            if let Err(error) = self.carry_over(&names, &target, &reading, (departed, base)) {
+                self.leave(&target, transaction);
+                return Err(error);
+            }
+            // It may come once more.
+            let became = Some((to.clone(), reading.stat));
+            self.depart(from, Fingerprint::of_version(&reading.version), became);
+            let told = self.raise_generation(patience);
+            self.drop_lock(&names).and(told)
+        });
+        let Err(error) = carried else {
+            return;
         };
+        if !exists(self.directory(), names.object()) {
+            // Somebody was faster, or there is one and SoftHSM was not told.
+            if error.kind() != ErrorKind::NotFound {
+                self.diagnostics
+                    .error(&error.at(self.path.join(target.object())));
+            }
+            return;
+        }
         let path = self.path.join(names.object());
         self.diagnostics.warning(format!(
-            "{}: SoftHSM stored this object while it got the name \"{to}\", and now there are both: {error}",
+            "{}: this object got the name \"{to}\", and now there are both: {error}",
             path.display()
         ));
-        false
     }
 
     /// The object, at rest and with what a crash left of an earlier write put right, since that goes by its name; and the lock of
@@ -139,7 +168,8 @@ impl FileToken {
     }
 
     /// Puts what SoftHSM has stored under the old name meanwhile in the place of what has the new one, `base`. A SoftHSM that
-    /// looked for the object before it lost its name and then waited for a lock of ours makes the file anew.
+    /// looked for the object before it lost its name and then waited for a lock of ours makes the file anew. The locks of both are
+    /// held.
     ///
     /// # Errors
     /// If there are two objects now.
@@ -147,13 +177,17 @@ impl FileToken {
         &self,
         names: &Names,
         target: &Names,
-        in_order: bool,
-        base: &FileStat,
-        patience: Patience,
+        reading: &Reading,
+        (departed, base): (&Departed, &FileStat),
     ) -> Result<()> {
         let directory = self.directory();
-        let (reading, _transaction) = self.lock_both(names, target, in_order, base, patience)?;
         reading.version.content.as_ref().map_err(Clone::clone)?;
+        if !departed.is_resumed_by(&reading.version) {
+            return Err(Error::new(
+                ErrorKind::Busy,
+                "it is none that a SoftHSM can have made of what was renamed",
+            ));
+        }
         let present = stat_regular(directory, target.object())?;
         let version = |stat: &FileStat| {
             let time = (stat.st_mtime, stat.st_mtime_nsec);
@@ -178,11 +212,17 @@ impl FileToken {
         .map_err(|errno| Error::system("exchange", Errno::from_raw(errno.raw_os_error())))?;
         unlink_if_there(directory, names.object())?;
         self.unsynced(target.object());
-        self.raise_generation(patience)?;
-        if let Some(lock) = names.lock() {
-            unlink_if_there(directory, lock)?;
-        }
         Ok(())
+    }
+
+    /// Removes the lock file of a name that no object has any more.
+    fn drop_lock(&self, names: &Names) -> Result<()> {
+        let Some(lock) = names.lock() else {
+            return Ok(());
+        };
+        unlink_if_there(self.directory(), lock)
+            .map(drop)
+            .map_err(|error| error.at(self.path.join(lock)))
     }
 
     /// Takes back the lock file that was made for a name that stays free.
@@ -233,13 +273,6 @@ impl FileToken {
         point("file.rename.told");
         drop(trace);
         point("file.rename.unmarked");
-        if let Some(lock) = names.lock()
-            && let Err(error) = unlink_if_there(directory, lock)
-        {
-            // It has its new name all the same; a recovery removes what is left of the old one.
-            self.diagnostics.error(&error.at(self.path.join(lock)));
-        }
-        point("file.rename.done");
         Ok(())
     }
 }

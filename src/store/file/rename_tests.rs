@@ -5,14 +5,15 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::sync::Arc;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use super::fixture::{
-    Fixture, LABEL, files, fixture, generation, hold, id, name, sample, set_label, soon,
+    Fixture, LABEL, files, fixture, generation, hold, id, name, new_object, sample, set_label, soon,
 };
 use super::*;
 use crate::diagnostics::Diagnostics;
 use crate::error::{ErrorKind, Result};
+use crate::store::attribute::Value;
 use crate::store::{Access, NewObject, Options, Patience, Token, TokenName};
 
 /// What is there where there is the object `a` alone.
@@ -212,4 +213,74 @@ fn in_a_token_that_is_being_built_nobody_is_told() {
     let object = token.object(&id("b"), soon()).unwrap();
     assert!(object.attributes.bytes(LABEL).is_some());
     assert!(!path.join("a.lock").exists());
+}
+
+/// What has the old name of an object that was renamed or removed, for another reason than that a SoftHSM was late.
+#[test]
+fn what_another_mount_or_a_backup_puts_there_stays_and_no_lock_is_left() {
+    let copy = |fixture: &Fixture| fixture.write("a.object", &encode(5, &sample()));
+    let of_another_mount = |fixture: &Fixture| {
+        let parent = fs::File::open(fixture.directory.path().parent().unwrap()).unwrap();
+        let token = FileToken::open(
+            parent.as_fd(),
+            fixture.token.name().clone(),
+            fixture.directory.path(),
+            Options::default(),
+            Arc::new(Diagnostics::new()),
+        );
+        let new = new_object(sample());
+        token.unwrap().create(&name("a"), &new, soon()).unwrap();
+    };
+    let old = |fixture: &Fixture| {
+        let mut attributes = sample();
+        attributes.insert(LABEL, Value::Bytes(b"old".to_vec()));
+        fixture.write("a.object", &encode(1, &attributes));
+        let path = fixture.path("a.object");
+        let file = fs::File::options().write(true).open(path).unwrap();
+        let yesterday = SystemTime::now() - Duration::from_secs(86400);
+        file.set_modified(yesterday).unwrap();
+    };
+    let puts: [&dyn Fn(&Fixture); 3] = [&copy, &of_another_mount, &old];
+    for put in puts {
+        for to in [Some("b"), Some("A"), None] {
+            let fixture = fixture();
+            match to {
+                Some(to) => rename(&fixture, "a", to).unwrap(),
+                None => fixture.token.remove(&name("a"), soon()).unwrap(),
+            }
+            put(&fixture);
+            let bytes = fs::read(fixture.path("a.object")).unwrap();
+            fixture.token.look_after(&name("a"), soon()).unwrap();
+            fixture.token.look_after(&name("a"), soon()).unwrap();
+            assert_eq!(fs::read(fixture.path("a.object")).unwrap(), bytes);
+            let said = fixture.diagnostics.render();
+            let expected = match to {
+                Some(_) => "there are both",
+                None => "was not made through this mount",
+            };
+            assert_eq!(said.lines().count(), 1, "{said}");
+            assert!(said.contains(expected), "{said}");
+            let Some(to) = to else { continue };
+            let renamed = fs::read(fixture.path(&format!("{to}.object"))).unwrap();
+            assert_eq!(renamed, encode(5, &sample()));
+        }
+    }
+}
+
+#[test]
+fn what_has_its_old_name_again_is_looked_at_by_nobody() {
+    let fixture = fixture();
+    for back in ["b", "A"] {
+        rename(&fixture, "a", back).unwrap();
+        rename(&fixture, back, "a").unwrap();
+        fixture.token.look_after(&name("a"), soon()).unwrap();
+        fixture.token.look_after(&name(back), soon()).unwrap();
+        assert_eq!(files(&fixture), WHOLE);
+    }
+    fixture.token.remove(&name("a"), soon()).unwrap();
+    let new = new_object(sample());
+    fixture.token.create(&name("a"), &new, soon()).unwrap();
+    fixture.token.look_after(&name("a"), soon()).unwrap();
+    assert_eq!(fixture.diagnostics.render(), "");
+    assert_eq!(files(&fixture), WHOLE);
 }
