@@ -317,6 +317,8 @@ impl Model {
         match self.role(directory).ok_or(ENOTDIR)? {
             Role::Scratch => Ok(Place::Scratch),
             Role::Root | Role::Token { .. } if !is_directory => match parsed {
+                // It can only be meant to stay, and what stays is a directory.
+                Name::Scratch if name == OWN || uuid::Uuid::try_parse(name).is_ok() => Err(EINVAL),
                 Name::Scratch => Ok(Place::Scratch),
                 _ => Err(EINVAL),
             },
