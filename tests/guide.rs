@@ -105,9 +105,9 @@ const TRIALS: &[Trial] = &[
         "Every night",
         &[BEFORE],
         "",
-        "mkdir /var/backups/softhsm/2001-01-{01..31} && env -i /usr/local/sbin/softhsm-backup
+        "mkdir /var/backups/softhsm/2001-01-{01..31}-030000 && env -i /usr/local/sbin/softhsm-backup
          ls -d /var/backups/softhsm/20* | wc -l | grep -x 30
-         test -d /var/backups/softhsm/latest/*/token && not test -e /var/backups/softhsm/2001-01-02
+         test -d /var/backups/softhsm/latest/*/token && not test -e /var/backups/softhsm/2001-01-02-030000
          # A copy that fails is an error, leaves no mount, and is not the latest.
          printf '#!/bin/sh\\nexit 23\\n' >/usr/local/bin/rsync; chmod 755 /usr/local/bin/rsync
          rm /var/backups/softhsm/latest; not softhsm-backup; not test -e /var/backups/softhsm/latest
