@@ -10,8 +10,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use super::{Step, Watch};
 use crate::error::{Error, ErrorKind, Result};
-use crate::pkcs11::CKA_CLASS;
-use crate::store::attribute::AttributeType;
+use crate::store::snapshot::is_unfinished;
 use crate::store::{Metadata, Object, ObjectId, ObjectName, Patience, Token};
 
 /// How often a token is looked at, however long that takes.
@@ -23,13 +22,6 @@ const PAUSE: Duration = Duration::from_millis(2);
 /// For how long an object can be unfinished: 3 s were measured in the `db` backend, in which an object of SoftHSM's has the time of the
 /// latest change of any.
 const UNFINISHED: Duration = Duration::from_secs(5);
-
-/// `CKA_TOKEN` (PKCS #11, section 4.4), and what makes a key one: `CKA_VALUE`, `CKA_MODULUS`, `CKA_EC_POINT` (section 6).
-const CKA_TOKEN: AttributeType = 0x1;
-const MATERIAL: [AttributeType; 3] = [0x11, 0x120, 0x181];
-
-/// `CKO_PUBLIC_KEY`, `CKO_PRIVATE_KEY`, `CKO_SECRET_KEY`.
-const KEYS: [u64; 3] = [2, 3, 4];
 
 /// What a token holds.
 #[derive(Debug)]
@@ -52,24 +44,17 @@ impl Content {
     }
 
     fn is_finished(&self) -> bool {
-        !self.objects.iter().any(|(_, object)| is_unfinished(object))
+        !self
+            .objects
+            .iter()
+            .any(|(name, object)| is_being_made(&ObjectId::Object(name.clone()), object))
     }
 }
 
-/// Whether SoftHSM may be about to make this object. It stores nothing first, then every attribute with its default, `CKA_TOKEN` being
-/// false in that, then what it was told, and then the key that it has made (`P11Object::init`, `SoftHSM::C_GenerateKeyPair`).
-fn is_unfinished(object: &Object) -> bool {
-    let attributes = &object.attributes;
-    let is_key = attributes
-        .ulong(CKA_CLASS)
-        .is_some_and(|class| KEYS.contains(&class));
-    let has_material = || {
-        let mut values = MATERIAL.iter().filter_map(|key| attributes.bytes(*key));
-        values.any(|value| !value.is_empty())
-    };
+/// Whether SoftHSM may be about to make this object.
+fn is_being_made(id: &ObjectId, object: &Object) -> bool {
     let age = SystemTime::now().duration_since(object.metadata.mtime);
-    (attributes.boolean(CKA_TOKEN) != Some(true) || (is_key && !has_material()))
-        && age.is_ok_and(|age| age < UNFINISHED)
+    is_unfinished(id, object) && age.is_ok_and(|age| age < UNFINISHED)
 }
 
 /// Reads a token as it was at one moment. Each lock is waited for as long as `limit`, and so is a moment in which nobody writes.

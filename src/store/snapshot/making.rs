@@ -49,7 +49,8 @@ fn holds(attributes: &Attributes, attribute_type: AttributeType) -> bool {
     value.is_some_and(|value| !value.is_empty())
 }
 
-fn is_unfinished(id: &ObjectId, object: &Object) -> bool {
+/// Whether SoftHSM makes something of it that it is not yet, if it was not left like this.
+pub(in crate::store) fn is_unfinished(id: &ObjectId, object: &Object) -> bool {
     let attributes = &object.attributes;
     if *id == ObjectId::Token {
         return !holds(attributes, CKA_OS_SOPIN);

@@ -29,6 +29,7 @@ use super::layout::LayoutFile;
 use super::{Backend, Hold, Metadata, ObjectId, ObjectName, Patience, Store, Token, TokenName};
 use crate::error::{Error, ErrorKind, Result};
 use files::{Files, Kept};
+pub(in crate::store) use making::is_unfinished;
 use making::{is_being_made, is_young};
 use token::Entry;
 pub(crate) use token::Remembered;
