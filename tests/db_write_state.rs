@@ -99,6 +99,30 @@ fn times_hold_until_the_content_changes() {
 }
 
 #[test]
+fn the_time_of_a_tokens_own_object_is_its_own_or_waited_for() {
+    let made = made("");
+    let token = made.token();
+    let old = UNIX_EPOCH + Duration::new(1_000_000_000, 5);
+    token
+        .update(&ObjectId::Token, &mut |_| Ok(()), Some(old), patient())
+        .unwrap();
+    let mtime = |patience| {
+        let metadata = token.object_metadata(&ObjectId::Token, patience);
+        metadata.map(|metadata| metadata.mtime)
+    };
+    assert_eq!(mtime(Patience::Now).unwrap(), old);
+    // Somebody else has changed an object, and is at it again: what is known is no answer, and neither is the time of the database.
+    let writer = made.writer(false);
+    let change = "update attribute_binary set value = x'7a' where object_id = 3";
+    writer.execute_batch(change).unwrap();
+    writer.execute_batch("begin exclusive").unwrap();
+    let error = mtime(Patience::Now).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::WouldBlock);
+    writer.execute_batch("rollback").unwrap();
+    assert_eq!(mtime(Patience::Now).unwrap(), old);
+}
+
+#[test]
 fn modes_owners_and_times_of_the_files() {
     let made = made("");
     let token = made.token();

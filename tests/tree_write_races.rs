@@ -589,6 +589,50 @@ fn the_time_that_a_token_is_given_stays_beside_the_last_object_that_is_written()
 }
 
 #[test]
+fn an_attribute_has_the_time_that_it_was_given_while_its_directory_is_given_one() {
+    let f = fixture();
+    let at = |seconds| std::time::UNIX_EPOCH + Duration::from_secs(1_000_000_000 + seconds);
+    let give = |ino, mtime| {
+        let mut change = SetAttributes::default();
+        change.metadata.mtime = Some(tokenfs::store::Time::At(mtime));
+        f.tree
+            .set_attributes(ino, None, &change, patient())
+            .unwrap()
+    };
+    let shown = |name| {
+        let found = f.tree.lookup(f.object, os(name), patient()).unwrap();
+        found.attributes.mtime
+    };
+    for round in 0..400u64 {
+        // As a restore by rsync: one process gives the directory its time, and the other one brings a value with the same time.
+        let (before, given) = (at(2 * round), at(2 * round + 1));
+        for name in ["CKA_CLASS", "CKA_LABEL"] {
+            give(f.find(f.object, name), before);
+        }
+        f.put(f.object, ".CKA_LABEL.x", b"new");
+        give(f.find(f.object, ".CKA_LABEL.x"), given);
+        let start = std::sync::Barrier::new(2);
+        std::thread::scope(|s| {
+            s.spawn(|| {
+                start.wait();
+                for turn in 0..40 {
+                    give(f.object, given + Duration::from_millis(turn));
+                }
+            });
+            start.wait();
+            let (from, to) = (os(".CKA_LABEL.x"), os("CKA_LABEL"));
+            let how = RenameHow::default();
+            let renamed = f
+                .tree
+                .rename((f.object, from), (f.object, to), how, patient());
+            renamed.unwrap();
+        });
+        let times = (shown("CKA_LABEL"), shown("CKA_CLASS"));
+        assert_eq!(times, (given, before), "in round {round}");
+    }
+}
+
+#[test]
 fn what_was_scratch_and_is_an_attribute_does_not_count_as_scratch() {
     let f = fixture();
     let name = "00000000-0000-4000-8000-000000000000";

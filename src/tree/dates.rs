@@ -6,6 +6,7 @@
 //! given one itself. This is remembered for as long as nobody else changes the object, and no longer than the mount lives.
 
 use std::collections::HashMap;
+use std::sync::MutexGuard;
 use std::time::SystemTime;
 
 use super::draft::Key;
@@ -26,26 +27,39 @@ struct Dates {
     given: HashMap<Slot, SystemTime>,
 }
 
+/// Who is at work on an object, and on what is known of its times.
+#[derive(Debug, Default)]
+struct Work {
+    /// Threads that change it: what the store has changes before it is known here.
+    changing: usize,
+    /// Threads that look at its time in the store.
+    looking: usize,
+    /// Counts the beginnings and the ends of changes: the time that was read is still its time if there was none meanwhile.
+    turn: u64,
+}
+
 /// Those of all objects whose attributes have different ones.
 #[derive(Debug, Default)]
 pub(super) struct AllDates {
     objects: HashMap<Key, Dates>,
-    /// The objects that are being changed, and by how many threads: what the store has changes before it is known here.
-    changing: HashMap<Key, usize>,
+    work: HashMap<Key, Work>,
 }
 
 impl AllDates {
     fn of(&self, key: &Key, stored: SystemTime) -> Option<&Dates> {
-        let is_ours = |dates: &&Dates| dates.stored == stored || self.changing.contains_key(key);
-        self.objects.get(key).filter(is_ours)
+        let is_changing = || self.work.get(key).is_some_and(|work| work.changing > 0);
+        let dates = self.objects.get(key)?;
+        (dates.stored == stored || is_changing()).then_some(dates)
     }
 
-    fn changed(&mut self, key: &Key) {
-        if let Some(count) = self.changing.get_mut(key) {
-            *count -= 1;
-            if *count == 0 {
-                self.changing.remove(key);
-            }
+    fn work(&mut self, key: &Key) -> &mut Work {
+        self.work.entry(key.clone()).or_default()
+    }
+
+    fn tidy(&mut self, key: &Key) {
+        let work = self.work.get(key);
+        if work.is_some_and(|work| work.changing == 0 && work.looking == 0) {
+            self.work.remove(key);
         }
     }
 }
@@ -62,13 +76,8 @@ impl Tree {
         mtime: Option<SystemTime>,
         patience: Patience,
     ) -> Result<()> {
-        let is_dated = mtime.is_some() || lock(&self.dates).objects.contains_key(key);
-        let stored = match is_dated {
-            true => Some(self.stored_time(key, patience)?),
-            false => None,
-        };
-        let mut dates = lock(&self.dates);
-        if let Some(stored) = stored
+        let (mut dates, stored) = self.look_at_time(key, mtime.is_some(), patience);
+        if let Some(stored) = stored.transpose()?
             && dates.of(key, stored).is_none()
         {
             dates.objects.remove(key);
@@ -81,7 +90,9 @@ impl Tree {
                 dates.objects.insert(key.clone(), new);
             }
         }
-        *dates.changing.entry(key.clone()).or_insert(0) += 1;
+        let work = dates.work(key);
+        work.changing += 1;
+        work.turn += 1;
         Ok(())
     }
 
@@ -93,17 +104,52 @@ impl Tree {
         mtime: Option<SystemTime>,
         patience: Patience,
     ) {
-        let is_dated = lock(&self.dates).objects.contains_key(key);
-        // Where that cannot be told at once, what is known becomes history.
-        let stored = is_dated.then(|| self.stored_time(key, patience));
-        let mut all = lock(&self.dates);
-        all.changed(key);
-        let (Some(dates), Some(Ok(stored))) = (all.objects.get_mut(key), stored) else {
-            return;
-        };
-        dates.stored = stored;
-        let mtime = mtime.unwrap_or(stored);
-        dates.given.extend(slots.iter().map(|slot| (*slot, mtime)));
+        let (mut dates, stored) = self.look_at_time(key, false, patience);
+        let work = dates.work(key);
+        work.changing = work.changing.saturating_sub(1);
+        work.turn += 1;
+        dates.tidy(key);
+        match stored {
+            Some(Ok(stored)) => {
+                if let Some(dates) = dates.objects.get_mut(key) {
+                    dates.stored = stored;
+                    let mtime = mtime.unwrap_or(stored);
+                    dates.given.extend(slots.iter().map(|slot| (*slot, mtime)));
+                }
+            }
+            // It cannot be told: what was known is history.
+            Some(Err(_)) => {
+                dates.objects.remove(key);
+            }
+            None => {}
+        }
+    }
+
+    /// The table, and the time that the store has of an object at a moment when nothing of ours begins or ends there. It is read only if
+    /// its attributes have different ones, or it is `wanted` all the same.
+    fn look_at_time(
+        &self,
+        key: &Key,
+        wanted: bool,
+        patience: Patience,
+    ) -> (MutexGuard<'_, AllDates>, Option<Result<SystemTime>>) {
+        let mut dates = lock(&self.dates);
+        while wanted || dates.objects.contains_key(key) {
+            let work = dates.work(key);
+            work.looking += 1;
+            let turn = work.turn;
+            drop(dates);
+            let stored = self.stored_time(key, patience);
+            dates = lock(&self.dates);
+            let work = dates.work(key);
+            work.looking -= 1;
+            let is_so = work.turn == turn;
+            dates.tidy(key);
+            if is_so || stored.is_err() {
+                return (dates, Some(stored));
+            }
+        }
+        (dates, None)
     }
 
     fn stored_time(&self, key: &Key, patience: Patience) -> Result<SystemTime> {

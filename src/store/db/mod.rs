@@ -357,13 +357,10 @@ impl Token for DbToken {
             (_, Ok(snapshot)) => snapshot
                 .metadata_of(id)
                 .map_err(|error| error.at(&self.path)),
-            // The token's own object is there whatever becomes of its content. If that cannot be had, its time is the one that was
-            // known last. A scan is worth coming back for.
-            (ObjectId::Token, Err(error)) => {
+            // The token's own object is there whatever becomes of its content. If that cannot be had, however long one waits, its time
+            // is the one that was known last.
+            (ObjectId::Token, Err(error)) if error.kind() != ErrorKind::WouldBlock => {
                 let stat = stat(&self.path)?;
-                if error.kind() == ErrorKind::WouldBlock && stat.st_size > QUICK_SCAN {
-                    return Err(error);
-                }
                 let metadata = Metadata::of_path(&self.path, &stat);
                 let known = self
                     .known()
@@ -372,7 +369,7 @@ impl Token for DbToken {
                     .and_then(|(_, snapshot)| snapshot.metadata_of(id).ok())
                     .unwrap_or(metadata))
             }
-            (ObjectId::Object(_), Err(error)) => Err(error),
+            (_, Err(error)) => Err(error),
         }
     }
 
