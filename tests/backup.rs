@@ -189,6 +189,58 @@ both_backends! {
     }
 }
 
+both_backends! {
+    fn what_was_broken_off_before_it_said_whether_it_is_private_is_completed(backend) {
+        let mut bench = Bench::new(backend);
+        // The class is the first thing that most tools bring, and labels come before `CKA_PRIVATE`.
+        bench.quiet("mkdir $out/copy; cp -a $o $k $out/copy/");
+        at_one_place(&bench, "borg init -e none; borg create ::one .; restic -q init; restic -q --no-cache backup .");
+        let before = expected(&bench.softhsm);
+        let tools = [
+            "cp -a $out/copy/. ./",
+            "tar --format=posix -C $out/copy -cf - . | tar -xpf -",
+            "rsync -a $out/copy/ ./",
+            "rsync -a --inplace $out/copy/ ./",
+            "borg extract ::one",
+            "restic -q --no-cache restore latest --target .",
+        ];
+        for (round, line) in tools.into_iter().enumerate() {
+            bench.quiet("rm -r $o $k; mkdir $o $k; cp -a $out/copy/$o/CKA_CLASS $o/; cp -a $out/copy/$k/CKA_CLASS $k/");
+            if round % 2 == 0 {
+                // umount(8) does not ask the server, which has to end.
+                drop(std::mem::replace(&mut bench.mount, Mount::new(&bench.softhsm)));
+            } else {
+                eventually(SOON * 3, "the log", || bench.log().matches("does not say whether it is private").count() == 2);
+            }
+            assert!(!bench.has(&bench.data) && !bench.has(&bench.private), "{line}: half of an object is in the store");
+            println!("{backend}: {line}");
+            if line.contains("one") || line.contains("latest") {
+                at_one_place(&bench, line);
+            } else {
+                bench.quiet(line);
+            }
+            bench.settle();
+            eventually(SOON, "both objects", || bench.has(&bench.data) && bench.has(&bench.private));
+            assert_same(&before, &expected(&bench.softhsm));
+            remount(&mut bench);
+            assert_eq!(bench.quiet("diff -r $out/copy/$o $o; diff -r $out/copy/$k $k"), "");
+        }
+    }
+
+    fn nothing_that_is_pending_is_lost_by_tokenfs_umount(backend) {
+        let bench = Bench::new(backend);
+        bench.quiet("mkdir $out/copy; cp -a $o $out/copy/; rm -r $o; mkdir $o; cp -a $out/copy/$o/CKA_CLASS $o/");
+        let point = bench.mount.path();
+        let refused = tokenfs().arg("umount").arg(point).output().unwrap();
+        assert_eq!(refused.status.code(), Some(1), "{refused:?}");
+        let log = bench.log();
+        let named = log.matches(&bench.data).count();
+        assert!(log.contains("without CKA_PRIVATE") && named == 1, "{log}");
+        bench.quiet("rm -r $o");
+        bench.mount.unmount();
+    }
+}
+
 /// What SQLite says of the schema of a database.
 fn schema(database: &Path) -> String {
     text_of(tool("sqlite3").arg(database).arg(".schema"))

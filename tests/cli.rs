@@ -435,6 +435,25 @@ fn when_umount_returns_the_store_is_in_use_no_more() {
 }
 
 #[test]
+fn umount_does_not_wait_for_a_server_that_is_stopped() {
+    need_to_mount();
+    let place = Place::new();
+    place.config("directories.tokendir = tokens\n");
+    place.ok(&["mount", "m"]);
+    let server = fs::read_to_string(place.path("m/.tokenfs/server")).unwrap();
+    let server = Pid::from_raw(server.split(' ').next().unwrap().parse().unwrap());
+    kill(server, Signal::SIGSTOP).unwrap();
+    place.says(
+        &["umount", "m"],
+        1,
+        "its server does not answer: it is stopped",
+    );
+    kill(server, Signal::SIGCONT).unwrap();
+    assert!(place.mounted("m").is_some());
+    place.ok(&["umount", "m"]);
+}
+
+#[test]
 fn a_signal_unmounts() {
     need_to_mount();
     for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {

@@ -45,6 +45,17 @@ impl Server {
         (fs::read_to_string(&path).ok()? == said).then_some(Self { number, process })
     }
 
+    /// Whether the process is stopped, by a signal or a debugger (proc_pid_stat(5)), so that it answers nothing.
+    #[must_use]
+    pub fn is_stopped(&self) -> bool {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.number));
+        stat.is_ok_and(|stat| {
+            // The name in parentheses can have anything in it.
+            let state = stat.rsplit_once(')').map(|(_, rest)| rest.trim_start());
+            state.is_some_and(|state| state.starts_with(['T', 't']))
+        })
+    }
+
     /// Waits for the end of the process, but for `limit` at most; whether it has come.
     #[must_use]
     pub fn has_ended_within(&self, limit: Duration) -> bool {

@@ -235,11 +235,12 @@ impl Tree {
             }
             Ok(())
         });
+        if let Err(error) = outcome {
+            self.give_up_dating(&key);
+            return Err(error);
+        }
         let slot = Slot::of(node).map(|(_, _, slot)| slot);
-        let written = slot.as_slice();
-        let written = if outcome.is_ok() { written } else { &[] };
-        self.end_dating(&key, written, mtime, patience);
-        outcome?;
+        self.end_dating(&key, slot.as_slice(), mtime, patience);
         if *id == ObjectId::Token
             && let Some(build) = lock(&self.drafts).build_mut(token)
         {

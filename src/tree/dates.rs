@@ -56,6 +56,13 @@ impl AllDates {
         self.work.entry(key.clone()).or_default()
     }
 
+    fn changed(&mut self, key: &Key) {
+        let work = self.work(key);
+        work.changing = work.changing.saturating_sub(1);
+        work.turn += 1;
+        self.tidy(key);
+    }
+
     fn tidy(&mut self, key: &Key) {
         let work = self.work.get(key);
         if work.is_some_and(|work| work.changing == 0 && work.looking == 0) {
@@ -65,8 +72,8 @@ impl AllDates {
 }
 
 impl Tree {
-    /// The object is about to be changed, or given a time. If that is `mtime`, its attributes keep theirs. [`Tree::end_dating`] has to
-    /// follow, unless this fails.
+    /// The object is about to be changed, or given a time. If that is `mtime`, its attributes keep theirs. [`Tree::end_dating`] or
+    /// [`Tree::give_up_dating`] has to follow, unless this fails.
     ///
     /// # Errors
     /// What the store fails with.
@@ -96,7 +103,7 @@ impl Tree {
         Ok(())
     }
 
-    /// It has been changed, or it has not: these attributes have a time of their own now, `mtime` or that of the object.
+    /// It has been changed: these attributes have a time of their own now, `mtime` or that of the object.
     pub(super) fn end_dating(
         &self,
         key: &Key,
@@ -104,11 +111,13 @@ impl Tree {
         mtime: Option<SystemTime>,
         patience: Patience,
     ) {
+        // It is done, and cannot be done again by who has more of it: only what is made at once in a token that is being built comes here.
+        let patience = match patience {
+            Patience::Now => Patience::at_most(self.store.options().lock_wait),
+            until @ Patience::Until(_) => until,
+        };
         let (mut dates, stored) = self.look_at_time(key, false, patience);
-        let work = dates.work(key);
-        work.changing = work.changing.saturating_sub(1);
-        work.turn += 1;
-        dates.tidy(key);
+        dates.changed(key);
         match stored {
             Some(Ok(stored)) => {
                 if let Some(dates) = dates.objects.get_mut(key) {
@@ -123,6 +132,11 @@ impl Tree {
             }
             None => {}
         }
+    }
+
+    /// It has not been changed after all.
+    pub(super) fn give_up_dating(&self, key: &Key) {
+        lock(&self.dates).changed(key);
     }
 
     /// The table, and the time that the store has of an object at a moment when nothing of ours begins or ends there. It is read only if

@@ -19,7 +19,7 @@ use crate::store::{Access, Metadata, Object, ObjectId, ObjectName, TokenName};
 /// How long something has to be left alone to be taken for finished.
 pub(super) const LEFT_ALONE: Duration = Duration::from_millis(200);
 
-/// How long a new object has to be left alone that has no `CKA_PRIVATE`.
+/// How long a new object has to be left alone that has no `CKA_PRIVATE` before the log says so.
 const UNDECIDED: Duration = Duration::from_secs(5);
 
 /// How long an object has to be left alone from which its `CKA_CLASS` was unlinked: it is being removed, and a busy machine can take its
@@ -61,6 +61,18 @@ impl New {
             generation: None,
             canonical: false,
             attributes: self.attributes.clone(),
+        }
+    }
+
+    /// What it lacks to be an object for who has not been told that it is one. Before it says whether it is private nobody can tell what
+    /// its texts are: were it written, SoftHSM would take it for private, and the rest of a copy in the clear would be refused.
+    pub fn lacks(&self) -> Option<&'static str> {
+        if self.attributes.is_empty() {
+            Some("nothing was put into this directory")
+        } else if self.attributes.of_type(pkcs11::CKA_PRIVATE).is_none() {
+            Some("without CKA_PRIVATE this object does not say whether it is private")
+        } else {
+            None
         }
     }
 
@@ -155,12 +167,12 @@ impl Draft {
         let due = match &self.new {
             Some(new) => {
                 let has = |attribute_type| new.attributes.of_type(attribute_type).is_some();
-                // Before it says whether it is private nobody can tell what its texts are: a copy that pauses there is not finished.
-                let wait = if has(pkcs11::CKA_PRIVATE) {
-                    LEFT_ALONE
-                } else {
-                    UNDECIDED
-                };
+                // A copy that pauses there is not finished. That is said once, until somebody does something about it.
+                let is_undecided = new.lacks().is_some();
+                if is_undecided && self.not_before.is_some_and(|failed| failed > self.touched) {
+                    return None;
+                }
+                let wait = if is_undecided { UNDECIDED } else { LEFT_ALONE };
                 (has(pkcs11::CKA_CLASS) && new.writers == 0).then_some(self.touched + wait)
             }
             None if self.gone => Some(self.touched + HALF_REMOVED),

@@ -256,18 +256,23 @@ impl Tree {
         patience: Patience,
     ) -> Result<()> {
         let (token, id) = key;
+        if change.mtime.is_none() {
+            return self.set_and_tell(token, id, change, patience);
+        }
         let given = match (slot, change.mtime) {
             (None, Some(Time::At(mtime))) => Some(mtime),
             _ => None,
         };
         self.begin_dating(key, given, patience)?;
-        let outcome = self.set_and_tell(token, id, change, patience);
-        let dated = slot.filter(|_| change.mtime.is_some() && outcome.is_ok());
-        self.end_dating(key, dated.as_slice(), None, patience);
-        if slot.is_none() && change.mtime == Some(Time::Now) && outcome.is_ok() {
+        if let Err(error) = self.set_and_tell(token, id, change, patience) {
+            self.give_up_dating(key);
+            return Err(error);
+        }
+        self.end_dating(key, slot.as_slice(), None, patience);
+        if slot.is_none() && change.mtime == Some(Time::Now) {
             self.forget_dates(key);
         }
-        outcome
+        Ok(())
     }
 
     /// A change without the bits of a mode that cannot be had.

@@ -7,7 +7,7 @@
 use std::sync::PoisonError;
 use std::time::{Duration, Instant, SystemTime};
 
-use super::draft::{Draft, Drafts, Key};
+use super::draft::{Draft, Drafts, Key, New};
 use super::handle::HandleId;
 use super::node::{Ino, Node};
 use super::slot::Slot;
@@ -20,6 +20,15 @@ use crate::store::{
 
 /// How long to wait for another thread that is writing the same object before looking again.
 pub(super) const PAUSE: Duration = Duration::from_millis(1);
+
+/// Why a new object is taken for finished.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Finished {
+    /// Whoever made it has said so: its times were set, or it was synced.
+    Said,
+    /// Nobody has: it has been left alone, or all that is pending is written.
+    Assumed,
+}
 
 impl Tree {
     /// Calls `action` with the drafts while nobody is writing the object `key` to the store.
@@ -57,7 +66,7 @@ impl Tree {
         }
         for key in keys {
             // What fails is in the log, and tried again.
-            let _ = self.write_draft(&key, patience());
+            let _ = self.write_draft(&key, Finished::Assumed, patience());
         }
         for token in tokens {
             let _ = self.publish(&token, patience());
@@ -95,27 +104,18 @@ impl Tree {
         let limit = self.store.options().lock_wait;
         let keys = lock(&self.drafts).keys(None);
         for key in keys {
-            let (half_removed, is_empty) =
-                lock(&self.drafts)
-                    .get(&key)
-                    .map_or((false, false), |draft| {
-                        let is_empty = draft
-                            .new
-                            .as_ref()
-                            .is_some_and(|new| new.attributes.is_empty());
-                        (draft.gone, is_empty)
-                    });
-            if is_empty {
-                // SoftHSM would show an object that nobody can use, or remove.
+            let Some(draft) = lock(&self.drafts).get(&key).cloned() else {
+                continue;
+            };
+            if let Some(lacks) = draft.new.as_ref().and_then(New::lacks) {
+                // SoftHSM would show an object that nobody can use, or remove; and nobody could complete it.
                 self.diagnostics.warning(format!(
-                    "{}: a directory that nothing was put into is not made an object",
+                    "{}: {lacks}, and the mount ends: it is not written to the store",
                     self.path_of(&Node::Object(key.0.clone(), key.1.clone()))
                         .display()
                 ));
-                continue;
-            }
-            if !half_removed {
-                let _ = self.write_draft(&key, Patience::at_most(limit));
+            } else if !draft.gone {
+                let _ = self.write_draft(&key, Finished::Assumed, Patience::at_most(limit));
             }
         }
         let tokens = lock(&self.drafts).builds();
@@ -142,7 +142,12 @@ impl Tree {
     }
 
     /// Writes what is new or unlinked of one object to the store.
-    pub(super) fn write_draft(&self, key: &Key, patience: Patience) -> Result<()> {
+    pub(super) fn write_draft(
+        &self,
+        key: &Key,
+        finished: Finished,
+        patience: Patience,
+    ) -> Result<()> {
         let draft = self.with_drafts(key, patience, |drafts| {
             let Some(draft) = drafts.get_mut(key) else {
                 return Ok(None);
@@ -160,7 +165,7 @@ impl Tree {
             ));
             Ok(())
         } else if let Some(new) = &draft.new {
-            self.write_new(key, new, patience)
+            self.write_new(key, new, finished, patience)
         } else {
             self.write_unlinked(key, &draft, patience)
         };
@@ -206,10 +211,24 @@ impl Tree {
         self.noted_write(&Node::Object(token, id), outcome)
     }
 
-    fn write_new(&self, key: &Key, new: &super::draft::New, patience: Patience) -> Result<()> {
+    fn write_new(
+        &self,
+        key: &Key,
+        new: &New,
+        finished: Finished,
+        patience: Patience,
+    ) -> Result<()> {
         let (token, ObjectId::Object(name)) = key else {
             return Ok(());
         };
+        if finished == Finished::Assumed
+            && let Some(lacks) = new.lacks()
+        {
+            return Err(Error::new(
+                ErrorKind::Invalid,
+                format!("{lacks}: it stays pending until that is written, or it is removed"),
+            ));
+        }
         validate::check_finished(None, &new.attributes)?;
         let object = NewObject {
             attributes: new.attributes.clone(),
@@ -249,7 +268,10 @@ impl Tree {
                 outcome => outcome,
             }
         });
-        self.end_dating(key, &[], None, patience);
+        match &outcome {
+            Ok(()) => self.end_dating(key, &[], None, patience),
+            Err(_) => self.give_up_dating(key),
+        }
         outcome
     }
 
@@ -343,7 +365,7 @@ impl Tree {
     pub(super) fn sync_node(&self, node: &Node, patience: Patience) -> Result<()> {
         match node {
             Node::Object(token, id) => {
-                self.write_draft(&(token.clone(), id.clone()), patience)?;
+                self.write_draft(&(token.clone(), id.clone()), Finished::Said, patience)?;
                 self.sync_token(token, patience)
             }
             Node::Attribute(token, id, _) | Node::MapEntry(token, id, _, _) => {
@@ -355,26 +377,10 @@ impl Tree {
                 {
                     return Ok(());
                 }
-                self.write_draft(&key, patience)?;
+                self.write_draft(&key, Finished::Said, patience)?;
                 self.sync_token(token, patience)
             }
-            Node::Token(token) => {
-                let keys = lock(&self.drafts).keys(Some(token));
-                for key in keys {
-                    let is_empty = lock(&self.drafts).get(&key).is_some_and(|draft| {
-                        let new = draft.new.as_ref();
-                        new.is_some_and(|new| new.attributes.is_empty())
-                    });
-                    // That its directory is synced does not make an object of what nothing was put into.
-                    if !is_empty {
-                        self.write_draft(&key, patience)?;
-                    }
-                }
-                if self.is_token(token) {
-                    self.publish(token, patience)?;
-                }
-                self.sync_token(token, patience)
-            }
+            Node::Token(token) => self.sync_all(token, Finished::Said, patience),
             Node::Root => {
                 if self.store.options().read_only {
                     return Ok(());
@@ -386,7 +392,8 @@ impl Tree {
                 tokens.sort_unstable();
                 tokens.dedup();
                 for token in tokens {
-                    self.sync_node(&Node::Token(token), patience)?;
+                    // Whoever syncs all there is, as `tokenfs umount` does, says nothing of what others are making.
+                    self.sync_all(&token, Finished::Assumed, patience)?;
                 }
                 self.noted(self.store.sync())
             }
@@ -400,6 +407,25 @@ impl Tree {
             }
             _ => Ok(()),
         }
+    }
+
+    /// Writes all that is pending in a token, and syncs it.
+    fn sync_all(&self, token: &TokenName, finished: Finished, patience: Patience) -> Result<()> {
+        let keys = lock(&self.drafts).keys(Some(token));
+        for key in keys {
+            let is_empty = lock(&self.drafts).get(&key).is_some_and(|draft| {
+                let new = draft.new.as_ref();
+                new.is_some_and(|new| new.attributes.is_empty())
+            });
+            // That its directory is synced does not make an object of what nothing was put into.
+            if !is_empty {
+                self.write_draft(&key, finished, patience)?;
+            }
+        }
+        if self.is_token(token) {
+            self.publish(token, patience)?;
+        }
+        self.sync_token(token, patience)
     }
 
     fn sync_token(&self, token: &TokenName, patience: Patience) -> Result<()> {
@@ -442,7 +468,7 @@ impl Tree {
             }))
         })?;
         if is_filled {
-            self.write_draft(key, patience)?;
+            self.write_draft(key, Finished::Said, patience)?;
         }
         Ok(())
     }

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
 
-use super::draft::{Bytes, Key};
+use super::draft::{Bytes, Draft, Key};
 use super::handle::{Handle, HandleId, State, Writer};
 use super::node::{Ino, Node};
 use super::scratch::{Content, ScratchId};
@@ -16,8 +16,9 @@ use super::slot::Slot;
 use super::text::Context;
 use super::{Tree, lock, text, view};
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::Patience;
-use crate::store::attribute::Kind;
+use crate::pkcs11::CKA_PRIVATE;
+use crate::store::attribute::{Kind, Value};
+use crate::store::{ObjectId, Patience, validate};
 
 /// The longest value, in bytes. The largest objects that SoftHSM makes are data objects of a few MiB; one above 256 MiB would not
 /// be read again.
@@ -220,7 +221,8 @@ impl Tree {
     /// Writes `data` at `offset`, or at the end if the file was opened for appending. The store is not told yet.
     ///
     /// # Errors
-    /// [`ErrorKind::Invalid`] if the text then ends in a newline and is no value of its kind: the write is undone;
+    /// [`ErrorKind::Invalid`] if the text then ends in a newline and is no value of its kind, or turns on `CKA_PRIVATE` where a text is
+    /// no ciphertext: the write is undone;
     /// [`ErrorKind::TooLarge`].
     pub fn write(&self, handle: HandleId, offset: u64, data: &[u8]) -> Result<()> {
         let writer = self.writer(handle)?;
@@ -245,6 +247,9 @@ impl Tree {
             return Err(too_large());
         }
         self.check_room(end.saturating_sub(length as u64))?;
+        let as_private = node
+            .as_ref()
+            .map_or(Ok(()), |node| self.check_as_private(node));
         let mut content = lock(&writer.content);
         // Somebody else may have written meanwhile.
         let (start, end) = range(content.len());
@@ -266,7 +271,10 @@ impl Tree {
             && !is_scratch
             && slot.key.kind != Kind::Bytes
             && content.ends_with(b"\n")
-            && let Err(error) = text::parse(slot.key, &content, Context::default())
+            && let Err(error) = match text::parse(slot.key, &content, Context::default()) {
+                Ok(Value::Bool(true)) => as_private,
+                outcome => outcome.map(|_| ()),
+            }
         {
             if let Some(before) = before
                 && let Some(place) = content.get_mut(start..start + before.len())
@@ -296,6 +304,30 @@ impl Tree {
         drop(state);
         self.touch(node.as_ref().unwrap_or(&writer.node));
         Ok(())
+    }
+
+    /// If `node` is the `CKA_PRIVATE` of an object: whether that can be turned on. Where it cannot be told at once, `close` will say so.
+    fn check_as_private(&self, node: &Node) -> Result<()> {
+        let Some((token, id, slot)) = Slot::of(node) else {
+            return Ok(());
+        };
+        if slot.map.is_some() || slot.key.attribute_type != CKA_PRIVATE {
+            return Ok(());
+        }
+        let Ok(object) = self.object(token, id, Patience::Now) else {
+            return Ok(());
+        };
+        let is_new = |draft: &Draft| draft.new.is_some();
+        let key = (token.clone(), id.clone());
+        let is_finished =
+            *id != ObjectId::Token && !lock(&self.drafts).get(&key).is_some_and(is_new);
+        let old = Some(&object.attributes);
+        let mut attributes = object.attributes.clone();
+        match slot.set(&mut attributes, Value::Bool(true)) {
+            Ok(()) if is_finished => validate::check_finished(old, &attributes),
+            Ok(()) => validate::check(old, &attributes),
+            Err(_) => Ok(()),
+        }
     }
 
     /// The time that a file was given which is open and not committed yet (`futimens` before `close`, as cp and tar do): it is that

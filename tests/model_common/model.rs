@@ -528,7 +528,21 @@ impl Model {
         new[start..end].copy_from_slice(data);
         if !open.shared && !open.detached && new.ends_with(b"\n") {
             let key = self.key_of(open.node);
-            if parse(key, &new, Context::default()).is_err() {
+            let directory = self.parents[open.node].unwrap();
+            let refused = match parse(key, &new, Context::default()) {
+                // What it means can be told already.
+                Ok(value @ Value::Bool(true))
+                    if key.attribute_type == pkcs11::CKA_PRIVATE
+                        && self.object_of(directory) == Some(directory) =>
+                {
+                    let turned_on = |new: &mut Attributes| {
+                        new.insert(pkcs11::CKA_PRIVATE, value);
+                    };
+                    self.check_object(directory, turned_on).is_err()
+                }
+                parsed => parsed.is_err(),
+            };
+            if refused {
                 self.fd(fd).refused = true;
                 return Err(EINVAL);
             }
