@@ -85,15 +85,27 @@ tree | diff /root/reference - && signs";
 /// The store is lost, and the application's user has another number when it comes back.
 const ANOTHER_NUMBER: &str =
     "find /var/lib/softhsm/tokens -mindepth 1 -delete && usermod --uid 4003 signer";
+/// An object is damaged.
+const DAMAGE: &str = "
+for file in /var/lib/softhsm/tokens/*/*-*.object; do
+    [ -e \"$file\" ] || continue
+    # The private RSA key is the longest.
+    object=$(ls -S /var/lib/softhsm/tokens/*/*-*.object | head -n 1)
+    truncate -s -3 \"$object\"
+    break
+done
+for file in /var/lib/softhsm/tokens/*/sqlite3.db; do
+    [ -e \"$file\" ] || continue
+    sqlite3 \"$file\" \"update attribute_array set value = x'0102' where object_id =
+        (select object_id from attribute_integer where type = 0 and value = 3)\"
+done
+if tokenfs check; then exit 1; fi";
 /// For each tool: old backups go, the latest thirty stay; one that fails is an error, takes nothing away, and leaves no mount.
 const EVERY_NIGHT: &str = r#"
 cd /var/backups/softhsm
 next() { while [ -e "$(date +%F-%H%M%S)" ]; do :; done; }
 night() { next; env -i /usr/local/sbin/softhsm-backup "$1"; }
 fails() { not night "$1"; not grep -F fuse.tokenfs /proc/self/mountinfo; }
-break_it() { printf '#!/bin/sh
-exit 23
-' >"/usr/local/bin/$1"; chmod 755 "/usr/local/bin/$1"; }
 mkdir 2001-01-{01..31}-030000
 touch tokens-2001-01-{01..31}-030000.tar.gz.gpg
 for tool in rsync tar restic borg; do night $tool; done
@@ -103,13 +115,13 @@ not test -e 2001-01-02-030000
 ls tokens-* | wc -l | grep -x 30
 RESTIC_REPOSITORY=$PWD/restic RESTIC_PASSWORD_FILE=/etc/softhsm/backup-passphrase restic snapshots latest
 before=$(readlink latest; ls -d 20* tokens-*)
-for tool in rsync tar restic borg; do break_it $tool; fails $tool; done
-rm /usr/local/bin/tar
-break_it gpg
+printf '#!/bin/sh\nexit 2\n' >/usr/local/bin/gpg
+chmod 755 /usr/local/bin/gpg
 fails tar
-diff <(echo "$before") <(readlink latest; ls -d 20* tokens-*)
+rm /usr/local/bin/gpg
+damage
+for tool in rsync tar restic borg; do fails $tool; done
 # A store without tokens, which is one that is not mounted.
-rm /usr/local/bin/{rsync,gpg,restic,borg}
 mv /var/lib/softhsm/tokens /root/tokens
 mkdir /var/lib/softhsm/tokens
 for tool in rsync tar restic borg; do fails $tool; done
@@ -178,19 +190,20 @@ const TRIALS: &[Trial] = &[
     ),
     section("The whole store", &[BEFORE, SCRIPT, RSYNC], LOST, SAME),
     section("The whole store, from tar", &[BEFORE, SCRIPT, PASSPHRASE, TAR], LOST, SAME),
-    section("The whole store, from restic", &[BEFORE, SCRIPT, PASSPHRASE, RESTIC], LOST, SAME),
     section(
         "The whole store, from restic",
         &[BEFORE, SCRIPT, PASSPHRASE, RESTIC],
         ANOTHER_NUMBER,
-        "stat -c %u /var/lib/softhsm/tokens/* | sort -u | grep -x 4001",
+        "stat -c %u /var/lib/softhsm/tokens/* | sort -u | grep -x 4001
+         chown -R signer:softhsm /var/lib/softhsm/tokens/*
+         tree | diff /root/reference - && signs",
     ),
-    section("The whole store, from borg", &[BEFORE, SCRIPT, PASSPHRASE, BORG], LOST, SAME),
     section(
         "The whole store, from borg",
         &[BEFORE, SCRIPT, PASSPHRASE, BORG],
         ANOTHER_NUMBER,
-        "stat -c %u /var/lib/softhsm/tokens/* | sort -u | grep -x 4003 && signs",
+        "stat -c %u /var/lib/softhsm/tokens/* | sort -u | grep -x 4003
+         tree | diff /root/reference - && signs",
     ),
     section(
         "One token",
@@ -208,19 +221,7 @@ const TRIALS: &[Trial] = &[
     section(
         "An object that is damaged",
         &[BEFORE, SCRIPT, RSYNC],
-        "for file in /var/lib/softhsm/tokens/*/*-*.object; do
-             [ -e \"$file\" ] || continue
-             # The private RSA key is the longest.
-             object=$(ls -S /var/lib/softhsm/tokens/*/*-*.object | head -n 1)
-             truncate -s -3 \"$object\"
-             break
-         done
-         for file in /var/lib/softhsm/tokens/*/sqlite3.db; do
-             [ -e \"$file\" ] || continue
-             sqlite3 \"$file\" \"update attribute_array set value = x'0102' where object_id =
-                 (select object_id from attribute_integer where type = 0 and value = 3)\"
-         done
-         if tokenfs check; then exit 1; fi",
+        DAMAGE,
         SAME_CONTENT,
     ),
     section(
@@ -304,7 +305,7 @@ fn try_on(trial: &Trial, backend: Backend, all: &[Block]) {
     println!("{backend}: {:?}, {} blocks", trial.section, own.len());
     let changes = trial.section.contains("a mount") || trial.section.starts_with("A plain copy");
     let machine = Machine::new(backend, changes);
-    let functions = format!("{TREE}\nsigns() {{ {SIGNS}\n}}\n");
+    let functions = format!("{TREE}\nsigns() {{ {SIGNS}\n}}\ndamage() {{ {DAMAGE}\n}}\n");
     machine.run(STORE);
     machine.run(&format!(
         "{functions} PATH=/opt:$PATH; tree >/root/reference"
