@@ -106,6 +106,29 @@ fn what_cannot_be_looked_at_is_exit_code_2() {
 }
 
 both_backends! {
+    fn the_last_line_says_which_directory_whatever_is_found(backend) {
+        let softhsm = Softhsm::golden(Golden::V2_6_1, backend);
+        let place = softhsm.tokendir.display().to_string();
+        let expect = |code: i32, end: &str| {
+            let checked = check(&softhsm, &[]);
+            let expected = format!("{place}: 4 tokens, 36 objects: {end}");
+            assert_eq!((checked.code, checked.last_line()), (code, &*expected), "{checked:#?}");
+        };
+        expect(0, "clean");
+        set_mode(&softhsm.token_directories()[0], 0o777);
+        expect(1, "1 finding");
+        // A directory, which can be a link to it, on the command line instead of the one of the configuration.
+        set_mode(&softhsm.token_directories()[0], 0o700);
+        let link = softhsm.directory.path().join("link");
+        std::os::unix::fs::symlink(&softhsm.tokendir, &link).unwrap();
+        let checked = check(&softhsm, &["--tokendir", link.to_str().unwrap()]);
+        assert_eq!(checked.last_line(), format!("{place}: 4 tokens, 36 objects: clean"));
+        let empty = softhsm.directory.path().join("empty");
+        fs::create_dir(&empty).unwrap();
+        let checked = check(&softhsm, &["--tokendir", empty.to_str().unwrap()]);
+        assert_eq!(checked.last_line(), format!("{}: 0 tokens, 0 objects: clean", empty.display()));
+    }
+
     fn a_token_that_may_not_be_read_is_exit_code_2_and_the_rest_is_told(backend) {
         let softhsm = Softhsm::golden(Golden::V2_6_1, backend);
         give(softhsm.directory.path(), ALICE);

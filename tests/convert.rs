@@ -73,7 +73,7 @@ both_backends! {
 
             let all = convert(&softhsm.tokendir, &new, to, &[]);
             assert_eq!(all.code, 1, "{all:#?}");
-            assert!(all.summary().starts_with("3 tokens, ") && all.summary().ends_with("; 1 token was not"), "{all:#?}");
+            assert!(all.last_line().starts_with("3 tokens, ") && all.last_line().ends_with("; 1 token was not"), "{all:#?}");
             let path = new.join(&token).display().to_string();
             assert_eq!(all.err.lines().count(), 1, "{all:#?}");
             assert!(all.err.contains(&path) && all.err.contains("stays as it is"), "{all:#?}");
@@ -117,7 +117,7 @@ both_backends! {
         }
         let done = convert(&softhsm.tokendir, &new, Backend::Db, &["dup", "sopin-only", "dup"]);
         assert_eq!(done.code, 0, "{done:#?}");
-        assert!(done.summary().starts_with("3 tokens, 4 objects converted to db in "), "{done:#?}");
+        assert!(done.last_line().starts_with("3 tokens, 4 objects converted to db in "), "{done:#?}");
     }
 
     fn each_damaged_object_is_named_and_the_other_tokens_are_converted(backend) {
@@ -145,7 +145,7 @@ both_backends! {
             let new = beside(&softhsm, &format!("new-{to}"));
             let done = convert(&softhsm.tokendir, &new, to, &[]);
             assert_eq!(done.code, 1, "{done:#?}");
-            assert!(done.summary().starts_with("3 tokens, 4 objects converted"), "{done:#?}");
+            assert!(done.last_line().starts_with("3 tokens, 4 objects converted"), "{done:#?}");
             assert_eq!(done.err.lines().count(), damaged.len(), "{done:#?}");
             for object in &damaged {
                 assert!(done.err.contains(object.as_str()), "{object}: {done:#?}");
@@ -366,7 +366,7 @@ fn a_lock_that_stays_taken_is_said() {
     assert_eq!(done.code, 1, "{done:#?}");
     assert!(done.err.contains(object.to_str().unwrap()), "{done:#?}");
     assert_eq!(
-        done.summary().split(" in ").next(),
+        done.last_line().split(" in ").next(),
         Some("0 tokens, 0 objects converted to db")
     );
     let help = text_of(Command::new(binary()).args(["convert", "--help"]));

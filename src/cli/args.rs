@@ -76,7 +76,8 @@ Examples:
   tokenfs check | grep ': torn: '        what SoftHSM cannot read any more
   tokenfs check --repair                 mend what can be mended without a guess
 
-One line for each finding, PATH: WORD: SENTENCE (WHAT TO DO), and a last line that sums up. The words:
+One line for each finding, PATH: WORD: SENTENCE (WHAT TO DO), and a last line that says which directory
+was looked at, and sums up. The words:
   torn        it does not hold what the format allows; the sentence ends with the byte
   suspicious  SoftHSM takes it, and would not have written it: a file that was cut off between two
               attributes, bytes behind the last one, a value that stops SoftHSM from searching; what

@@ -97,7 +97,8 @@ fn report(args: &CheckArgs) -> Result<u8> {
         };
         let _ = writeln!(out, "{finding} ({end})");
     }
-    let _ = writeln!(out, "{}", summary(&found, mended.len()));
+    let place = escaped(&tokendir);
+    let _ = writeln!(out, "{place}: {}", summary(&found, mended.len()));
     // What cannot be said has been looked at all the same, and the code is the same.
     match io::stdout().write_all(out.as_bytes()) {
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {

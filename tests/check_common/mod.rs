@@ -30,8 +30,14 @@ impl Checked {
         }
     }
 
-    pub fn summary(&self) -> &str {
+    pub fn last_line(&self) -> &str {
         self.out.lines().last().unwrap_or_default()
+    }
+
+    /// The last line, without the directory that `tokenfs check` begins it with.
+    pub fn summary(&self) -> &str {
+        let line = self.last_line();
+        line.split_once(": ").map_or(line, |(_, summary)| summary)
     }
 
     pub fn findings(&self) -> Vec<&str> {

@@ -47,7 +47,7 @@ pub fn converted(from: &Path, into: &Path, to: Backend) -> String {
         (0, ""),
         "{checked:#?}"
     );
-    checked.summary().to_owned()
+    checked.last_line().to_owned()
 }
 
 fn sorted(object: &Object) -> Object {
