@@ -5,7 +5,7 @@
 //!
 //! The parts: [`name`] and [`text`] spell attributes, [`mode`] masks, [`label`] spells `by-label`; [`node`] says what an inode
 //! stands for, [`inode`] which of them the kernel knows; `view` looks a node up in the store, `layout` one of `.tokenfs/file`;
-//! this file has the operations that read, and `stale` what becomes of answers when the store changes.
+//! `object` has objects as the mount shows them, `read` the operations that read, and `stale` what becomes of answers when the store changes.
 //!
 //! Writing: `write` has the descriptors, `close` what becomes of them, `commit` how a value gets into its object, `follow` what an open file
 //! follows; `place`, `entries`, `rename` and `setattr` have what is made, removed, renamed and set; `draft` and `scratch` hold what the store does not
@@ -30,7 +30,9 @@ mod layout;
 pub mod mode;
 pub mod name;
 pub mod node;
+mod object;
 mod place;
+mod read;
 mod rename;
 mod scratch;
 mod setattr;
@@ -51,7 +53,7 @@ use std::time::{Duration, Instant, SystemTime};
 use crate::diagnostics::Diagnostics;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::watch::Coverage;
-use crate::store::{Object, ObjectName, Patience, Store, Token, TokenName};
+use crate::store::{Object, ObjectName, Store, Token, TokenName};
 
 use draft::Drafts;
 pub use entries::{Caller, Creation};
@@ -239,251 +241,6 @@ impl Tree {
         &self.diagnostics
     }
 
-    /// Looks `name` up in the directory `parent`. The answer counts as one that has to be taken back with
-    /// [`Tree::forget`].
-    ///
-    /// # Errors
-    /// [`ErrorKind::NotFound`], [`ErrorKind::NotADirectory`], [`ErrorKind::NameTooLong`], and what the store fails with.
-    pub fn lookup(&self, parent: Ino, name: &OsStr, patience: Patience) -> Result<Entry> {
-        if name.len() > NAME_MAX {
-            return Err(Error::new(ErrorKind::NameTooLong, "the name is too long"));
-        }
-        let directory = self.node(parent)?;
-        let look = self.noted(
-            self.child(&directory, name, patience)
-                .and_then(|node| self.look(node, patience)),
-        )?;
-        self.tell(parent, &look);
-        Ok(look.entry)
-    }
-
-    /// What `stat` says of one entry of a directory that is being listed. It counts as an answer once [`Tree::tell`] is
-    /// called with it.
-    ///
-    /// # Errors
-    /// As [`Tree::lookup`]; [`ErrorKind::NotFound`] if it is gone by now.
-    pub fn look_at(&self, listed: &Listed, patience: Patience) -> Result<Look> {
-        self.noted(self.look(listed.node.clone(), patience))
-    }
-
-    /// Counts an answer about something in the directory `parent`: the kernel has been told.
-    pub fn tell(&self, parent: Ino, look: &Look) {
-        lock(&self.inodes).remember(&look.node, parent, look.seen.clone());
-    }
-
-    /// Takes back `count` answers that named `ino`.
-    pub fn forget(&self, ino: Ino, count: u64) {
-        let forgotten = lock(&self.inodes).forget(ino, count);
-        if let Some(Node::Scratch(id)) = forgotten {
-            lock(&self.scratch).forget(id);
-        }
-    }
-
-    /// What `stat` says to the process `pid`: who is writing a file sees the size that it has for them, and who has something open that is
-    /// gone by now sees what it was. (The kernel does not say through which descriptor `fstat` asks.)
-    ///
-    /// # Errors
-    /// As [`Tree::attributes`].
-    pub fn attributes_for(&self, ino: Ino, pid: u32, patience: Patience) -> Result<Entry> {
-        let mut entry = match self.attributes(ino, patience) {
-            Err(error) if error.kind() == ErrorKind::NotFound => {
-                let unlinked = lock(&self.inodes)
-                    .get(ino)
-                    .is_some_and(|inode| inode.unlinked);
-                let opened = lock(&self.handles).at_open(ino, (!unlinked).then_some(pid));
-                let attributes = opened.ok_or(error)?;
-                return Ok(Entry {
-                    attributes,
-                    valid: Duration::ZERO,
-                    generation: 0,
-                });
-            }
-            answer => answer?,
-        };
-        if entry.attributes.kind == FileKind::File {
-            let (is_written, size) = self.written_size(&self.node(ino)?, pid);
-            if is_written {
-                entry.attributes.size = size.unwrap_or(entry.attributes.size);
-                entry.valid = Duration::ZERO;
-            }
-        }
-        Ok(entry)
-    }
-
-    /// What `stat` says of an open file: its size is that of the copy that is read and written through `handle`, and it says it of
-    /// one that is unlinked too.
-    ///
-    /// # Errors
-    /// As [`Tree::attributes`].
-    pub fn open_attributes(&self, ino: Ino, handle: HandleId, patience: Patience) -> Result<Entry> {
-        let (at_open, size) = match lock(&self.handles).get(handle) {
-            Some(Handle::Content(content, attributes)) => (*attributes, content.len() as u64),
-            Some(Handle::Writer(writer) | Handle::Shared(writer)) => {
-                (writer.attributes, lock(&writer.content).len() as u64)
-            }
-            _ => return self.attributes(ino, patience),
-        };
-        let mut entry = match self.attributes(ino, patience) {
-            Err(error) if error.kind() == ErrorKind::NotFound => Entry {
-                attributes: Attributes { ino, ..at_open },
-                valid: Duration::ZERO,
-                generation: 0,
-            },
-            answer => answer?,
-        };
-        if entry.attributes.kind == FileKind::File && entry.attributes.size != size {
-            entry.attributes.size = size;
-            entry.valid = Duration::ZERO;
-        }
-        Ok(entry)
-    }
-
-    /// What `stat` says.
-    ///
-    /// # Errors
-    /// [`ErrorKind::NotFound`] if it is gone by now, and what the store fails with.
-    pub fn attributes(&self, ino: Ino, patience: Patience) -> Result<Entry> {
-        let mut look = self.noted(self.look(self.node(ino)?, patience))?;
-        look.entry.attributes.ino = ino;
-        let mut inodes = lock(&self.inodes);
-        // Under a number that is not its own, which comes of a rename onto it, nobody would find it to say that it has changed.
-        if inodes.number(&look.node) != ino {
-            look.entry.valid = Duration::ZERO;
-        }
-        if let Some(inode) = inodes.get_mut(ino) {
-            inode.tell(look.seen);
-        }
-        drop(inodes);
-        Ok(look.entry)
-    }
-
-    fn look(&self, node: Node, patience: Patience) -> Result<Look> {
-        let begun = Instant::now();
-        self.wait_until_closed(&node, patience)?;
-        let (mut attributes, seen) = self.describe(&node, patience)?;
-        let generation = {
-            let inodes = lock(&self.inodes);
-            attributes.ino = inodes.number(&node);
-            inodes.generation(attributes.ino)
-        };
-        // A change that was reported meanwhile is reported once more a moment later, for answers that are on their way. One that took
-        // longer than that, in a thread that had to wait or on a machine that is busy, may be old news that nobody takes back.
-        let valid = if begun.elapsed() > LONG_AGO {
-            Duration::ZERO
-        } else {
-            self.validity(&node)
-        };
-        Ok(Look {
-            entry: Entry {
-                attributes,
-                valid,
-                generation,
-            },
-            node,
-            seen,
-        })
-    }
-
-    /// Where a symbolic link leads.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Invalid`] if it is none (`readlink(2)`).
-    pub fn read_link(&self, ino: Ino) -> Result<OsString> {
-        match self.node(ino)? {
-            Node::ObjectByLabel(token, object) => Ok(by_label::target(&token, &object)),
-            _ => Err(Error::new(ErrorKind::Invalid, "not a symbolic link")),
-        }
-    }
-
-    /// Opens a file for reading. What is read from it is the version that it was opened with, to the end.
-    ///
-    /// # Errors
-    /// [`ErrorKind::IsADirectory`]; [`ErrorKind::NotFound`] if it is gone by now, and what the store fails with.
-    pub fn open(&self, ino: Ino, patience: Patience) -> Result<HandleId> {
-        let node = self.node(ino)?;
-        if let Node::Scratch(id) = &node {
-            return self.open_scratch(&node, *id, OpenForWriting::default());
-        }
-        if let Node::FileInLayout(token, file) = &node {
-            let opened = self.open_in_layout(ino, token, file, patience);
-            return self.noted(opened.map_err(|error| error.of(&self.path_of(&node))));
-        }
-        self.wait_until_closed(&node, patience)?;
-        let (mut attributes, object) = self.noted(self.describe(&node, patience))?;
-        attributes.ino = ino;
-        if attributes.kind == FileKind::Directory {
-            return Err(Error::new(ErrorKind::IsADirectory, "a directory"));
-        }
-        let content = match object {
-            None => self.control_file(&node).into_bytes(),
-            Some(object) => match self.fresh_content(&node) {
-                Some(content) if view::value(&node, &object).is_none() => content,
-                _ => self
-                    .noted(view::content(&node, &object))?
-                    .ok_or_else(|| Error::new(ErrorKind::IsADirectory, "a directory"))?,
-            },
-        };
-        Ok(self.open_handle(Handle::Content(Arc::new(content), attributes)))
-    }
-
-    /// Reads at most `size` bytes at `offset`; fewer only at the end.
-    ///
-    /// # Errors
-    /// [`ErrorKind::NotFound`] if the handle is not known.
-    pub fn read(&self, handle: HandleId, offset: u64, size: u32) -> Result<Vec<u8>> {
-        let content = match lock(&self.handles).get(handle) {
-            Some(Handle::Content(content, _)) => Arc::clone(content),
-            Some(Handle::Writer(writer) | Handle::Shared(writer)) => {
-                return Ok(slice(&lock(&writer.content), offset, size));
-            }
-            _ => return Err(Error::not_found("no such handle")),
-        };
-        Ok(slice(&content, offset, size))
-    }
-
-    /// Opens a directory: its entries as they are now.
-    ///
-    /// # Errors
-    /// [`ErrorKind::NotADirectory`], and what the store fails with.
-    pub fn open_dir(&self, ino: Ino, patience: Patience) -> Result<HandleId> {
-        let node = self.node(ino)?;
-        let (mut attributes, _) = self.noted(self.describe(&node, patience))?;
-        attributes.ino = ino;
-        let children = self.noted(self.children(&node, patience))?;
-        let listing: Vec<Listed> = {
-            let inodes = lock(&self.inodes);
-            children
-                .into_iter()
-                .map(|(name, kind, node)| Listed {
-                    ino: inodes.number(&node),
-                    name,
-                    kind,
-                    node,
-                })
-                .collect()
-        };
-        Ok(self.open_handle(Handle::Listing(listing.into(), attributes)))
-    }
-
-    /// The entries of an open directory, without `.` and `..`. They stay as they are while it is open.
-    ///
-    /// # Errors
-    /// [`ErrorKind::NotFound`] if the handle is not known.
-    pub fn read_dir(&self, handle: HandleId) -> Result<Arc<[Listed]>> {
-        match lock(&self.handles).get(handle) {
-            Some(Handle::Listing(listing, _)) => Ok(Arc::clone(listing)),
-            _ => Err(Error::not_found("no such handle")),
-        }
-    }
-
-    /// The directory that `ino` is in.
-    #[must_use]
-    pub fn parent(&self, ino: Ino) -> Ino {
-        lock(&self.inodes)
-            .get(ino)
-            .map_or(node::ROOT, |inode| inode.parent)
-    }
-
     fn open_handle(&self, handle: Handle) -> HandleId {
         lock(&self.handles).insert(handle)
     }
@@ -606,9 +363,6 @@ impl Tree {
     }
 }
 
-/// How long an answer can take to be made, and still be remembered: well below what [`Tree::stale`] says things again after.
-const LONG_AGO: Duration = Duration::from_millis(20);
-
 /// The longest name of a directory entry (`limits.h`).
 const NAME_MAX: usize = 255;
 
@@ -619,12 +373,4 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 fn unknown_inode() -> Error {
     Error::not_found("no such inode")
-}
-
-fn slice(content: &[u8], offset: u64, size: u32) -> Vec<u8> {
-    let start = usize::try_from(offset)
-        .unwrap_or(usize::MAX)
-        .min(content.len());
-    let end = start.saturating_add(size as usize).min(content.len());
-    content.get(start..end).unwrap_or_default().to_vec()
 }

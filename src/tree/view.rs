@@ -5,9 +5,6 @@ use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
 
-use std::time::SystemTime;
-
-use super::draft::New;
 use super::name::Name;
 use super::node::Node;
 use super::slot::{Slot, map_key};
@@ -16,7 +13,7 @@ use super::{Attributes, FileKind, Tree, by_label, lock, mode, name, text};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::attribute::{AttributeKey, AttributeType, Kind, Value};
 use crate::store::layout::LayoutFile;
-use crate::store::{Backend, Metadata, Object, ObjectId, ObjectName, Patience, TokenName};
+use crate::store::{Metadata, Object, ObjectId, ObjectName, Patience, TokenName};
 
 /// The directory of everything derived, in the root and not listed there.
 pub(crate) const CONTROL: &str = ".tokenfs";
@@ -327,30 +324,6 @@ impl Tree {
         })
     }
 
-    /// The objects of a token, those that are not in the store yet included.
-    pub(super) fn objects(&self, token: &TokenName, patience: Patience) -> Result<Vec<ObjectName>> {
-        // First those that are new: one that gets into the store in between is in both then, and not in neither.
-        let new = lock(&self.drafts).new_objects(token);
-        let listed = self.ask(token, patience, |token| token.list(patience))?;
-        let mut objects = listed.to_vec();
-        if !new.is_empty() {
-            objects.extend(new);
-            objects.sort_unstable();
-            objects.dedup();
-        }
-        Ok(objects)
-    }
-
-    /// Whether a token has a directory `token`: not before that was made, and not after it was removed.
-    pub(super) fn has_own(&self, token: &TokenName) -> bool {
-        let drafts = lock(&self.drafts);
-        let gone = drafts
-            .get(&(token.clone(), ObjectId::Token))
-            .is_some_and(|draft| draft.gone);
-        let made = drafts.build(token).is_none_or(|build| build.has_own);
-        made && !gone
-    }
-
     /// The files in an object, or in a map, that were created and have no value yet.
     fn add_fresh(
         &self,
@@ -386,114 +359,6 @@ impl Tree {
             self.store.path().display()
         ));
         false
-    }
-
-    /// The present version of an object, with what was written to it in the mount and is not in the store yet.
-    pub(super) fn object(
-        &self,
-        token: &TokenName,
-        id: &ObjectId,
-        patience: Patience,
-    ) -> Result<Arc<Object>> {
-        let draft = lock(&self.drafts)
-            .get(&(token.clone(), id.clone()))
-            .cloned();
-        if *id == ObjectId::Token && !self.has_own(token) {
-            return Err(Error::not_found("the directory token is gone"));
-        }
-        let Some(draft) = draft else {
-            return self.stored(token, id, patience);
-        };
-        if let Some(new) = &draft.new {
-            return Ok(Arc::new(Object {
-                metadata: self.new_metadata(token, new, patience)?,
-                ..new.object()
-            }));
-        }
-        let stored = self.stored(token, id, patience)?;
-        if draft.removed.is_empty() {
-            return Ok(stored);
-        }
-        let mut object = Object::clone(&stored);
-        for slot in &draft.removed {
-            slot.remove(&mut object.attributes);
-        }
-        Ok(Arc::new(object))
-    }
-
-    /// The version of an object that the store has. Of a damaged one, how to get rid of it is said too.
-    fn stored(&self, token: &TokenName, id: &ObjectId, patience: Patience) -> Result<Arc<Object>> {
-        let stored = self.ask(token, patience, |token| token.object(id, patience));
-        stored.map_err(|error| {
-            let is_one = error.kind() == ErrorKind::Damaged
-                && matches!(id, ObjectId::Object(_))
-                && !self.store.options().read_only
-                // It alone, and not all of its token.
-                && self.object_metadata(token, id, patience).is_ok();
-            if !is_one {
-                return error;
-            }
-            let path = self.path_of(&Node::Object(token.clone(), id.clone()));
-            let path = path.display().to_string();
-            error.advise(format!(
-                "to remove it, for good: rmdir '{}' in the mount",
-                path.escape_debug()
-            ))
-        })
-    }
-
-    /// Whether a directory is that of an object that is there and damaged.
-    pub(super) fn is_damaged(&self, node: &Node, patience: Patience) -> Result<bool> {
-        let Node::Object(token, id) = node else {
-            return Ok(false);
-        };
-        match self.object(token, id, patience) {
-            Ok(_) => Ok(false),
-            Err(error) if error.kind() == ErrorKind::Damaged => Ok(true),
-            Err(error) => Err(error),
-        }
-    }
-
-    /// Of the backing file of an object, or of the one that a new object is going to have.
-    pub(super) fn object_metadata(
-        &self,
-        token: &TokenName,
-        id: &ObjectId,
-        patience: Patience,
-    ) -> Result<Metadata> {
-        if *id == ObjectId::Token && !self.has_own(token) {
-            return Err(Error::not_found("the directory token is gone"));
-        }
-        let draft = lock(&self.drafts)
-            .get(&(token.clone(), id.clone()))
-            .cloned();
-        if let Some(new) = draft.and_then(|draft| draft.new) {
-            // Its own time is now for as long as it is pending.
-            let now = SystemTime::now();
-            return Ok(Metadata {
-                mtime: now,
-                ..self.new_metadata(token, &new, patience)?
-            });
-        }
-        self.ask(token, patience, |token| token.object_metadata(id, patience))
-    }
-
-    fn new_metadata(&self, token: &TokenName, new: &New, patience: Patience) -> Result<Metadata> {
-        let own = new.metadata();
-        let shared = self.ask(token, patience, |token| match token.backend() {
-            Backend::File => Ok(None),
-            // All objects of a database have its mode and owner.
-            Backend::Db => token.object_metadata(&ObjectId::Token, patience).map(Some),
-        })?;
-        let Some(Metadata { mode, uid, gid, .. }) = shared else {
-            return Ok(own);
-        };
-        Ok(Metadata {
-            mode,
-            uid,
-            gid,
-            ..own
-        })
     }
 }
 
