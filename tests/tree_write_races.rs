@@ -5,7 +5,7 @@ use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 use tokenfs::diagnostics::Diagnostics;
 use tokenfs::store::attribute::{Attributes, Value};
 use tokenfs::store::file::encode;
@@ -63,6 +63,13 @@ impl F {
             .tree
             .make_dir(directory, os(name), 0o700, me(), patient());
         made.unwrap().attributes.ino
+    }
+    /// Gives something a time.
+    fn date(&self, ino: Ino, mtime: SystemTime) {
+        let mut change = SetAttributes::default();
+        change.metadata.mtime = Some(tokenfs::store::Time::At(mtime));
+        let set = self.tree.set_attributes(ino, None, &change, patient());
+        set.unwrap();
     }
     fn find(&self, directory: Ino, name: &str) -> Ino {
         let found = self.tree.lookup(directory, os(name), patient());
@@ -538,41 +545,21 @@ fn what_was_unlinked_is_not_seen_while_something_new_is_committed() {
 fn the_time_that_a_token_is_given_stays_beside_the_last_object_that_is_written() {
     let f = fixture();
     let given = std::time::UNIX_EPOCH + Duration::from_secs(1_000_000_000);
-    let dated = |ino| {
-        let mut change = SetAttributes::default();
-        change.metadata.mtime = Some(tokenfs::store::Time::At(given));
-        f.tree
-            .set_attributes(ino, None, &change, patient())
-            .unwrap()
-    };
     for round in 0..300 {
         let name = format!("00000000-0000-4000-8000-{round:012}");
-        let made = f
-            .tree
-            .make_dir(f.token, os(&name), 0o700, me(), patient())
-            .unwrap();
-        let directory = made.attributes.ino;
+        let directory = f.make_dir(f.token, &name);
         for (name, value) in [("CKA_CLASS", "CKO_DATA\n"), ("CKA_PRIVATE", "false\n")] {
-            let c = Creation {
-                mode: 0o600,
-                ..Creation::default()
-            };
-            let (_, h) = f
-                .tree
-                .create(directory, os(name), c, me(), patient())
-                .unwrap();
-            f.tree.write(h, 0, value.as_bytes()).unwrap();
-            f.tree.release(h, patient()).unwrap();
+            f.put(directory, name, value.as_bytes());
         }
         let start = std::sync::Barrier::new(2);
         std::thread::scope(|s| {
             s.spawn(|| {
                 start.wait();
-                dated(directory)
+                f.date(directory, given);
             });
             start.wait();
             std::thread::sleep(Duration::from_micros(round * 7 % 1500));
-            dated(f.token);
+            f.date(f.token, given);
         });
         let shown = f
             .tree
@@ -592,13 +579,6 @@ fn the_time_that_a_token_is_given_stays_beside_the_last_object_that_is_written()
 fn an_attribute_has_the_time_that_it_was_given_while_its_directory_is_given_one() {
     let f = fixture();
     let at = |seconds| std::time::UNIX_EPOCH + Duration::from_secs(1_000_000_000 + seconds);
-    let give = |ino, mtime| {
-        let mut change = SetAttributes::default();
-        change.metadata.mtime = Some(tokenfs::store::Time::At(mtime));
-        f.tree
-            .set_attributes(ino, None, &change, patient())
-            .unwrap()
-    };
     let shown = |name| {
         let found = f.tree.lookup(f.object, os(name), patient()).unwrap();
         found.attributes.mtime
@@ -607,16 +587,16 @@ fn an_attribute_has_the_time_that_it_was_given_while_its_directory_is_given_one(
         // As a restore by rsync: one process gives the directory its time, and the other one brings a value with the same time.
         let (before, given) = (at(2 * round), at(2 * round + 1));
         for name in ["CKA_CLASS", "CKA_LABEL"] {
-            give(f.find(f.object, name), before);
+            f.date(f.find(f.object, name), before);
         }
         f.put(f.object, ".CKA_LABEL.x", b"new");
-        give(f.find(f.object, ".CKA_LABEL.x"), given);
+        f.date(f.find(f.object, ".CKA_LABEL.x"), given);
         let start = std::sync::Barrier::new(2);
         std::thread::scope(|s| {
             s.spawn(|| {
                 start.wait();
                 for turn in 0..40 {
-                    give(f.object, given + Duration::from_millis(turn));
+                    f.date(f.object, given + Duration::from_millis(turn));
                 }
             });
             start.wait();
@@ -636,20 +616,10 @@ fn an_attribute_has_the_time_that_it_was_given_while_its_directory_is_given_one(
 fn what_was_scratch_and_is_an_attribute_does_not_count_as_scratch() {
     let f = fixture();
     let name = "00000000-0000-4000-8000-000000000000";
-    let made = f.tree.make_dir(f.token, os(name), 0o700, me(), patient());
-    let directory = made.unwrap().attributes.ino;
-    let how = Creation {
-        mode: 0o600,
-        ..Creation::default()
-    };
+    let directory = f.make_dir(f.token, name);
     // More than the limit for scratch: the kernel may remember all of them, and a restore makes one for each attribute.
     for _ in 0..100_001 {
-        let (_, h) = f
-            .tree
-            .create(directory, os(".CKA_ID.x"), how, me(), patient())
-            .unwrap();
-        f.tree.write(h, 0, b"1").unwrap();
-        f.tree.release(h, patient()).unwrap();
+        f.put(directory, ".CKA_ID.x", b"1");
         let renamed = f.tree.rename(
             (directory, os(".CKA_ID.x")),
             (directory, os("CKA_ID")),
@@ -664,14 +634,7 @@ fn what_was_scratch_and_is_an_attribute_does_not_count_as_scratch() {
 fn what_is_being_written_has_a_limit_however_it_is_spread() {
     let f = fixture();
     let most = 64 * 1024 * 1024;
-    let open = |name: &str| {
-        let how = Creation {
-            mode: 0o600,
-            ..Creation::default()
-        };
-        let made = f.tree.create(f.object, os(name), how, me(), patient());
-        made.unwrap().1
-    };
+    let open = |name: &str| f.create(f.object, name);
     // Nothing but the last byte: what is before it takes memory all the same.
     let fill = |handle| f.tree.write(handle, most - 1, b"x");
     let files = [
