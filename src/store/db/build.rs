@@ -6,13 +6,12 @@
 use std::fs::{File, OpenOptions, Permissions};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt, fchown};
 use std::path::Path;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use nix::libc;
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 
 use super::connection::{Database, stat};
-use super::exclusive::Exclusive;
 use super::failure::{Failure, classify_write};
 use super::snapshot::TOKEN_ROW;
 use super::{DATABASE, DbToken, Slot, TAKEN};
@@ -56,16 +55,8 @@ impl DbToken {
         make_file(&path, files)?;
         point("db.build.made");
         let token = Self {
-            name,
-            directory: directory.to_path_buf(),
-            path,
-            options,
-            diagnostics,
             built: true,
-            connection: Exclusive::default(),
-            cache: Mutex::default(),
-            last: Mutex::default(),
-            holding: std::sync::Arc::default(),
+            ..Self::with(name, directory, path, options, diagnostics)
         };
         token.make_schema().map_err(|failure| match failure {
             Failure::Taken => Error::new(ErrorKind::Busy, TAKEN).at(&token.path),

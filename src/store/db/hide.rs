@@ -6,9 +6,8 @@
 //! the second look is for.
 
 use std::path::Path;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
-use super::exclusive::Exclusive;
 use super::{DATABASE, DbToken};
 use crate::diagnostics::Diagnostics;
 use crate::error::{Error, ErrorKind, Result};
@@ -46,18 +45,8 @@ impl DbToken {
         options: Options,
         diagnostics: Arc<Diagnostics>,
     ) -> Result<Self> {
-        let token = Self {
-            name,
-            directory: directory.to_path_buf(),
-            path: directory.join(format!("{DATABASE}{NEW_SUFFIX}")),
-            options,
-            diagnostics,
-            built: false,
-            connection: Exclusive::default(),
-            cache: Mutex::default(),
-            last: Mutex::default(),
-            holding: std::sync::Arc::default(),
-        };
+        let path = directory.join(format!("{DATABASE}{NEW_SUFFIX}"));
+        let token = Self::with(name, directory, path, options, diagnostics);
         token.metadata()?;
         Ok(token)
     }

@@ -129,10 +129,24 @@ impl DbToken {
         options: Options,
         diagnostics: Arc<Diagnostics>,
     ) -> Result<Self> {
-        let token = Self {
+        let path = directory.join(DATABASE);
+        let token = Self::with(name, directory, path, options, diagnostics);
+        token.metadata()?;
+        Ok(token)
+    }
+
+    /// The token in `directory` whose database is `path`, of which nothing is known yet.
+    fn with(
+        name: TokenName,
+        directory: &Path,
+        path: PathBuf,
+        options: Options,
+        diagnostics: Arc<Diagnostics>,
+    ) -> Self {
+        Self {
             name,
             directory: directory.to_path_buf(),
-            path: directory.join(DATABASE),
+            path,
             options,
             diagnostics,
             built: false,
@@ -140,9 +154,7 @@ impl DbToken {
             cache: Mutex::default(),
             last: Mutex::default(),
             holding: Arc::default(),
-        };
-        token.metadata()?;
-        Ok(token)
+        }
     }
 
     /// The id of the row in the table `object` that an object is stored under.
