@@ -359,36 +359,12 @@ both_backends! {
 
 // ----------------------------------------------------------------------------------------------------- databases
 
-const CRASH: &str = "TOKENFS_TEST_CRASH_CHECKED";
-
-/// Not a test: the process that dies in the middle of a transaction whose pages have reached the file.
-#[test]
-#[ignore = "run by the test of a crashed writer"]
-fn crashing_writer() {
-    let Some(path) = std::env::var_os(CRASH) else {
-        return;
-    };
-    let writer = rusqlite::Connection::open(path).unwrap();
-    writer
-        .execute_batch(
-            "pragma cache_size = 2; pragma cache_spill = 1; begin immediate;
-             update attribute_binary set value = x'626164';
-             insert into attribute_binary (value, type, object_id) values (zeroblob(400000), 17, 2)",
-        )
-        .unwrap();
-    std::process::abort();
-}
-
 #[test]
 fn a_left_journal_is_rolled_back_by_repair_alone() {
     let softhsm = Softhsm::golden(Golden::V2_6_1, Backend::Db);
     let intact = softhsm.snapshot();
     let database = softhsm.token_directories().remove(0).join("sqlite3.db");
-    let mut writer = Command::new(std::env::current_exe().unwrap());
-    writer
-        .args(["--exact", "crashing_writer", "--ignored"])
-        .env(CRASH, &database);
-    assert!(!writer.output().unwrap().status.success());
+    crash_a_writer(&database);
     set_mode(&database.with_file_name("sqlite3.db-journal"), 0o600);
     let checked = look(&softhsm);
     assert_eq!(checked.code, 1);

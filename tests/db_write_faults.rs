@@ -367,32 +367,12 @@ fn a_crash_at_every_point_leaves_old_or_new() {
     assert_eq!(reached.len(), points.count(), "{reached:?}");
 }
 
-/// Not a test: another writer, who dies when some of its pages are in the file.
-#[test]
-#[ignore = "run by the test of a left journal"]
-fn crashing_writer() {
-    let Some(path) = std::env::var_os(INNER) else {
-        return;
-    };
-    let writer = rusqlite::Connection::open(path).unwrap();
-    let sql = "pragma cache_size = 2; begin immediate; update attribute_binary set value = x'626164';
-               insert into attribute_binary (value, type, object_id) values (zeroblob(400000), 17, 2);
-               insert into object values (50)";
-    writer.execute_batch(sql).unwrap();
-    std::process::abort();
-}
-
 #[test]
 fn what_another_writer_left_is_rolled_back_before_a_write() {
     let made = made("");
     let token = made.token();
     for text in ["first", "second"] {
-        let mut command = Command::new(std::env::current_exe().unwrap());
-        command
-            .args(["--exact", "crashing_writer", "--ignored"])
-            .env(INNER, &made.path);
-        assert!(!command.output().unwrap().status.success());
-        assert!(made.path.with_file_name("sqlite3.db-journal").exists());
+        support::crash_a_writer(&made.path);
         relabel(&token, 2, text).unwrap();
         assert_eq!(label(&token, 2), text.as_bytes());
         assert_eq!(label(&token, 3), b"l3");

@@ -6,31 +6,11 @@ mod support;
 
 use std::fs;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use mount_common::*;
 use support::*;
-
-const CRASH: &str = "TOKENFS_TEST_CRASH_MOUNTED";
-
-/// Not a test: the process that dies in the middle of a transaction whose pages have reached the file.
-#[test]
-#[ignore = "run by the test of a crashed writer"]
-fn crashing_writer() {
-    let Some(path) = std::env::var_os(CRASH) else {
-        return;
-    };
-    let writer = rusqlite::Connection::open(path).unwrap();
-    writer
-        .execute_batch(
-            "pragma cache_size = 2; pragma cache_spill = 1; begin immediate;
-             update attribute_binary set value = x'626164';
-             insert into attribute_binary (value, type, object_id) values (zeroblob(400000), 17, 2)",
-        )
-        .unwrap();
-    std::process::abort();
-}
 
 #[test]
 fn a_hot_journal_is_rolled_back_unless_the_mount_is_read_only() {
@@ -39,12 +19,7 @@ fn a_hot_journal_is_rolled_back_unless_the_mount_is_read_only() {
     let intact = softhsm.snapshot();
     let token = softhsm.token_directories().remove(0);
     let name = token.file_name().unwrap();
-    let mut writer = Command::new(std::env::current_exe().unwrap());
-    writer
-        .args(["--exact", "crashing_writer", "--ignored"])
-        .env(CRASH, token.join("sqlite3.db"));
-    assert!(!writer.output().unwrap().status.success());
-    assert!(token.join("sqlite3.db-journal").exists());
+    crash_a_writer(&token.join("sqlite3.db"));
     let torn = softhsm.snapshot();
     assert_ne!(torn, intact);
 

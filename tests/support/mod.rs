@@ -60,6 +60,26 @@ pub fn seed() -> usize {
     }
 }
 
+/// Has a writer of a database with at least two objects die in the middle of a transaction of which pages have reached the file: what it
+/// leaves is a hot journal.
+#[track_caller]
+pub fn crash_a_writer(database: &Path) {
+    let intact = fs::read(database).unwrap();
+    let sql = "pragma cache_size = 2; pragma cache_spill = 1; begin immediate;
+        update attribute_binary set value = x'626164';
+        insert into attribute_binary (value, type, object_id) values (zeroblob(400000), 17, 2);
+        insert into object values (50);";
+    let mut writer = tool("sqlite3");
+    let output = writer
+        .arg(database)
+        .args([sql, ".shell kill -KILL $PPID"])
+        .output()
+        .unwrap();
+    assert!(!output.status.success(), "{output:?}");
+    assert!(database.with_file_name("sqlite3.db-journal").exists());
+    assert_ne!(fs::read(database).unwrap(), intact, "nothing was spilled");
+}
+
 /// A command, once it is sure that it is there. A panic names the Debian package that has it.
 pub fn tool(name: &str) -> Command {
     let path = std::env::var_os("PATH").unwrap_or_default();
