@@ -641,6 +641,32 @@ both_backends! {
         bench.quiet("fallocate -l 3 $o/CKA_LABEL || true");
     }
 
+    fn what_was_cut_off_counts_when_it_is_synced(backend) {
+        let bench = Bench::alone(backend);
+        bench.quiet("printf abcdef >$o/CKA_LABEL");
+        let file = options().open(bench.of_data("CKA_LABEL")).unwrap();
+        file.set_len(2).unwrap();
+        assert_eq!(bench.stored_data("CKA_LABEL").unwrap(), b"abcdef");
+        file.sync_all().unwrap();
+        assert_eq!(bench.stored_data("CKA_LABEL").unwrap(), b"ab");
+        drop(file);
+        let file = options().open(bench.of_data("CKA_PRIVATE")).unwrap();
+        file.set_len(2).unwrap();
+        assert_eq!(errno(file.sync_all()), libc::EINVAL, "a part of a word");
+        drop(file);
+        assert_eq!(bench.stored_data("CKA_PRIVATE").unwrap(), b"false\n");
+    }
+
+    fn a_token_that_was_put_together_in_scratch_is_moved_to_its_place(backend) {
+        let bench = Bench::alone(backend);
+        let before = expected(&bench.softhsm);
+        bench.quiet("name=$(basename $t); cp -a . $out/token; cd ..; rm -r $name; cp -a $out/token .new; mv -T .new $name; ! ls -d .new 2>/dev/null");
+        eventually(SOON, "the token", || leftovers(&bench.softhsm.tokendir).is_empty());
+        bench.settle();
+        assert_same(&before, &expected(&bench.softhsm));
+        assert_eq!(bench.log(), "");
+    }
+
     fn a_pending_object_is_in_the_mount_alone_and_appears_whole(backend) {
         let bench = Bench::alone(backend);
         let name = "00000000-0000-4000-8000-000000000001";

@@ -138,6 +138,51 @@ both_backends! {
         drop(small);
     }
 
+    fn whoever_copies_what_has_no_room_is_told(backend) {
+        let (small, softhsm, client, handles) = on_tmpfs(backend, "2m");
+        let mut bench = Bench::beside(softhsm, client, handles, &MountOptions::new());
+        let filler = bench.softhsm.tokendir.join("filler");
+        fs::write(&filler, vec![1; 1_500_000]).unwrap();
+        let name = "00000000-0000-4000-8000-000000000001";
+        bench.quiet("mkdir $out/copy && cp -a $o $out/copy/00000000-0000-4000-8000-000000000001 && head -c 800000 /dev/zero >$out/copy/00000000-0000-4000-8000-000000000001/CKA_VALUE");
+        let before = mount_common::expected(&bench.softhsm);
+        let tools = [
+            "mv $out/copy/* .",
+            "cp -a $out/copy/* .",
+            "cp -r $out/copy/* .",
+            "rsync -a $out/copy/ .",
+            "rsync -a --inplace $out/copy/ .",
+            "rsync -a --remove-source-files $out/copy/ .",
+            "tar -C $out/copy -cf - . | tar -xf -",
+            "install -D -t 00000000-0000-4000-8000-000000000001 $out/copy/*/*",
+        ];
+        for line in tools {
+            let said = bench.fails(line);
+            assert!(said.contains("No space left"), "{line}: {said}");
+            assert!(bench.outside.path().join("copy").join(name).join("CKA_VALUE").exists(), "{line}");
+            std::thread::sleep(HELD);
+            // Not even a part of it.
+            mount_common::assert_same(&before, &mount_common::expected(&bench.softhsm));
+            bench.quiet("rm -r 00000000-0000-4000-8000-000000000001; rm -rf $out/copy; mkdir $out/copy; cp -a $o $out/copy/00000000-0000-4000-8000-000000000001; head -c 800000 /dev/zero >$out/copy/00000000-0000-4000-8000-000000000001/CKA_VALUE");
+        }
+        assert_explained(&bench, &["room"]);
+        // What has been taken for moved is not lost with the mount.
+        bench.fails("rsync -a --remove-source-files $out/copy/ .");
+        let refused = tokenfs().arg("umount").arg(bench.mount.path()).output().unwrap();
+        assert_eq!(refused.status.code(), Some(1), "{refused:?}");
+        drop(std::mem::replace(&mut bench.mount, Mount::new(&bench.softhsm)));
+        let class = bench.stored(format!("{name}/CKA_CLASS"));
+        assert_eq!(class.as_deref(), Some(&b"CKO_DATA\n"[..]));
+        fs::remove_file(&filler).unwrap();
+        bench.quiet("rsync -a $out/copy/ .");
+        eventually(SOON, "the object", || bench.has(name));
+        assert_eq!(bench.stored(format!("{name}/CKA_VALUE")).unwrap().len(), 800_000);
+        let Bench { mount, client, .. } = bench;
+        drop(client);
+        mount.unmount();
+        drop(small);
+    }
+
     fn a_read_only_file_system_is_read_only(backend) {
         let (small, softhsm, client, handles) = on_tmpfs(backend, "4m");
         // What has the store open for writing would keep it from becoming read-only.

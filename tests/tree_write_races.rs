@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime};
 use tokenfs::diagnostics::Diagnostics;
 use tokenfs::store::attribute::{Attributes, Value};
 use tokenfs::store::file::encode;
-use tokenfs::store::{Options, Patience, Store};
+use tokenfs::store::{ObjectId, ObjectName, Options, Patience, Store, TokenName};
 use tokenfs::tree::node::ROOT;
 use tokenfs::tree::*;
 
@@ -517,6 +517,34 @@ fn what_is_unlinked_while_it_is_committed_is_gone() {
     assert!(
         f.tree.lookup(f.object, os("CKA_LABEL"), patient()).is_err(),
         "unlink said 0"
+    );
+}
+
+#[test]
+fn what_somebody_else_writes_over_what_was_unlinked_stays() {
+    let f = fixture();
+    f.tree.unlink(f.object, os("CKA_LABEL"), patient()).unwrap();
+    let label = || f.tree.lookup(f.object, os("CKA_LABEL"), patient());
+    assert!(label().is_err());
+    // Another mount, or a SoftHSM, whose call has returned.
+    let other = Store::open(f.dir.path(), Options::default(), Arc::default()).unwrap();
+    let token = other.token(&TokenName::new(os("t")).unwrap()).unwrap();
+    let id = ObjectId::Object(ObjectName::new(os("key")).unwrap());
+    let mut relabel = |attributes: &mut Attributes| {
+        attributes.insert(3, Value::Bytes(b"theirs".to_vec()));
+        Ok(())
+    };
+    token.update(&id, &mut relabel, None, patient()).unwrap();
+    std::thread::sleep(Duration::from_millis(50));
+    assert!(label().is_ok(), "it is there again at once");
+    std::thread::sleep(Duration::from_millis(300));
+    f.tree.settle();
+    let stored = token.object(&id, patient()).unwrap();
+    assert_eq!(stored.attributes.bytes(3), Some(&b"theirs"[..]));
+    let log = f.tree.diagnostics().render();
+    assert!(
+        log.contains("t/key/CKA_LABEL: it was removed here"),
+        "{log}"
     );
 }
 

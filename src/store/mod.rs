@@ -206,6 +206,14 @@ pub trait Token: Send + Sync + fmt::Debug {
     /// [`ErrorKind::NotFound`] if the directory is gone.
     fn metadata(&self) -> Result<Metadata>;
 
+    /// Mode and owner that all its objects share, if they do: those of the database.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] if that is gone. It is not waited for.
+    fn shared_access(&self) -> Result<Option<Access>> {
+        Ok(None)
+    }
+
     /// The names of its objects, in ascending order, damaged ones included, without the token's own object.
     ///
     /// # Errors

@@ -5,11 +5,19 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
+use super::draft::Room;
 use super::{Tree, lock};
 use crate::error::{Error, ErrorKind, Result};
+use crate::store::{Backend, TokenName};
 
 /// How many bytes all of it may have together.
 const MOST_BYTES: u64 = 256 * 1024 * 1024;
+
+/// What a database takes beside the objects that are written into it, in bytes: its journal, and pages that are not full.
+const DATABASE: u64 = 64 * 1024;
+
+/// What an object takes in a directory, and a little more, in files: its own, its lock file, the journal, and the token's generation.
+const FILES: u64 = 4;
 
 /// What is known of how much there is.
 #[derive(Debug, Default)]
@@ -42,6 +50,36 @@ impl Tree {
         }
         budget.at_most = wanted;
         Ok(())
+    }
+
+    /// The room that the store has for new objects of a token. What is pending is written later, when nobody may be listening; so whoever
+    /// closes a file of it is told as far as that can be known.
+    ///
+    /// # Errors
+    /// What `statvfs` fails with.
+    pub(super) fn room(&self, token: &TokenName) -> Result<Room> {
+        let stat = self.store.statvfs()?;
+        let block = stat.fragment_size().max(1);
+        let blocks = match self.settings.uid {
+            0 => stat.blocks_free(),
+            _ => stat.blocks_available(),
+        };
+        // A file system that does not say how large it is has no blocks, and one that does not count files none of them.
+        let is_known = stat.blocks() > 0;
+        let is_out_of_files = stat.files() > 0 && stat.files_free() < FILES;
+        let free = if is_out_of_files {
+            0
+        } else {
+            blocks.saturating_mul(block)
+        };
+        let apart = match self.token(token)?.backend() {
+            Backend::File => 0,
+            Backend::Db => DATABASE,
+        };
+        Ok(Room {
+            free: is_known.then(|| free.saturating_sub(apart)),
+            block,
+        })
     }
 
     fn held(&self) -> u64 {

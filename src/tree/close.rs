@@ -13,18 +13,36 @@ use crate::error::{ErrorKind, Result};
 use crate::store::Patience;
 
 impl Tree {
-    /// A descriptor is closed, perhaps not the last one of its file, or synced: what was written since the last time is
-    /// committed.
+    /// A descriptor is closed, perhaps not the last one of its file: what was written since the last time is committed.
     ///
     /// # Errors
     /// [`ErrorKind::Invalid`] if it is no value of its kind: the old value stays; what writing to the store fails with.
     pub fn flush(&self, handle: HandleId, patience: Patience) -> Result<()> {
+        self.commit_handle(handle, patience, |state| state.written)
+    }
+
+    /// A descriptor is synced: all that was done through it is committed, also that the file was cut or extended.
+    ///
+    /// # Errors
+    /// As [`Tree::flush`].
+    pub(super) fn commit_all(&self, handle: HandleId, patience: Patience) -> Result<()> {
+        self.commit_handle(handle, patience, |state| {
+            state.written || state.resized && !state.refused
+        })
+    }
+
+    fn commit_handle(
+        &self,
+        handle: HandleId,
+        patience: Patience,
+        wanted: impl Fn(&State) -> bool,
+    ) -> Result<()> {
         let writer = match lock(&self.handles).get(handle) {
             Some(Handle::Writer(writer) | Handle::Shared(writer)) => Arc::clone(writer),
             // There is nothing to say of a file that is read.
             _ => return Ok(()),
         };
-        self.commit_writer(&writer, patience, |state| state.written)
+        self.commit_writer(&writer, patience, wanted)
     }
 
     /// Commits what a descriptor has that is `wanted`. Of several that close duplicates of one at the same time, one commits, and the

@@ -1,5 +1,6 @@
 //! Values that get into their object: into its draft if it is new, else into the store.
 
+use std::path::Path;
 use std::time::SystemTime;
 
 use nix::sys::statvfs::FsFlags;
@@ -142,15 +143,20 @@ impl Tree {
                 *draft.committing.entry(*slot).or_insert(0) += 1;
             }
             let ours = |held: &Slot| slots.iter().any(|slot| held == slot || held.is_in(*slot));
-            let held: Vec<Slot> = draft.removed.iter().copied().filter(ours).collect();
+            let held = draft.removed.iter().filter(|(slot, _)| ours(slot));
+            let held: Vec<(Slot, Attributes)> =
+                held.map(|(slot, then)| (*slot, then.clone())).collect();
             Ok((draft.number, held))
         })?;
+        let mut made = Attributes::new();
         let outcome = self.change(first, mtime, patience, &mut |attributes| {
             // What the store has there still is not there for whoever unlinked it.
-            for slot in &held {
-                slot.remove(attributes);
+            for (slot, then) in &held {
+                slot.remove_unchanged(attributes, then);
             }
-            edit(attributes)
+            edit(attributes)?;
+            made.clone_from(attributes);
+            Ok(())
         });
         let mut drafts = lock(&self.drafts);
         // The object may have another name by now, or there is another one of this name.
@@ -160,6 +166,9 @@ impl Tree {
             for slot in slots {
                 let Some(count) = draft.committing.get_mut(&slot) else {
                     // It was unlinked meanwhile: what has come is to go again.
+                    if let Some(then) = draft.removed.get_mut(&slot) {
+                        then.clone_from(&made);
+                    }
                     continue;
                 };
                 *count -= 1;
@@ -170,7 +179,7 @@ impl Tree {
                     draft.fresh.remove(&slot);
                     draft
                         .removed
-                        .retain(|held| *held != slot && !held.is_in(slot));
+                        .retain(|held, _| *held != slot && !held.is_in(slot));
                 }
             }
         }
@@ -199,13 +208,26 @@ impl Tree {
             return Err(Error::new(ErrorKind::Invalid, "not in an object"));
         };
         let key = (token.clone(), id.clone());
+        let slot = Slot::of(node).map(|(_, _, slot)| slot);
+        let room = self.room(token)?;
         let in_draft = self.with_drafts(&key, patience, |drafts| {
+            let Some(old) = drafts.new_attributes(&key) else {
+                return Ok(false);
+            };
+            let mut attributes = old.clone();
+            edit(&mut attributes)?;
+            validate::check(Some(&old), &attributes)?;
+            let outcome = drafts.check_room(&room, &old, &attributes);
             let Some(new) = drafts.get_mut(&key).and_then(|draft| draft.new.as_mut()) else {
                 return Ok(false);
             };
-            let mut attributes = new.attributes.clone();
-            edit(&mut attributes)?;
-            validate::check(Some(&new.attributes), &attributes)?;
+            if let Err(error) = outcome {
+                new.unwritten.extend(slot);
+                return Err(error);
+            }
+            if let Some(slot) = slot {
+                new.unwritten.remove(&slot);
+            }
             new.attributes = attributes;
             if mtime.is_some() {
                 new.mtime = mtime;
@@ -239,7 +261,6 @@ impl Tree {
             self.give_up_dating(&key);
             return Err(error);
         }
-        let slot = Slot::of(node).map(|(_, _, slot)| slot);
         self.end_dating(&key, slot.as_slice(), mtime, patience);
         if *id == ObjectId::Token
             && let Some(build) = lock(&self.drafts).build_mut(token)
@@ -300,7 +321,9 @@ impl Tree {
     /// Records why something was not written, with its name.
     pub(super) fn noted_write<T>(&self, node: &Node, outcome: Result<T>) -> Result<T> {
         outcome.map_err(|error| {
-            if error.kind() == ErrorKind::WouldBlock {
+            // What is named in the words of the tree is in the log already.
+            if error.kind() == ErrorKind::WouldBlock || error.path().is_some_and(Path::is_relative)
+            {
                 return error;
             }
             // Which attribute, and in which file of the store.

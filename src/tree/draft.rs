@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
 use super::slot::Slot;
+use crate::error::{Error, ErrorKind, Result};
 use crate::pkcs11;
 use crate::store::attribute::Attributes;
 use crate::store::file;
@@ -47,6 +48,9 @@ pub(super) struct New {
     pub access: Access,
     /// The time that it was given.
     pub mtime: Option<SystemTime>,
+    /// What was to be written into it and could not, for lack of space: whoever copies it may not care, and it would be a part of what was
+    /// meant.
+    pub unwritten: BTreeSet<Slot>,
     /// Descriptors that are open for writing in it.
     pub writers: usize,
     /// The processes that have made its directory, or given that a time: one of them says when it is finished.
@@ -97,8 +101,9 @@ pub(super) struct Draft {
     pub number: u64,
     /// All of it, if it is new.
     pub new: Option<New>,
-    /// What was unlinked and is in the store still.
-    pub removed: BTreeSet<Slot>,
+    /// What was unlinked and is in the store still; and all that the object held then. What somebody else has changed since is not what was
+    /// unlinked.
+    pub removed: BTreeMap<Slot, Attributes>,
     /// Files that were created and have no value yet.
     pub fresh: BTreeMap<Slot, Bytes>,
     /// How many commits are on their way to each place. What was unlinked there stays held until the first of them has come, and is not
@@ -119,7 +124,7 @@ impl Draft {
         Self {
             number,
             new,
-            removed: BTreeSet::new(),
+            removed: BTreeMap::new(),
             fresh: BTreeMap::new(),
             committing: BTreeMap::new(),
             given: None,
@@ -140,12 +145,12 @@ impl Draft {
     }
 
     /// What was unlinked and not created again meanwhile.
-    pub fn unlinked(&self) -> impl Iterator<Item = Slot> {
+    pub fn unlinked(&self) -> impl Iterator<Item = (Slot, &Attributes)> {
         let (fresh, committing) = (&self.fresh, &self.committing);
         self.removed
             .iter()
-            .copied()
-            .filter(move |slot| !fresh.contains_key(slot) && !committing.contains_key(slot))
+            .map(|(slot, then)| (*slot, then))
+            .filter(move |(slot, _)| !fresh.contains_key(slot) && !committing.contains_key(slot))
     }
 
     /// An attribute map has another name: the files in it that have no value yet go with it.
@@ -168,7 +173,7 @@ impl Draft {
             Some(new) => {
                 let has = |attribute_type| new.attributes.of_type(attribute_type).is_some();
                 // A copy that pauses there is not finished. That is said once, until somebody does something about it.
-                let is_undecided = new.lacks().is_some();
+                let is_undecided = new.lacks().is_some() || !new.unwritten.is_empty();
                 if is_undecided && self.not_before.is_some_and(|failed| failed > self.touched) {
                     return None;
                 }
@@ -179,7 +184,7 @@ impl Draft {
             None => {
                 let is_class =
                     |slot: Slot| slot.map.is_none() && slot.key.attribute_type == pkcs11::CKA_CLASS;
-                let wait = if self.unlinked().any(is_class) {
+                let wait = if self.unlinked().any(|(slot, _)| is_class(slot)) {
                     HALF_UNLINKED
                 } else {
                     LEFT_ALONE
@@ -215,9 +220,33 @@ impl Build {
     }
 }
 
+/// The room that there is for new objects in the file system of the store.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Room {
+    /// In bytes, as far as that is known.
+    pub free: Option<u64>,
+    /// Of which a block has so many.
+    pub block: u64,
+}
+
+impl Room {
+    /// What an object takes: its blocks, and one for the directories that it is in.
+    fn taken_by(&self, attributes: &Attributes) -> u64 {
+        if attributes.is_empty() {
+            return 0;
+        }
+        let length = file::encoded_length(attributes);
+        length
+            .next_multiple_of(self.block)
+            .saturating_add(self.block)
+    }
+}
+
 /// All drafts.
 #[derive(Debug, Default)]
 pub(super) struct Drafts {
+    /// The new objects take no more room than this, in bytes.
+    taken: u64,
     objects: HashMap<Key, Draft>,
     builds: HashMap<TokenName, Build>,
     /// How many drafts there have been.
@@ -338,6 +367,36 @@ impl Drafts {
     pub fn contents(&self) -> Vec<Bytes> {
         let fresh = self.objects.values().flat_map(|draft| draft.fresh.values());
         fresh.map(Arc::clone).collect()
+    }
+
+    /// What is in a new object.
+    pub fn new_attributes(&self, key: &Key) -> Option<Attributes> {
+        let new = self.get(key)?.new.as_ref()?;
+        Some(new.attributes.clone())
+    }
+
+    /// That there is room for all new objects if one of them gets from `old` to `new`: who closes a file hears of it then, and not when the
+    /// object is written.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NoSpace`].
+    pub fn check_room(&mut self, room: &Room, old: &Attributes, new: &Attributes) -> Result<()> {
+        let Some(free) = room.free else {
+            return Ok(());
+        };
+        let more = room.taken_by(new).saturating_sub(room.taken_by(old));
+        if self.taken.saturating_add(more) > free {
+            // All of it is counted only when that can matter.
+            let new = self.objects.values().filter_map(|draft| draft.new.as_ref());
+            self.taken = new.map(|new| room.taken_by(&new.attributes)).sum();
+        }
+        let wanted = self.taken.saturating_add(more);
+        if more > 0 && wanted > free {
+            let detail = "the file system of the store has no room for it";
+            return Err(Error::new(ErrorKind::NoSpace, detail));
+        }
+        self.taken = wanted;
+        Ok(())
     }
 
     /// How many bytes the new objects would have in a file.

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use super::draft::{Bytes, New};
@@ -117,6 +118,13 @@ impl Tree {
             Node::Scratch(_) => lock(&self.scratch).remove(directory, name),
             Node::Object(token, id @ ObjectId::Object(_)) => {
                 lock(&self.drafts).remove(&(token.clone(), id.clone()));
+            }
+            Node::Object(token, ObjectId::Token) => {
+                let mut drafts = lock(&self.drafts);
+                match drafts.build_mut(token) {
+                    Some(build) => build.has_own = build.own_filled,
+                    None => drafts.entry(&(token.clone(), ObjectId::Token)).gone = true,
+                }
             }
             node => self.drop_fresh(node),
         }
@@ -307,6 +315,7 @@ impl Tree {
             attributes: Attributes::new(),
             access,
             mtime: None,
+            unwritten: BTreeSet::new(),
             writers: 0,
             makers: BTreeSet::from([caller.pid]),
         };
@@ -356,6 +365,12 @@ impl Tree {
             return Err(Error::new(ErrorKind::Invalid, "not an attribute"));
         };
         let key = (token.clone(), id.clone());
+        let then = match self.stored(token, id, patience) {
+            Ok(object) => object.attributes.clone(),
+            // It is new, or gone by now.
+            Err(error) if error.kind() == ErrorKind::NotFound => Attributes::new(),
+            Err(error) => return Err(error),
+        };
         self.with_drafts(&key, patience, |drafts| {
             let draft = drafts.entry(&key);
             let was_fresh = draft.fresh.remove(&slot).is_some();
@@ -366,12 +381,13 @@ impl Tree {
             match &mut draft.new {
                 Some(new) => {
                     slot.remove(&mut new.attributes);
+                    new.unwritten.remove(&slot);
                 }
                 // What was unlinked before it was created again is held already.
                 None if was_fresh && !was_committing => {}
                 None => {
-                    draft.removed.retain(|held| !held.is_in(slot));
-                    draft.removed.insert(slot);
+                    draft.removed.retain(|held, _| !held.is_in(slot));
+                    draft.removed.insert(slot, then.clone());
                     draft.given = None;
                 }
             }
@@ -546,7 +562,8 @@ impl Tree {
                     | ErrorKind::CrossDevice
                     | ErrorKind::WouldBlock
             );
-            if ordinary {
+            // What is named in the words of the tree is in the log already.
+            if ordinary || error.path().is_some_and(Path::is_relative) {
                 return error;
             }
             let error = match error.path() {

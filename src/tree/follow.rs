@@ -116,9 +116,9 @@ impl Tree {
         edit: &mut dyn FnMut(&mut Attributes) -> Result<()>,
     ) -> Result<()> {
         let (token, id) = key;
-        let held: Vec<Slot> = lock(&self.drafts)
+        let held = lock(&self.drafts)
             .get(key)
-            .map(|draft| draft.removed.iter().copied().collect())
+            .map(|draft| draft.removed.clone())
             .unwrap_or_default();
         let check = |stored: &Attributes, attributes: &Attributes| match id {
             ObjectId::Token => Ok(()),
@@ -136,8 +136,8 @@ impl Tree {
                 outcome => return outcome,
             }
             *attributes = stored.clone();
-            for slot in &held {
-                slot.remove(attributes);
+            for (slot, then) in &held {
+                slot.remove_unchanged(attributes, then);
             }
             is_gone = true;
             edit(attributes)?;
@@ -149,7 +149,7 @@ impl Tree {
         if let Some(draft) = lock(&self.drafts).get_mut(key) {
             draft.given = mtime;
             if is_gone {
-                draft.removed.retain(|slot| !held.contains(slot));
+                draft.removed.retain(|slot, _| !held.contains_key(slot));
             }
         }
         Ok(())

@@ -91,6 +91,17 @@ impl State {
         self.error.clone().map_or(Ok(()), Err)
     }
 
+    /// Not all that was to be written could be: what could is a part of it, and no value that anybody meant.
+    pub fn failed(&mut self, error: Error) {
+        *self = Self {
+            refused: true,
+            error: Some(error),
+            committing: self.committing,
+            version: self.version + 1,
+            ..Self::default()
+        };
+    }
+
     /// What there was to commit is committed, or was refused.
     pub fn committed(&mut self, refused: bool) {
         *self = Self {

@@ -7,7 +7,7 @@ use super::draft::New;
 use super::node::Node;
 use super::{Tree, lock};
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::{Backend, Metadata, Object, ObjectId, ObjectName, Patience, TokenName};
+use crate::store::{Access, Metadata, Object, ObjectId, ObjectName, Patience, TokenName};
 
 impl Tree {
     /// The objects of a token, those that are not in the store yet included.
@@ -61,14 +61,19 @@ impl Tree {
             return Ok(stored);
         }
         let mut object = Object::clone(&stored);
-        for slot in &draft.removed {
-            slot.remove(&mut object.attributes);
+        for (slot, then) in &draft.removed {
+            slot.remove_unchanged(&mut object.attributes, then);
         }
         Ok(Arc::new(object))
     }
 
     /// The version of an object that the store has. Of a damaged one, how to get rid of it is said too.
-    fn stored(&self, token: &TokenName, id: &ObjectId, patience: Patience) -> Result<Arc<Object>> {
+    pub(super) fn stored(
+        &self,
+        token: &TokenName,
+        id: &ObjectId,
+        patience: Patience,
+    ) -> Result<Arc<Object>> {
         let stored = self.ask(token, patience, |token| token.object(id, patience));
         stored.map_err(|error| {
             let is_one = error.kind() == ErrorKind::Damaged
@@ -126,12 +131,8 @@ impl Tree {
 
     fn new_metadata(&self, token: &TokenName, new: &New, patience: Patience) -> Result<Metadata> {
         let own = new.metadata();
-        let shared = self.ask(token, patience, |token| match token.backend() {
-            Backend::File => Ok(None),
-            // All objects of a database have its mode and owner.
-            Backend::Db => token.object_metadata(&ObjectId::Token, patience).map(Some),
-        })?;
-        let Some(Metadata { mode, uid, gid, .. }) = shared else {
+        let shared = self.ask(token, patience, |token| token.shared_access())?;
+        let Some(Access { mode, uid, gid }) = shared else {
             return Ok(own);
         };
         Ok(Metadata {

@@ -177,7 +177,9 @@ impl Tree {
             }
             // mv(1) copies what has to be copied.
             (Node::Token(_), _) | (_, Place::Token(_)) => return Err(other_device()),
-            (_, Place::Own(_)) | (Node::Object(_, ObjectId::Token), _) => {
+            (_, Place::Own(_)) | (Node::Object(_, ObjectId::Token), _)
+                if from.directory == to.directory =>
+            {
                 return Err(Error::new(
                     ErrorKind::Invalid,
                     "the directory token is part of its token and keeps its name",

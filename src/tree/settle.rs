@@ -9,11 +9,13 @@ use std::time::{Duration, Instant, SystemTime};
 
 use super::draft::{Draft, Drafts, Key, New};
 use super::handle::HandleId;
+use super::name::file_name;
 use super::node::{Ino, Node};
 use super::slot::Slot;
 use super::{Tree, lock};
 use crate::error::{Error, ErrorKind, Result};
 use crate::pkcs11;
+use crate::store::attribute::Attributes;
 use crate::store::{
     MetadataChange, NewObject, ObjectId, Patience, Target, Time, TokenName, validate,
 };
@@ -28,6 +30,8 @@ pub(super) enum Finished {
     Said,
     /// Nobody has: it has been left alone, or all that is pending is written.
     Assumed,
+    /// The mount ends: what there is of it is written, or lost.
+    Ended,
 }
 
 impl Tree {
@@ -115,7 +119,7 @@ impl Tree {
                         .display()
                 ));
             } else if !draft.gone {
-                let _ = self.write_draft(&key, Finished::Assumed, Patience::at_most(limit));
+                let _ = self.write_draft(&key, Finished::Ended, Patience::at_most(limit));
             }
         }
         let tokens = lock(&self.drafts).builds();
@@ -176,7 +180,7 @@ impl Tree {
                     written.busy = false;
                     written.new = None;
                     written.gone = false;
-                    for slot in draft.unlinked() {
+                    for (slot, _) in draft.unlinked() {
                         written.removed.remove(&slot);
                     }
                     if draft.gone {
@@ -221,6 +225,18 @@ impl Tree {
         let (token, ObjectId::Object(name)) = key else {
             return Ok(());
         };
+        if let Some(slot) = new.unwritten.first()
+            && finished != Finished::Ended
+        {
+            return Err(Error::new(
+                ErrorKind::NoSpace,
+                format!(
+                    "there was no room for its {}: it stays pending until that is written again, or it is removed; the end of the mount \
+                     writes it without",
+                    file_name(slot.key)
+                ),
+            ));
+        }
         if finished == Finished::Assumed
             && let Some(lacks) = new.lacks()
         {
@@ -241,15 +257,17 @@ impl Tree {
     }
 
     fn write_unlinked(&self, key: &Key, draft: &Draft, patience: Patience) -> Result<()> {
-        let unlinked: Vec<Slot> = draft.unlinked().collect();
+        let unlinked: Vec<(Slot, &Attributes)> = draft.unlinked().collect();
         if unlinked.is_empty() {
             return Ok(());
         }
-        let mut remove = |attributes: &mut crate::store::attribute::Attributes| {
+        let mut kept = Vec::new();
+        let mut remove = |attributes: &mut Attributes| {
             let before = attributes.clone();
-            for slot in &unlinked {
-                slot.remove(attributes);
-            }
+            let changed = unlinked
+                .iter()
+                .filter(|(slot, then)| !slot.remove_unchanged(attributes, then));
+            kept = changed.map(|(slot, _)| *slot).collect();
             if key.1 == ObjectId::Token {
                 return Ok(());
             }
@@ -271,6 +289,12 @@ impl Tree {
         match &outcome {
             Ok(()) => self.end_dating(key, &[], None, patience),
             Err(_) => self.give_up_dating(key),
+        }
+        for slot in kept {
+            self.diagnostics.warning(format!(
+                "{}: it was removed here, and somebody else has given it another value before that reached the store: it stays",
+                self.path_of(&slot.node(&key.0, &key.1)).display()
+            ));
         }
         outcome
     }
@@ -336,12 +360,12 @@ impl Tree {
         }
     }
 
-    /// Syncs an open file: what was written into it is committed, and what the store has of its object survives a power failure.
+    /// Syncs an open file: what was written into it, or cut off it, is committed, and what the store has of its object survives a power failure.
     ///
     /// # Errors
     /// As [`Tree::flush`].
     pub fn sync_file(&self, ino: Ino, handle: HandleId, patience: Patience) -> Result<()> {
-        self.flush(handle, patience)?;
+        self.commit_all(handle, patience)?;
         match self.node(ino) {
             Ok(node) => self.sync_node(&node, patience),
             // It is open and unlinked.

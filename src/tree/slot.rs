@@ -87,9 +87,23 @@ impl Slot {
         Ok(())
     }
 
+    /// The value that is there.
+    pub fn get(self, attributes: &Attributes) -> Option<&Value> {
+        self.siblings(attributes)?.get(self.key)
+    }
+
     /// Takes the value out, and returns it.
     pub fn remove(self, attributes: &mut Attributes) -> Option<Value> {
         self.siblings_mut(attributes)?.remove(self.key)
+    }
+
+    /// Takes the value out if it is the one that was there `then`; whether it was.
+    pub fn remove_unchanged(self, attributes: &mut Attributes, then: &Attributes) -> bool {
+        let is_same = self.get(attributes) == self.get(then);
+        if is_same {
+            self.remove(attributes);
+        }
+        is_same
     }
 
     /// Whether this is in the map that `map` is.

@@ -227,7 +227,24 @@ impl Tree {
     pub fn write(&self, handle: HandleId, offset: u64, data: &[u8]) -> Result<()> {
         let writer = self.writer(handle)?;
         let outcome = self.write_into(&writer, offset, data);
+        if let Err(error) = &outcome
+            && matches!(error.kind(), ErrorKind::NoSpace | ErrorKind::TooLarge)
+            && let Some(node) = self.committed_as(&writer)
+        {
+            lock(&writer.state).failed(error.clone());
+            self.note_unwritten(&node);
+        }
         self.noted_write(&writer.node, outcome)
+    }
+
+    /// What was to be written into a new object has no room: whatever becomes of the rest, it is not what was meant.
+    fn note_unwritten(&self, node: &Node) {
+        if let Some((token, id, slot)) = Slot::of(node)
+            && let Some(draft) = lock(&self.drafts).get_mut(&(token.clone(), id.clone()))
+            && let Some(new) = draft.new.as_mut()
+        {
+            new.unwritten.insert(slot);
+        }
     }
 
     fn write_into(&self, writer: &Writer, offset: u64, data: &[u8]) -> Result<()> {

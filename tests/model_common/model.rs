@@ -654,6 +654,9 @@ impl Model {
 
     pub fn sync(&mut self, fd: usize) -> Answer {
         // One file of an object that is being made does not make it whole.
+        if self.fd(fd).resized && !self.fd(fd).refused {
+            return self.commit_fd(fd);
+        }
         self.close_duplicate(fd)
     }
 

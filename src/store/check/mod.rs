@@ -313,7 +313,7 @@ fn look_inside(
     };
     if !building && is_staging(name.as_os_str()) {
         // Its maker marks it at once, and it has another name by the next look.
-        let detail = "left by a crash while a token was being made or removed";
+        let detail = "left by a crash or a failure while a token was being made or removed";
         let path = look.path.clone();
         let finding = Finding::new(Category::Leftover, detail).mended_by(Remedy::Recover);
         look.report.found(finding, &path);

@@ -106,10 +106,13 @@ fn is_free(look: &Look<'_>, name: &OsStr) -> Result<bool> {
 pub(super) fn marks(look: &mut Look<'_>) -> bool {
     let mut marked = false;
     for (mark, detail) in [
-        (BUILDING, "left by a crash while this token was being made"),
+        (
+            BUILDING,
+            "left by a crash or a failure while this token was being made",
+        ),
         (
             REMOVING,
-            "left by a crash while this token was being removed",
+            "left by a crash or a failure while this token was being removed",
         ),
     ] {
         if look.entry(mark).is_none() {
@@ -160,11 +163,11 @@ pub(super) fn strangers(look: &mut Look<'_>) {
         let written = [
             (
                 NEW_SUFFIX,
-                "left by a crash while a file was being written, made or removed",
+                "left by a crash or a failure while a file was being written, made or removed",
             ),
             (
                 JOURNAL_SUFFIX,
-                "left by a crash while a file was being rewritten in place",
+                "left by a crash or a failure while a file was being rewritten in place",
             ),
         ];
         let written = written

@@ -58,8 +58,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::store::attribute::Attributes;
 use crate::store::layout::{self, LayoutFile};
 use crate::store::{
-    Backend, Hold, Metadata, MetadataChange, NewObject, Object, ObjectId, ObjectName, Options,
-    Patience, Target, Token, TokenName,
+    Access, Backend, Hold, Metadata, MetadataChange, NewObject, Object, ObjectId, ObjectName,
+    Options, Patience, Target, Token, TokenName,
 };
 
 /// The file that makes a directory a `db` token (SoftHSM's `DBToken.cpp`).
@@ -358,6 +358,11 @@ impl Token for DbToken {
             return Err(Error::new(ErrorKind::NotADirectory, detail).at(&self.directory));
         }
         Ok(Metadata::of_path(&self.directory, &stat))
+    }
+
+    fn shared_access(&self) -> Result<Option<Access>> {
+        let Metadata { mode, uid, gid, .. } = Metadata::of_path(&self.path, &stat(&self.path)?);
+        Ok(Some(Access { mode, uid, gid }))
     }
 
     fn list(&self, patience: Patience) -> Result<Arc<[ObjectName]>> {
