@@ -129,8 +129,8 @@ fn pending(point: &Path) -> io::Result<Vec<PathBuf>> {
             let mut file = object.clone();
             file.push(".object");
             let path = directory.join(object);
-            // A damaged one of a database has no file, and is in the store.
-            if !files.contains(&file) && names(&path).is_ok() {
+            // What was removed between the two is in neither.
+            if !files.contains(&file) && path.is_dir() {
                 pending.push(path);
             }
         }
