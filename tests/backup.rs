@@ -230,15 +230,56 @@ both_backends! {
     fn nothing_that_is_pending_is_lost_by_tokenfs_umount(backend) {
         let bench = Bench::new(backend);
         bench.quiet("mkdir $out/copy; cp -a $o $out/copy/; rm -r $o; mkdir $o; cp -a $out/copy/$o/CKA_CLASS $o/");
-        let point = bench.mount.path();
-        let refused = tokenfs().arg("umount").arg(point).output().unwrap();
-        assert_eq!(refused.status.code(), Some(1), "{refused:?}");
+        refused_umount(&bench);
         let log = bench.log();
         let named = log.matches(&bench.data).count();
         assert!(log.contains("without CKA_PRIVATE") && named == 1, "{log}");
         bench.quiet("rm -r $o");
         bench.mount.unmount();
     }
+
+    /// What it names can be removed and nothing is lost: the store has none of it, whatever else was refused, before or after.
+    fn tokenfs_umount_names_what_is_pending_and_nothing_else(backend) {
+        let bench = Bench::new(backend);
+        let (object, token) = ("aaaaaaaa-1234-5678-9abc-123456789abc", "bbbbbbbb-1234-5678-9abc-123456789abc");
+        damage_key(&bench.softhsm, &bench.token, &bench.private);
+        eventually(SOON, "the damage to be seen", || fs::read_dir(bench.at(&bench.private)).is_err());
+        bench.quiet(&format!("mkdir {object}; echo CKO_DATA >{object}/CKA_CLASS"));
+        eventually(SOON, "the refusal", || bench.log().contains(&format!("{object}: without CKA_PRIVATE")));
+        bench.fails("echo maybe >$p/CKA_VERIFY");
+        let said = refused_umount(&bench);
+        let named = |path: &str| said.matches(&format!("tokenfs: {}: pending", bench.mount.join(path).display())).count();
+        assert_eq!(said.matches(": pending").count(), 1, "{said}");
+        assert_eq!(named(&format!("{}/{object}", bench.token)), 1, "{said}");
+        assert!(said.contains(": pending: without CKA_PRIVATE"), "{said}");
+
+        bench.quiet(&format!("rm -r {object}; mkdir -p ../{token}/token; echo x >../{token}/token/CKA_OS_TOKENLABEL"));
+        let said = refused_umount(&bench);
+        assert_eq!(said.matches(": pending").count(), 1, "{said}");
+        let path = bench.mount.join(token);
+        assert!(said.contains(&format!("tokenfs: {}: pending: ", path.display())), "{said}");
+        bench.quiet(&format!("rm -r ../{token}"));
+        bench.mount.unmount();
+    }
+
+    fn tokenfs_umount_of_what_is_in_use_names_nothing(backend) {
+        let bench = Bench::new(backend);
+        bench.fails("echo maybe >$p/CKA_VERIFY");
+        let open = fs::File::open(bench.directory()).unwrap();
+        let said = refused_umount(&bench);
+        assert!(said.contains("in use") && !said.contains("pending") && !said.contains("CKA_VERIFY"), "{said}");
+        drop(open);
+        bench.mount.unmount();
+    }
+}
+
+/// `tokenfs umount`, which must be refused; what it said.
+#[track_caller]
+fn refused_umount(bench: &Bench) -> String {
+    let refused = tokenfs().arg("umount").arg(bench.mount.path()).output();
+    let refused = refused.unwrap();
+    assert_eq!(refused.status.code(), Some(1), "{refused:?}");
+    String::from_utf8(refused.stderr).unwrap()
 }
 
 /// What SQLite says of the schema of a database.

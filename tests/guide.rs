@@ -8,50 +8,8 @@ mod support;
 use std::collections::BTreeSet;
 use std::panic::catch_unwind;
 
-use guide_common::{Block, GUIDE, Machine, blocks};
+use guide_common::*;
 use support::*;
-
-/// Makes the store of the guide, as the application's user.
-const STORE: &str = "
-signer() { runuser -u signer -- \"$@\"; }
-for label in production staging; do
-    signer softhsm2-util --init-token --free --label $label --pin 1234 --so-pin 5678
-done
-p11() { signer pkcs11-tool --module /usr/lib/softhsm/libsofthsm2.so --token-label production --login --pin 1234 \"$@\" 2>&1; }
-p11 --keypairgen --key-type rsa:1024 --id 01 --label web-server --usage-sign
-p11 --keypairgen --key-type EC:prime256v1 --id 02 --label code-signing --usage-sign
-cd /dev/shm
-echo 'a note' >note
-chmod 644 note
-p11 --write-object note --type data --label note
-p11 --read-object --type pubkey --id 01 --output-file public.der
-mv public.der /root/
-rm note
-# It is older than its backup: rsync leaves a directory the time at which it made it, if that is in the same second as the right one.
-find /var/lib/softhsm/tokens -mindepth 1 -exec touch -d '2026-01-02 03:04:05.678901234' {} +
-";
-
-/// For what is looked at afterwards: what a store holds, with owners, modes and times; and a command that has to fail, which `!`
-/// does not ask for under `set -e`.
-const TREE: &str = "
-not() { if \"$@\"; then echo \"not expected: $*\"; return 1; fi; }
-tree() {
-    mkdir -p /run/tree
-    tokenfs mount -o ro \"$@\" /run/tree
-    (cd /run/tree && find . -mindepth 1 -printf '%P %y %m %u:%g %T@\\n' | sort && find . -type f -exec sha256sum {} + | sort)
-    tokenfs umount /run/tree
-}
-";
-
-/// What SoftHSM must be able to do in the end: the user of the application, with the old PIN, and the old public key.
-const SIGNS: &str = "
-echo message >/dev/shm/message
-chmod 644 /dev/shm/message
-runuser -u signer -- pkcs11-tool --module /usr/lib/softhsm/libsofthsm2.so --token-label production --login --pin 1234 \
-    --sign --mechanism SHA256-RSA-PKCS --id 01 --input-file /dev/shm/message --output-file /dev/shm/signature
-openssl dgst -sha256 -verify /root/public.der -keyform DER -signature /dev/shm/signature /dev/shm/message
-rm -f /dev/shm/message /dev/shm/signature
-";
 
 /// Empties the store.
 const LOST: &str = "find /var/lib/softhsm/tokens -mindepth 1 -delete";
@@ -67,37 +25,15 @@ struct Trial {
     proof: &'static str,
 }
 
-const BEFORE: &str = "Before you start";
-const SCRIPT: &str = "Back up";
-const PASSPHRASE: &str = "A passphrase";
-const RSYNC: &str = "With rsync";
-const TAR: &str = "With tar";
-const RESTIC: &str = "With restic";
-const BORG: &str = "With borg";
 /// The store is what it was, down to owners, modes and times.
 const SAME: &str = "tree | diff /root/reference - && signs";
-/// The store is lost, and the application's user has another number when it comes back.
-const ANOTHER_NUMBER: &str =
-    "find /var/lib/softhsm/tokens -mindepth 1 -delete && usermod --uid 4003 signer";
-/// An object is damaged.
-const DAMAGE: &str = "
-for file in /var/lib/softhsm/tokens/*/*-*.object; do
-    [ -e \"$file\" ] || continue
-    # The private RSA key is the longest.
-    object=$(ls -S /var/lib/softhsm/tokens/*/*-*.object | head -n 1)
-    truncate -s -3 \"$object\"
-    break
-done
-for file in /var/lib/softhsm/tokens/*/sqlite3.db; do
-    [ -e \"$file\" ] || continue
-    sqlite3 \"$file\" \"update attribute_array set value = x'0102' where object_id =
-        (select object_id from attribute_integer where type = 0 and value = 3)\"
-done
-if tokenfs check; then exit 1; fi";
 /// For each tool: old backups go, the latest thirty stay; one that fails is an error, takes nothing away, and leaves no mount.
 const EVERY_NIGHT: &str = r#"
 cd /var/backups/softhsm
-next() { while [ -e "$(date +%F-%H%M%S)" ]; do :; done; }
+export TZ=Pacific/Auckland RESTIC_REPOSITORY=$PWD/restic RESTIC_PASSWORD_FILE=/etc/softhsm/backup-passphrase
+export BORG_REPO=$PWD/borg BORG_PASSCOMMAND='cat /etc/softhsm/backup-passphrase'
+next() { while [ -e "$(date -u +%F-%H%M%S)" ]; do :; done; }
+complete() { readlink latest; ls -d 20* tokens-*; restic snapshots --tag complete; borg list --glob-archives 'tokens-*'; }
 night() { next; env -i /usr/local/sbin/softhsm-backup "$1"; }
 fails() { not night "$1"; not grep -F fuse.tokenfs /proc/self/mountinfo; }
 mkdir 2001-01-{01..31}-030000
@@ -107,8 +43,8 @@ ls -d 20* | wc -l | grep -x 30
 ls -d latest/*/token
 not test -e 2001-01-02-030000
 ls tokens-* | wc -l | grep -x 30
-RESTIC_REPOSITORY=$PWD/restic RESTIC_PASSWORD_FILE=/etc/softhsm/backup-passphrase restic snapshots latest
-before=$(readlink latest; ls -d 20* tokens-*)
+before=$(complete)
+grep complete <<<"$before"
 printf '#!/bin/sh\nexit 2\n' >/usr/local/bin/gpg
 chmod 755 /usr/local/bin/gpg
 fails tar
@@ -119,7 +55,7 @@ for tool in rsync tar restic borg; do fails $tool; done
 mv /var/lib/softhsm/tokens /root/tokens
 mkdir /var/lib/softhsm/tokens
 for tool in rsync tar restic borg; do fails $tool; done
-diff <(echo "$before") <(readlink latest; ls -d 20* tokens-*)
+diff <(echo "$before") <(complete)
 grep -Fx '17 3 * * * root /usr/local/sbin/softhsm-backup rsync' /etc/cron.d/softhsm-backup
 "#;
 
@@ -175,19 +111,36 @@ const TRIALS: &[Trial] = &[
     section(
         "If `tokenfs umount` refuses",
         &[BEFORE],
-        // A private object without its CKA_PRIVATE, from a copy that was broken off.
+        // A private object without its CKA_PRIVATE, from a copy that was broken off, is what may go; what is refused of one that is there may not.
         "tokenfs mount /mnt/tokens
          new=$(ls -d /mnt/tokens/*/token | head -n 1 | xargs dirname)/aaaaaaaa-1234-5678-9abc-123456789abc
          mkdir $new && echo CKO_DATA >$new/CKA_CLASS && echo text >$new/CKA_LABEL
-         if tokenfs umount /mnt/tokens; then exit 1; fi",
+         not tee /mnt/tokens/.tokenfs/by-label/production/web-server.public_key/CKA_VERIFY <<<maybe
+         not tokenfs umount /mnt/tokens 2>/root/said
+         sed -n 's|^tokenfs: \\(/.*\\): pending: .*|\\1|p' /root/said | diff - <(echo $new)
+         rm -r $new",
         SAME,
     ),
-    section("The whole store", &[BEFORE, SCRIPT, RSYNC], LOST, SAME),
+    section(
+        "The whole store",
+        &[BEFORE, SCRIPT, RSYNC],
+        // Not in the usual place, which is somebody else's, and not for the first time.
+        "cd /var/lib/softhsm
+         cp -a tokens elsewhere
+         sed -i 's|/tokens/|/elsewhere/|' /etc/softhsm/softhsm2.conf
+         find elsewhere -mindepth 1 -delete",
+        "cd /var/lib/softhsm
+         ls -d elsewhere.20* && not ls -d tokens.*
+         tree | diff /root/reference - && signs",
+    ),
     section("The whole store, from tar", &[BEFORE, SCRIPT, PASSPHRASE, TAR], LOST, SAME),
     section(
         "The whole store, from restic",
         &[BEFORE, SCRIPT, PASSPHRASE, RESTIC],
-        ANOTHER_NUMBER,
+        // The latest backup is incomplete.
+        "damage && not softhsm-backup restic
+         find /var/lib/softhsm/tokens -mindepth 1 -delete
+         usermod --uid 4003 signer",
         "stat -c %u /var/lib/softhsm/tokens/* | sort -u | grep -x 4001
          chown -R signer:softhsm /var/lib/softhsm/tokens/*
          tree | diff /root/reference - && signs",
@@ -195,14 +148,19 @@ const TRIALS: &[Trial] = &[
     section(
         "The whole store, from borg",
         &[BEFORE, SCRIPT, PASSPHRASE, BORG],
-        ANOTHER_NUMBER,
+        // The latest backup is incomplete.
+        "damage && not softhsm-backup borg
+         find /var/lib/softhsm/tokens -mindepth 1 -delete
+         usermod --uid 4003 signer",
         "stat -c %u /var/lib/softhsm/tokens/* | sort -u | grep -x 4003
          tree | diff /root/reference - && signs",
     ),
     section(
         "One token",
         &[BEFORE, SCRIPT, RSYNC],
-        "rm -r $(grep -rla 'production ' /var/lib/softhsm/tokens | xargs dirname | sort -u)",
+        // What makes it a token, or the database itself, is damaged.
+        "for file in $(grep -rla 'production ' /var/lib/softhsm/tokens); do truncate -s 20 $file; done
+         not tokenfs check",
         SAME,
     ),
     section(
@@ -215,7 +173,7 @@ const TRIALS: &[Trial] = &[
     section(
         "An object that is damaged",
         &[BEFORE, SCRIPT, RSYNC],
-        DAMAGE,
+        "damage",
         SAME_CONTENT,
     ),
     section(
@@ -263,8 +221,9 @@ const TRIALS: &[Trial] = &[
          rm -rf tokens/*/token* tokens/*/sqlite3.db
          sed -i 's|/tokens/|/tokens-now|' /etc/softhsm/softhsm2.conf",
         "cd /var/lib/softhsm
-         if ls tokens-now/*/token.object; then ls tokens-db/*/sqlite3.db; else ls tokens-file/*/token.object; fi
-         diff <(stat -c '%a %U:%G' tokens-now) <(stat -c '%a %U:%G' tokens-[df]*)
+         if ls tokens-now/*/token.object; then ls tokens-now-db/*/sqlite3.db; else ls tokens-now-file/*/token.object; fi
+         diff <(stat -c '%a %U:%G' tokens-now) <(stat -c '%a %U:%G' tokens-now-*)
+         not test -e /etc/softhsm/softhsm2.conf.new
          tree | diff /root/reference - && signs",
     ),
     section(
@@ -299,34 +258,24 @@ const TRIALS: &[Trial] = &[
 const SAME_CONTENT: &str =
     "tree | cut -d' ' -f1-4 | diff <(cut -d' ' -f1-4 /root/reference) - && signs";
 
-fn of<'a>(all: &'a [Block], section: &str) -> Vec<&'a Block> {
-    all.iter()
-        .filter(|block| block.section == section)
-        .collect()
-}
-
 fn try_on(trial: &Trial, backend: Backend, all: &[Block]) {
     let own = of(all, trial.section);
     println!("{backend}: {:?}, {} blocks", trial.section, own.len());
     let changes = trial.section.starts_with("Change the backend")
         || trial.section.starts_with("A plain copy");
     let machine = Machine::new(backend, changes);
-    let functions = format!("{TREE}\nsigns() {{ {SIGNS}\n}}\ndamage() {{ {DAMAGE}\n}}\n");
-    machine.run(STORE);
-    machine.run(&format!(
-        "{functions} PATH=/opt:$PATH; tree >/root/reference"
-    ));
+    machine.make_store();
     for earlier in trial.after {
         machine.follow(&of(all, earlier));
     }
-    machine.run(&format!("{functions}{}", trial.misfortune));
+    machine.look(trial.misfortune);
     let output = machine.follow(&own);
     machine.run(&format!("cat >/root/output <<'END'\n{output}END\n"));
-    machine.run(&format!("{functions}{}", trial.proof));
+    machine.look(trial.proof);
 }
 
 fn the_guide_works(backend: Backend) {
-    let all = blocks(GUIDE);
+    let all = blocks(&guide(backend));
     let failed: Vec<&str> = TRIALS
         .iter()
         .filter(|trial| catch_unwind(|| try_on(trial, backend, &all)).is_err())
@@ -351,6 +300,12 @@ fn the_guide_works_with_a_db_store() {
 #[test]
 fn every_block_of_the_guide_is_run() {
     let all = blocks(GUIDE);
+    for line in GUIDE.lines().filter(|line| line.contains("ssh root@")) {
+        assert!(
+            line.contains("| ssh root@"),
+            "{line:?} reads what is pasted behind it: ssh -n"
+        );
+    }
     let typed: BTreeSet<&str> = all.iter().map(|block| block.section.as_str()).collect();
     let tried: BTreeSet<&str> = TRIALS.iter().map(|trial| trial.section).collect();
     assert_eq!(

@@ -1,7 +1,10 @@
 //! `tokenfs umount`.
 
-use std::fs::File;
-use std::path::Path;
+use std::collections::BTreeSet;
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread;
 use std::time::Duration;
@@ -10,7 +13,8 @@ use super::Failure;
 use super::args::UmountArgs;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::server::Server;
-use crate::fuse::unmount::{Unmount, find_mount, unmount};
+use crate::fuse::unmount::{Unmount, find_mount, quoted, unmount};
+use crate::tree::{CONTROL, LAYOUT, LOG, TOKEN};
 
 /// How long the server may take to say who it is, which needs no lock and no disk.
 const ANSWER: Duration = Duration::from_secs(10);
@@ -74,10 +78,69 @@ fn write_pending(point: &Path, server: Option<&Server>) -> Result<()> {
         }
     };
     synced.map_err(|error| {
+        name_pending(point);
         let detail = "what was written into the mount and is pending cannot be written to the store, so it stays mounted; \
                       .tokenfs/log has the reason";
         Error::io(detail, &error).at(point)
     })
+}
+
+/// Says on standard error what is pending in a mount, each as a path that a shell takes, with the reason that the log has, if it has one.
+fn name_pending(point: &Path) {
+    let named = beside({
+        let point = point.to_owned();
+        move || {
+            let log = fs::read_to_string(point.join(CONTROL).join(LOG)).unwrap_or_default();
+            (pending(&point).unwrap_or_default(), log)
+        }
+    });
+    // Who does not answer by now has answered `sync`, and does not keep its refusal from being said.
+    let Ok((paths, log)) = named.recv_timeout(ANSWER) else {
+        return;
+    };
+    for path in paths {
+        let entry = format!(
+            " error: {}: ",
+            path.strip_prefix(point).unwrap_or(&path).display()
+        );
+        let latest = log.lines().rev().find_map(|line| line.split_once(&entry));
+        let reason = latest.map_or(String::new(), |(_, reason)| format!(": {reason}"));
+        eprintln!("tokenfs: {}: pending{reason}", quoted(&path));
+    }
+}
+
+/// The tokens and objects that a mount has and the store has not, which is what `.tokenfs/file` shows.
+fn pending(point: &Path) -> io::Result<Vec<PathBuf>> {
+    let stored = point.join(CONTROL).join(LAYOUT);
+    let mut pending = Vec::new();
+    // What is in the mount comes first: what is written between the two is in the store, and so no longer pending.
+    let (tokens, stored_tokens) = (names(point)?, names(&stored)?);
+    for token in tokens.iter().filter(|name| *name != CONTROL) {
+        let directory = point.join(token);
+        if !stored_tokens.contains(token) {
+            pending.push(directory);
+            continue;
+        }
+        // Of one that cannot be read nobody can tell.
+        let (Ok(objects), Ok(files)) = (names(&directory), names(&stored.join(token))) else {
+            continue;
+        };
+        for object in objects.iter().filter(|name| *name != TOKEN) {
+            let mut file = object.clone();
+            file.push(".object");
+            let path = directory.join(object);
+            // What was removed between the two is in neither.
+            if !files.contains(&file) && path.is_dir() {
+                pending.push(path);
+            }
+        }
+    }
+    Ok(pending)
+}
+
+fn names(directory: &Path) -> io::Result<BTreeSet<OsString>> {
+    let entries = fs::read_dir(directory)?;
+    entries.map(|entry| Ok(entry?.file_name())).collect()
 }
 
 /// The server of a mount does not answer.

@@ -89,7 +89,8 @@ fn in_use(point: &Path) -> Error {
 }
 
 /// A path as a shell takes it.
-fn quoted(path: &Path) -> String {
+#[must_use]
+pub fn quoted(path: &Path) -> String {
     let plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"/._-+@%".contains(byte);
     if path.as_os_str().as_bytes().iter().all(plain) {
         path.display().to_string()

@@ -67,8 +67,8 @@ use scratch::Scratch;
 pub use scratch::ScratchId;
 pub use setattr::SetAttributes;
 pub use stale::{Listener, Stale};
-use view::{BY_LABEL, LAYOUT, LOG};
-pub(crate) use view::{CONTROL, SERVER};
+use view::BY_LABEL;
+pub(crate) use view::{CONTROL, LAYOUT, LOG, SERVER, TOKEN};
 pub use write::OpenForWriting;
 
 /// How a tree is shown.

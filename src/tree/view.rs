@@ -19,12 +19,12 @@ use crate::store::{Metadata, Object, ObjectId, ObjectName, Patience, TokenName};
 pub(crate) const CONTROL: &str = ".tokenfs";
 
 /// The directory of the token's own attributes.
-pub(super) const TOKEN: &str = "token";
+pub(crate) const TOKEN: &str = "token";
 
 /// The names in `.tokenfs`.
 pub(super) const BY_LABEL: &str = "by-label";
-pub(super) const LAYOUT: &str = "file";
-pub(super) const LOG: &str = "log";
+pub(crate) const LAYOUT: &str = "file";
+pub(crate) const LOG: &str = "log";
 pub(crate) const SERVER: &str = "server";
 
 impl Tree {

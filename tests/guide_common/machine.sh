@@ -59,6 +59,7 @@ END
 cat >"$work/here/opt/stand-ins/ssh" <<END
 #!/bin/sh
 out=\$(mktemp)
+if [ "\$1" = -n ]; then shift; exec </dev/null; fi
 { nsenter --root=/proc/1/root --wd=/proc/1/root /usr/sbin/chroot $work/new-host env -i HOME=/root PATH="\$PATH" sh -c "cd /root; \$2"; echo \$? >"\$out"; } | cat
 read -r code <"\$out"
 rm "\$out"

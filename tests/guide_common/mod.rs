@@ -1,5 +1,7 @@
 //! The guide's blocks, and a machine of its own to follow them on.
 
+mod store;
+
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
@@ -8,9 +10,27 @@ use std::process::{Child, Output, Stdio};
 use tempfile::TempDir;
 
 use crate::support::*;
+use store::{DAMAGE, SIGNS, STORE, TREE};
 
 /// The guide.
 pub const GUIDE: &str = include_str!("../../docs/guide.md");
+
+/// The guide for a store of that backend: what is the reader's to choose is the other one.
+pub fn guide(backend: Backend) -> String {
+    match backend {
+        Backend::File => GUIDE.to_owned(),
+        Backend::Db => GUIDE.replace("\nto=db\n", "\nto=file\n"),
+    }
+}
+
+/// Sections that others build on.
+pub const BEFORE: &str = "Before you start";
+pub const SCRIPT: &str = "Back up";
+pub const PASSPHRASE: &str = "A passphrase";
+pub const RSYNC: &str = "With rsync";
+pub const TAR: &str = "With tar";
+pub const RESTIC: &str = "With restic";
+pub const BORG: &str = "With borg";
 
 /// One fenced block that a reader types.
 #[derive(Debug)]
@@ -55,6 +75,13 @@ pub fn blocks(guide: &str) -> Vec<Block> {
     blocks
 }
 
+/// The blocks of a section.
+pub fn of<'a>(all: &'a [Block], section: &str) -> Vec<&'a Block> {
+    all.iter()
+        .filter(|block| block.section == section)
+        .collect()
+}
+
 /// A machine with a SoftHSM that nobody uses, and another one within reach of `ssh`; all that is mounted and started on them is gone
 /// with this value, however the test ends.
 pub struct Machine {
@@ -95,13 +122,21 @@ impl Machine {
             .args([backend.to_string(), prefix])
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
             .spawn()
             .unwrap();
         let mut line = String::new();
         BufReader::new(child.stdout.take().unwrap())
             .read_line(&mut line)
             .unwrap();
-        assert_eq!(line, "ready\n", "the machine was not made");
+        if line != "ready\n" {
+            drop(child.kill());
+            let said = child.wait_with_output().unwrap().stderr;
+            panic!(
+                "the machine was not made: {}",
+                String::from_utf8_lossy(&said)
+            );
+        }
         let children = format!("/proc/{0}/task/{0}/children", child.id());
         let first = fs::read_to_string(children)
             .unwrap()
@@ -112,7 +147,7 @@ impl Machine {
     }
 
     /// Runs a script there, as root after a login, with that on its standard input.
-    fn shell(&self, script: &str, input: &str) -> Output {
+    pub fn shell(&self, script: &str, input: &str) -> Output {
         let root = self.work.path().join("here");
         let mut child = tool("nsenter")
             .arg(format!("--target={}", self.first))
@@ -150,6 +185,18 @@ impl Machine {
             output.status
         );
         out
+    }
+
+    /// The store of the guide, and in `/root/reference` what it holds.
+    pub fn make_store(&self) {
+        self.run(STORE);
+        self.look("PATH=/opt:$PATH; tree >/root/reference");
+    }
+
+    /// Runs a script that can use `tree`, `not`, `signs` and `damage`.
+    pub fn look(&self, script: &str) -> String {
+        let functions = format!("{TREE}\nsigns() {{ {SIGNS}\n}}\ndamage() {{ {DAMAGE}\n}}\n");
+        self.run(&format!("{functions}{script}"))
     }
 
     /// Types blocks of the guide, one after the other, into one shell in the clone. None may fail, or say anything on standard error.
