@@ -171,6 +171,12 @@ fn go_on(store: &Softhsm) {
     client.open(SECOND, Some(PIN)).unwrap();
     client.find(&[]).unwrap();
     client.close().unwrap();
+    drop(client);
+    // Not in the second in which the other store is changed.
+    sh(
+        &store.tokendir,
+        "find . -newermt @1600000001 -exec touch -d @1700000000 {} +",
+    );
 }
 
 /// What has happened to the store that the backup comes back into.
