@@ -282,6 +282,25 @@ fn refused_umount(bench: &Bench) -> String {
     String::from_utf8(refused.stderr).unwrap()
 }
 
+both_backends! {
+    fn a_token_that_another_restore_left_half_done_is_gone_on_with(backend) {
+        let bench = Bench::new(backend);
+        let before = expected(&bench.softhsm);
+        bench.quiet("cp -a $t $out/token; cd ..; rm -r $t");
+        for left in ["CKA_OS_TOKENFLAGS", "CKA_OS_TOKENLABEL $out/token/token/CKA_OS_TOKENSERIAL"] {
+            // As `cp` leaves it when it is killed. Whoever comes next sets the times of what is there first.
+            let begun = format!("mkdir $t $t/token; cp $out/token/token/{left} $t/token/; touch -d @1 $t/token; touch -d @1 $t");
+            let mut shell = bench.shell(&format!("{begun}; rsync -a $out/token/ $t/; rsync -a $out/token/ $t/"));
+            let output = run(shell.current_dir(bench.mount.path()));
+            assert_eq!(String::from_utf8_lossy(&output.stderr), "");
+            bench.settle();
+            assert_same(&before, &expected(&bench.softhsm));
+            assert_eq!(bench.log(), "");
+            run(bench.shell("rm -r $t").current_dir(bench.mount.path()));
+        }
+    }
+}
+
 /// What SQLite says of the schema of a database.
 fn schema(database: &Path) -> String {
     text_of(tool("sqlite3").arg(database).arg(".schema"))

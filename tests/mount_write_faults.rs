@@ -117,7 +117,18 @@ both_backends! {
             assert_errno(write(&path, &value[..99_968]), &[libc::ENOSPC], what, &bench);
             mount_common::assert_same(&before, &mount_common::expected(&bench.softhsm));
         }
-        assert_explained(&bench, &["space", "full"]);
+        assert_explained(&bench, &["room", "space", "full"]);
+        // A shell looks at what `write` says alone.
+        for line in ["printf web >$o/CKA_LABEL", "echo false >$o/CKA_MODIFIABLE", "truncate -s 200000 $o/CKA_VALUE"] {
+            let said = bench.fails(line);
+            assert!(said.contains("No space left"), "{line}: {said}");
+        }
+        mount_common::assert_same(&before, &mount_common::expected(&bench.softhsm));
+        // What came to nothing is pending all the same.
+        bench.quiet("mkdir 00000000-0000-4000-8000-000000000002; : >00000000-0000-4000-8000-000000000002/CKA_SUBJECT; sleep 0.1");
+        let refused = tokenfs().arg("umount").arg(bench.mount.path()).output().unwrap();
+        assert_eq!(refused.status.code(), Some(1), "{refused:?}");
+        bench.quiet("rm -r 00000000-0000-4000-8000-000000000002");
         // A new object is refused when it is synced, and does not appear in part.
         bench.fails("cp -a $k 00000000-0000-4000-8000-000000000001 && sync 00000000-0000-4000-8000-000000000001 && sync .");
         mount_common::assert_same(&before, &mount_common::expected(&bench.softhsm));

@@ -5,10 +5,11 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
-use super::draft::Room;
+use super::draft::{Room, no_room};
+use super::node::Node;
 use super::{Tree, lock};
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::{Backend, TokenName};
+use crate::store::{Backend, Patience, TokenName, file};
 
 /// How many bytes all of it may have together.
 const MOST_BYTES: u64 = 256 * 1024 * 1024;
@@ -18,6 +19,9 @@ const DATABASE: u64 = 64 * 1024;
 
 /// What an object takes in a directory, and a little more, in files: its own, its lock file, the journal, and the token's generation.
 const FILES: u64 = 4;
+
+/// With less than this free beside a value, in bytes, it is worth a look how large its object is.
+const NEARLY_FULL: u64 = 16 * 1024 * 1024;
 
 /// What is known of how much there is.
 #[derive(Debug, Default)]
@@ -80,6 +84,31 @@ impl Tree {
             free: is_known.then(|| free.saturating_sub(apart)),
             block,
         })
+    }
+
+    /// That the store has room for an object in which `node` has `length` bytes. To change an object is to write all of it again. What is
+    /// found here is said by `write`, and so to those who do not look at what `close` says.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NoSpace`]; what `statvfs` fails with.
+    pub(super) fn check_disk(&self, node: &Node, length: u64) -> Result<()> {
+        let Some((token, id)) = node.object() else {
+            return Ok(());
+        };
+        let room = self.room(token)?;
+        let Some(free) = room
+            .free
+            .filter(|free| *free < length.saturating_add(NEARLY_FULL))
+        else {
+            return Ok(());
+        };
+        // What it has besides, as far as that can be told at once.
+        let object = self.object(token, id, Patience::Now);
+        let besides = object.map_or(0, |object| file::encoded_length(&object.attributes));
+        if length.saturating_add(besides).saturating_add(room.block) > free {
+            return Err(no_room());
+        }
+        Ok(())
     }
 
     fn held(&self) -> u64 {

@@ -209,6 +209,8 @@ pub(super) struct Build {
     pub finished: bool,
     /// The times that its directory is to have.
     pub mtime: Option<SystemTime>,
+    /// The processes that have made its directories, or given them a time, as in [`New::makers`].
+    pub makers: BTreeSet<u32>,
     touched: Instant,
     not_before: Option<Instant>,
 }
@@ -217,6 +219,12 @@ impl Build {
     /// Whether it has what makes it a token.
     pub fn is_token(&self) -> bool {
         self.has_own && self.own_filled
+    }
+
+    /// Whether a process that sets times in it says that something is finished. One that comes upon what another one has left there begins
+    /// with that.
+    pub fn is_finished_by(&mut self, pid: u32) -> bool {
+        !self.makers.insert(pid)
     }
 }
 
@@ -240,6 +248,13 @@ impl Room {
             .next_multiple_of(self.block)
             .saturating_add(self.block)
     }
+}
+
+pub(super) fn no_room() -> Error {
+    Error::new(
+        ErrorKind::NoSpace,
+        "the file system of the store has no room for it",
+    )
 }
 
 /// All drafts.
@@ -392,8 +407,7 @@ impl Drafts {
         }
         let wanted = self.taken.saturating_add(more);
         if more > 0 && wanted > free {
-            let detail = "the file system of the store has no room for it";
-            return Err(Error::new(ErrorKind::NoSpace, detail));
+            return Err(no_room());
         }
         self.taken = wanted;
         Ok(())
@@ -428,13 +442,14 @@ impl Drafts {
     }
 
     /// Begins a token.
-    pub fn insert_build(&mut self, token: TokenName) {
+    pub fn insert_build(&mut self, token: TokenName, pid: u32) {
         let build = Build {
             has_own: false,
             own_filled: false,
             own_finished: false,
             finished: false,
             mtime: None,
+            makers: BTreeSet::from([pid]),
             touched: Instant::now(),
             not_before: None,
         };

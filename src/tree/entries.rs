@@ -257,6 +257,7 @@ impl Tree {
                 let mut drafts = lock(&self.drafts);
                 if let Some(build) = drafts.build_mut(&token) {
                     build.has_own = true;
+                    build.makers.insert(caller.pid);
                 }
                 let key = (token.clone(), ObjectId::Token);
                 if let Some(draft) = drafts.get_mut(&key) {
@@ -280,7 +281,7 @@ impl Tree {
                 };
                 let made = self.store.create_token(&token, access, files)?;
                 let mut drafts = lock(&self.drafts);
-                drafts.insert_build(token.clone());
+                drafts.insert_build(token.clone(), caller.pid);
                 // What is written into it a moment after its maker has finished is no change of the directory: rsync, which takes a
                 // time of the same second for equal, does not set it again.
                 if let Some(build) = drafts.build_mut(&token) {

@@ -277,6 +277,14 @@ impl Tree {
             Node::Layout | Node::TokenLayout(_) | Node::FileInLayout(..) => {
                 path.extend([CONTROL, LAYOUT]);
             }
+            Node::Scratch(id) => {
+                let found = lock(&self.scratch)
+                    .path(*id)
+                    .map(|(directory, name)| (directory.clone(), name));
+                if let Some((directory, name)) = found {
+                    return self.path_of(&directory).join(name);
+                }
+            }
             _ => {}
         }
         if let Some(token) = node.token() {

@@ -6,6 +6,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::{OsStr, OsString};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
 
@@ -107,6 +108,31 @@ impl Scratch {
                 Content::File(_) => None,
             },
             other => self.outside.get(other),
+        }
+    }
+
+    /// Where it is: the directory of the store, and the names from there. It is looked for, which takes its time.
+    pub fn path(&self, id: ScratchId) -> Option<(&Node, PathBuf)> {
+        let name_in = |names: &BTreeMap<OsString, ScratchId>, id| {
+            let found = names.iter().find(|(_, entry)| **entry == id);
+            found.map(|(name, _)| PathBuf::from(name))
+        };
+        let (mut id, mut path) = (id, PathBuf::new());
+        loop {
+            let outside = self.outside.iter();
+            let found = outside.filter_map(|(node, names)| Some((node, name_in(names, id)?)));
+            if let Some((node, name)) = found.last() {
+                return Some((node, name.join(path)));
+            }
+            let inside = self.entries.iter().filter_map(|(parent, entry)| {
+                let Content::Directory(names) = &entry.content else {
+                    return None;
+                };
+                Some((*parent, name_in(names, id)?))
+            });
+            let (parent, name) = inside.last()?;
+            path = name.join(path);
+            id = parent;
         }
     }
 

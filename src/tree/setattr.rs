@@ -117,7 +117,7 @@ impl Tree {
                         lock(&self.drafts).forget_time(token);
                         return outcome;
                     }
-                    self.finish_build(token, mtime, patience)?;
+                    self.finish_build(token, mtime, pid, patience)?;
                     self.restore_time(token, patience);
                 }
                 outcome
@@ -188,7 +188,7 @@ impl Tree {
                 draft.given = mtime;
             }
             if is_directory && change.mtime.is_some() && *id == ObjectId::Token {
-                self.finish_object(&key, mtime, patience)?;
+                self.finish_own(token, pid, patience)?;
             }
             return Ok(());
         };

@@ -7,7 +7,7 @@
 use std::sync::PoisonError;
 use std::time::{Duration, Instant, SystemTime};
 
-use super::draft::{Draft, Drafts, Key, New};
+use super::draft::{Build, Draft, Drafts, Key, New};
 use super::handle::HandleId;
 use super::name::file_name;
 use super::node::{Ino, Node};
@@ -439,7 +439,7 @@ impl Tree {
         for key in keys {
             let is_empty = lock(&self.drafts).get(&key).is_some_and(|draft| {
                 let new = draft.new.as_ref();
-                new.is_some_and(|new| new.attributes.is_empty())
+                new.is_some_and(|new| new.attributes.is_empty() && new.unwritten.is_empty())
             });
             // That its directory is synced does not make an object of what nothing was put into.
             if !is_empty {
@@ -468,19 +468,6 @@ impl Tree {
         mtime: Option<SystemTime>,
         patience: Patience,
     ) -> Result<()> {
-        if key.1 == ObjectId::Token {
-            let mut drafts = lock(&self.drafts);
-            if let Some(build) = drafts.build_mut(&key.0) {
-                build.own_finished = build.own_filled;
-            }
-            let is_finished = drafts.is_finished(&key.0);
-            drop(drafts);
-            return if is_finished {
-                self.publish(&key.0, patience)
-            } else {
-                Ok(())
-            };
-        }
         let is_filled = self.with_drafts(key, patience, |drafts| {
             let new = drafts.get_mut(key).and_then(|draft| draft.new.as_mut());
             Ok(new.is_some_and(|new| {
@@ -497,25 +484,49 @@ impl Tree {
         Ok(())
     }
 
+    /// The times of the directory `token` of a token that is being built were set.
+    pub(super) fn finish_own(&self, token: &TokenName, pid: u32, patience: Patience) -> Result<()> {
+        self.finish_token(token, patience, |build| {
+            if build.is_finished_by(pid) {
+                build.own_finished = build.own_filled;
+            }
+        })
+    }
+
     /// The times of the directory of a token that is being built were set.
     pub(super) fn finish_build(
         &self,
         token: &TokenName,
         mtime: Option<SystemTime>,
+        pid: u32,
         patience: Patience,
+    ) -> Result<()> {
+        self.finish_token(token, patience, |build| {
+            if build.is_finished_by(pid) {
+                build.finished = build.has_own;
+            }
+            build.mtime = mtime.or(build.mtime);
+        })?;
+        self.wake();
+        Ok(())
+    }
+
+    fn finish_token(
+        &self,
+        token: &TokenName,
+        patience: Patience,
+        note: impl FnOnce(&mut Build),
     ) -> Result<()> {
         let is_finished = {
             let mut drafts = lock(&self.drafts);
             if let Some(build) = drafts.build_mut(token) {
-                build.finished = build.has_own;
-                build.mtime = mtime.or(build.mtime);
+                note(build);
             }
             drafts.is_finished(token)
         };
         if is_finished {
             self.publish(token, patience)?;
         }
-        self.wake();
         Ok(())
     }
 }

@@ -227,6 +227,7 @@ impl Tree {
     pub fn write(&self, handle: HandleId, offset: u64, data: &[u8]) -> Result<()> {
         let writer = self.writer(handle)?;
         let outcome = self.write_into(&writer, offset, data);
+        let outcome = self.noted_write(&writer.node, outcome);
         if let Err(error) = &outcome
             && matches!(error.kind(), ErrorKind::NoSpace | ErrorKind::TooLarge)
             && let Some(node) = self.committed_as(&writer)
@@ -234,7 +235,7 @@ impl Tree {
             lock(&writer.state).failed(error.clone());
             self.note_unwritten(&node);
         }
-        self.noted_write(&writer.node, outcome)
+        outcome
     }
 
     /// What was to be written into a new object has no room: whatever becomes of the rest, it is not what was meant.
@@ -264,6 +265,9 @@ impl Tree {
             return Err(too_large());
         }
         self.check_room(end.saturating_sub(length as u64))?;
+        if let Some(node) = &node {
+            self.check_disk(node, end)?;
+        }
         let as_private = node
             .as_ref()
             .map_or(Ok(()), |node| self.check_as_private(node));
@@ -392,6 +396,9 @@ impl Tree {
         }
         let present = lock(&writer.content).len() as u64;
         self.check_room(size.saturating_sub(present))?;
+        if let Some(node) = self.committed_as(&writer).filter(|_| size > present) {
+            self.check_disk(&node, size)?;
+        }
         let size = as_index(size);
         let mut content = lock(&writer.content);
         if content.len() == size {
