@@ -158,6 +158,37 @@ both_backends! {
     }
 }
 
+/// What reads without an error and is not whole is backed up, and is not what a restore takes. In the `file` backend, where
+/// things get lost so.
+#[test]
+fn what_lacks_something_is_no_complete_backup() {
+    let all = blocks(GUIDE);
+    let machine = machine(Backend::File, &all, &[RSYNC, PASSPHRASE, TAR, RESTIC, BORG]);
+    machine.run(
+        r#"complete() { (
+               . <(grep -E '^export (RESTIC|BORG)' /usr/local/sbin/softhsm-backup)
+               readlink /var/backups/softhsm/latest
+               ls /var/backups/softhsm/tokens-*
+               restic --no-cache snapshots --quiet --tag complete --json | grep -o '"id":"[^"]*'
+               borg list --short --glob-archives 'tokens-*'
+           ); }
+           own=$(grep -l 'production ' /var/lib/softhsm/tokens/*/token.object)
+           cp -a $own /root/whole
+           complete >/root/before
+           for damage in 'rm -f' 'tee -a'; do
+               $damage $own <<<x
+               for tool in rsync tar restic borg; do
+                   ! softhsm-backup $tool 2>/root/said || exit 1
+                   grep 'not called complete' /root/said
+               done
+               cp -a /root/whole $own
+           done
+           complete | diff /root/before -
+           for tool in rsync tar restic borg; do softhsm-backup $tool 2>/dev/null; done
+           [ $(complete | wc -l) = $(($(wc -l </root/before) + 3)) ]"#,
+    );
+}
+
 /// In the `file` backend, where that is a file of its own.
 #[test]
 fn a_token_object_that_is_gone_comes_from_a_scratch_store() {
