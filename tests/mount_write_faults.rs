@@ -194,6 +194,26 @@ both_backends! {
         drop(small);
     }
 
+    fn a_small_value_needs_little_room(backend) {
+        let (small, softhsm, client, handles) = on_tmpfs(backend, "2m");
+        let bench = Bench::beside(softhsm, client, handles, &MountOptions::new());
+        bench.quiet("head -c 400000 /dev/zero >$o/CKA_VALUE");
+        // An object file is written anew beside the old one; of a database a few pages are.
+        let room = match backend {
+            Backend::File => 500_000,
+            Backend::Db => 100_000,
+        };
+        let free = nix::sys::statvfs::statvfs(&bench.softhsm.tokendir).unwrap();
+        let free = free.blocks_available() * free.fragment_size();
+        fs::write(bench.softhsm.tokendir.join("filler"), vec![1; free as usize - room]).unwrap();
+        bench.quiet("printf small >$o/CKA_LABEL; echo false >$o/CKA_MODIFIABLE");
+        assert_eq!(bench.stored_data("CKA_LABEL").unwrap(), b"small");
+        let Bench { mount, client, .. } = bench;
+        drop(client);
+        mount.unmount();
+        drop(small);
+    }
+
     fn a_read_only_file_system_is_read_only(backend) {
         let (small, softhsm, client, handles) = on_tmpfs(backend, "4m");
         // What has the store open for writing would keep it from becoming read-only.

@@ -86,7 +86,7 @@ impl Tree {
         })
     }
 
-    /// That the store has room for an object in which `node` has `length` bytes. To change an object is to write all of it again. What is
+    /// That the store has room for an object in which `node` has `length` bytes. To change an object file is to write all of it again. What is
     /// found here is said by `write`, and so to those who do not look at what `close` says.
     ///
     /// # Errors
@@ -103,8 +103,12 @@ impl Tree {
             return Ok(());
         };
         // What it has besides, as far as that can be told at once.
-        let object = self.object(token, id, Patience::Now);
-        let besides = object.map_or(0, |object| file::encoded_length(&object.attributes));
+        let besides = match self.token(token)?.backend() {
+            Backend::File => self
+                .object(token, id, Patience::Now)
+                .map_or(0, |object| file::encoded_length(&object.attributes)),
+            Backend::Db => 0,
+        };
         if length.saturating_add(besides).saturating_add(room.block) > free {
             return Err(no_room());
         }
