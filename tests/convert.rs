@@ -348,6 +348,19 @@ fn a_signal_ends_it_and_leaves_nothing() {
         // It waits for the lock, and its other thread for signals.
         eventually(Duration::from_secs(20), "the directory", || new.exists());
         kill(Pid::from_raw(child.id().cast_signed()), signal).unwrap();
+        // Until its thread for signals has had its turn, and sleeps again, or all of it is gone: a conversion that is done before that is one.
+        let threads = format!("/proc/{}/task", child.id());
+        eventually(Duration::from_secs(20), "the signal has been taken", || {
+            let mut threads = fs::read_dir(&threads).unwrap().flatten();
+            threads.all(|thread| {
+                let status = fs::read_to_string(thread.path().join("status")).unwrap_or_default();
+                let of = |field| {
+                    let mut fields = status.lines().filter_map(|line| line.strip_prefix(field));
+                    fields.next().unwrap_or_default().trim()
+                };
+                of("ShdPnd:").trim_matches('0').is_empty() && !of("State:").starts_with('R')
+            })
+        });
         drop(held);
         let output = child.wait_with_output().unwrap();
         let said = String::from_utf8(output.stderr).unwrap();
