@@ -30,6 +30,13 @@ impl Small {
             .arg(format!("remount,{options}"))
             .arg(&self.0));
     }
+
+    /// Takes all down that uses it, and then it.
+    fn end(self, bench: Bench) {
+        let Bench { mount, client, .. } = bench;
+        drop(client);
+        mount.unmount();
+    }
 }
 
 impl Drop for Small {
@@ -143,10 +150,7 @@ both_backends! {
         bench.settle();
         bench.assert_sessions_agree();
         bench.assert_no_leftovers();
-        let Bench { mount, client, .. } = bench;
-        drop(client);
-        mount.unmount();
-        drop(small);
+        small.end(bench);
     }
 
     fn whoever_copies_what_has_no_room_is_told(backend) {
@@ -188,10 +192,7 @@ both_backends! {
         bench.quiet("rsync -a $out/copy/ .");
         eventually(SOON, "the object", || bench.has(name));
         assert_eq!(bench.stored(format!("{name}/CKA_VALUE")).unwrap().len(), 800_000);
-        let Bench { mount, client, .. } = bench;
-        drop(client);
-        mount.unmount();
-        drop(small);
+        small.end(bench);
     }
 
     fn a_small_value_needs_little_room(backend) {
@@ -208,10 +209,7 @@ both_backends! {
         fs::write(bench.softhsm.tokendir.join("filler"), vec![1; free as usize - room]).unwrap();
         bench.quiet("printf small >$o/CKA_LABEL; echo false >$o/CKA_MODIFIABLE");
         assert_eq!(bench.stored_data("CKA_LABEL").unwrap(), b"small");
-        let Bench { mount, client, .. } = bench;
-        drop(client);
-        mount.unmount();
-        drop(small);
+        small.end(bench);
     }
 
     fn a_read_only_file_system_is_read_only(backend) {
@@ -236,10 +234,7 @@ both_backends! {
         assert_errno(write(&bench.of_data("CKA_LABEL"), b"writable"), &[0], "when it is writable again", &bench);
         assert_eq!(bench.stored_data("CKA_LABEL").unwrap(), b"writable");
         bench.client.reinitialize().unwrap();
-        let Bench { mount, client, .. } = bench;
-        drop(client);
-        mount.unmount();
-        drop(small);
+        small.end(bench);
     }
 
     fn no_permission_is_no_permission(backend) {

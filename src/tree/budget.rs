@@ -1,6 +1,8 @@
-//! How much memory may be taken by what is not in the store: scratch, new objects, and what is open for writing.
+//! How much may be taken by what is not in the store yet: of memory by scratch, new objects and what is open for writing, and of the
+//! store's file system by what is going to be written there.
 //!
-//! Whoever may write into a mount could have the server take any amount otherwise, a file of 64 MiB at a time.
+//! Whoever may write into a mount could have the server take any amount of memory otherwise, a file of 64 MiB at a time. And whoever
+//! copies a new object into a full store would not hear of it, since that is written when its files are closed already.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -35,7 +37,7 @@ impl Tree {
     ///
     /// # Errors
     /// [`ErrorKind::NoSpace`] beyond the limit.
-    pub(super) fn check_room(&self, more: u64) -> Result<()> {
+    pub(super) fn check_memory(&self, more: u64) -> Result<()> {
         let mut budget = lock(&self.budget);
         let wanted = budget.at_most.saturating_add(more);
         if wanted <= MOST_BYTES {

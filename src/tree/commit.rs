@@ -217,7 +217,7 @@ impl Tree {
             let mut attributes = old.clone();
             edit(&mut attributes)?;
             validate::check(Some(&old), &attributes)?;
-            let outcome = drafts.check_room(&room, &old, &attributes);
+            let outcome = drafts.check_disk(&room, &old, &attributes);
             let Some(new) = drafts.get_mut(&key).and_then(|draft| draft.new.as_mut()) else {
                 return Ok(false);
             };

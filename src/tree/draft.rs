@@ -395,7 +395,7 @@ impl Drafts {
     ///
     /// # Errors
     /// [`ErrorKind::NoSpace`].
-    pub fn check_room(&mut self, room: &Room, old: &Attributes, new: &Attributes) -> Result<()> {
+    pub fn check_disk(&mut self, room: &Room, old: &Attributes, new: &Attributes) -> Result<()> {
         let Some(free) = room.free else {
             return Ok(());
         };

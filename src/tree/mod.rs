@@ -321,7 +321,10 @@ impl Tree {
         if let Some(token) = node.token()
             && self.is_pending(node, token)
         {
-            return Duration::ZERO;
+            return match node {
+                Node::Token(_) | Node::Object(..) => BRIEFLY,
+                _ => Duration::ZERO,
+            };
         }
         let covered = match node {
             Node::Token(token)
@@ -336,10 +339,8 @@ impl Tree {
             | Node::Server
             | Node::ByLabel
             | Node::TokenByLabel(_)
-            | Node::ObjectByLabel(_, _)
-            | Node::Scratch(_) => {
-                return Duration::ZERO;
-            }
+            | Node::ObjectByLabel(_, _) => return Duration::ZERO,
+            Node::Scratch(_) => return BRIEFLY,
         };
         if covered {
             self.settings.kept
@@ -370,6 +371,11 @@ impl Tree {
         self.changes.load(Ordering::Acquire)
     }
 }
+
+/// How long an answer may be remembered about a directory that is being filled, or about scratch. What changes it comes through the mount,
+/// as a rule, which the kernel sees; the rest, such as the moment that it gets into the store, shows up this much later at most. A tool
+/// that copies into a directory comes back to it a dozen times for each file, each time within a millisecond.
+const BRIEFLY: Duration = Duration::from_millis(50);
 
 /// The longest name of a directory entry (`limits.h`).
 const NAME_MAX: usize = 255;

@@ -523,7 +523,7 @@ impl Tree {
             Some(Ok(Some(content))) => content,
             _ => self.fresh_content(node).unwrap_or_default(),
         };
-        self.check_room(content.len() as u64)?;
+        self.check_memory(content.len() as u64)?;
         let mut scratch = lock(&self.scratch);
         scratch.remove(to.directory, to.name);
         let made = scratch.make(to.directory, to.name, Some(content), access)?;

@@ -286,17 +286,18 @@ impl Tree {
                 outcome => outcome,
             }
         });
-        match &outcome {
-            Ok(()) => self.end_dating(key, &[], None, patience),
-            Err(_) => self.give_up_dating(key),
+        if outcome.is_err() {
+            self.give_up_dating(key);
+            return outcome;
         }
+        self.end_dating(key, &[], None, patience);
         for slot in kept {
             self.diagnostics.warning(format!(
                 "{}: it was removed here, and somebody else has given it another value before that reached the store: it stays",
                 self.path_of(&slot.node(&key.0, &key.1)).display()
             ));
         }
-        outcome
+        Ok(())
     }
 
     /// Makes a token that is being built one, if it has its own attributes.

@@ -108,7 +108,7 @@ impl Tree {
                 _ => self.fresh_content(node).unwrap_or_default(),
             }
         };
-        self.check_room(content.len() as u64)?;
+        self.check_memory(content.len() as u64)?;
         let resized = how.truncate && attributes.size > 0;
         let content: Bytes = Arc::new(Mutex::new(content));
         Ok(self.insert_writer(node.clone(), attributes, how.append, content, resized))
@@ -264,7 +264,7 @@ impl Tree {
         if end > LONGEST_VALUE {
             return Err(too_large());
         }
-        self.check_room(end.saturating_sub(length as u64))?;
+        self.check_memory(end.saturating_sub(length as u64))?;
         if let Some(node) = &node {
             self.check_disk(node, end)?;
         }
@@ -395,7 +395,7 @@ impl Tree {
             return Err(too_large());
         }
         let present = lock(&writer.content).len() as u64;
-        self.check_room(size.saturating_sub(present))?;
+        self.check_memory(size.saturating_sub(present))?;
         if let Some(node) = self.committed_as(&writer).filter(|_| size > present) {
             self.check_disk(&node, size)?;
         }
@@ -447,7 +447,7 @@ impl Tree {
             };
             drop(scratch);
             let present = lock(&bytes).len() as u64;
-            self.check_room(size.saturating_sub(present))?;
+            self.check_memory(size.saturating_sub(present))?;
             lock(&bytes).resize(as_index(size), 0);
             return Ok(());
         }
@@ -463,7 +463,7 @@ impl Tree {
         if content.len() as u64 == size {
             return Ok(());
         }
-        self.check_room(size.saturating_sub(content.len() as u64))?;
+        self.check_memory(size.saturating_sub(content.len() as u64))?;
         content.resize(as_index(size), 0);
         self.commit_resized(node, size, &content, patience)
     }
