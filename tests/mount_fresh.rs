@@ -10,6 +10,7 @@ use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
@@ -221,6 +222,40 @@ both_backends! {
         assert_eq!(names(mount.path()).len(), 1);
         assert!(!names(&mount.join(".tokenfs/by-label")).contains(&OsString::from("another")));
         warm(&object_in(&first, "stays"));
+    }
+
+    /// cp(1) opens its target with `O_PATH` first, of which no server hears: whether it is there is what the kernel remembers.
+    fn what_softhsm_destroyed_can_be_copied_back(backend) {
+        let (softhsm, mut client) = Softhsm::with_token(backend);
+        let mount = Mount::new(&softhsm);
+        let first = token_in(&softhsm, &mount);
+        let serial = client.init_token("another", Some(PIN)).unwrap();
+        client.open("test", Some(PIN)).unwrap();
+        let handle = client.create(&data("object", "x")).unwrap();
+        soon("a token is listed", || names(mount.path()).len() == 2);
+        let object = object_in(&first, "object");
+        let second = names(mount.path()).into_iter().map(|n| mount.join(n)).find(|p| *p != first).unwrap();
+        let backup = tempfile::tempdir().unwrap();
+        for copied in [&object, &second] {
+            sh(backup.path(), &format!("cp -a {} .", copied.display()));
+        }
+        let back = |what: &Path| {
+            // Nobody looks meanwhile.
+            thread::sleep(SOON + SOON / 10);
+            let copy = backup.path().join(what.file_name().unwrap());
+            sh(backup.path(), &format!("cp -a {0} {1} && diff -r {0} {1}", copy.display(), what.display()));
+        };
+        warm(&object);
+        client.destroy(handle).unwrap();
+        back(&object);
+        drop(client);
+        names(&second.join("token"));
+        run(softhsm.util().args(["--delete-token", "--serial", &serial]));
+        back(&second);
+        let mut client = softhsm.p11();
+        client.open("another", Some(PIN)).unwrap();
+        client.open("test", Some(PIN)).unwrap();
+        assert_eq!(client.find_label("object").unwrap().len(), 1);
     }
 
     fn modes_and_owners_of_the_store_show(backend) {

@@ -52,6 +52,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use crate::diagnostics::Diagnostics;
 use crate::error::{Error, ErrorKind, Result};
+use crate::store::attribute::Kind;
 use crate::store::watch::Coverage;
 use crate::store::{Object, ObjectName, Store, Token, TokenName};
 
@@ -84,6 +85,9 @@ pub struct Settings {
     pub server: Option<String>,
     /// How long an answer may be remembered where every change is reported.
     pub kept: Duration,
+    /// How long the same about a directory that others can remove. The kernel is told that its attributes are others, and not that its name is
+    /// gone, see [`Stale`]; what asks for no attributes (`O_PATH`, `chdir`) comes by the name to what is no more.
+    pub kept_directory: Duration,
     /// How long elsewhere: what others change shows up this much later at most.
     pub unwatched: Duration,
 }
@@ -97,6 +101,7 @@ impl Default for Settings {
             server: None,
             // A minute, not for ever: should a change ever go unnoticed, it does not stay so.
             kept: Duration::from_secs(60),
+            kept_directory: Duration::from_secs(1),
             unwatched: Duration::from_millis(500),
         }
     }
@@ -342,10 +347,15 @@ impl Tree {
             | Node::ObjectByLabel(_, _) => return Duration::ZERO,
             Node::Scratch(_) => return BRIEFLY,
         };
-        if covered {
-            self.settings.kept
-        } else {
-            self.settings.unwatched
+        let removable = match node {
+            Node::Token(_) | Node::Object(..) | Node::TokenLayout(_) => true,
+            Node::Attribute(_, _, key) => key.kind == Kind::Map,
+            _ => false,
+        };
+        match (covered, removable) {
+            (true, false) => self.settings.kept,
+            (true, true) => self.settings.kept_directory,
+            (false, _) => self.settings.unwatched,
         }
     }
 
