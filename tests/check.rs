@@ -104,14 +104,42 @@ both_backends! {
 fn an_object_with_few_attributes_is_not_called_cut_off() {
     let (softhsm, _, object) = with_object();
     let data = fs::read(&object).unwrap();
-    // CKA_LABEL without what comes before it is nothing that a cut leaves.
+    // CKA_LABEL without CKA_TOKEN before it is nothing that a cut leaves.
     let ends = ends(&data);
-    let sparse = [&data[..ends[1]], &data[ends[3]..ends[4]]].concat();
+    let sparse = [&data[..ends[1]], &data[ends[2]..ends[4]]].concat();
     fs::write(&object, sparse).unwrap();
     check(&softhsm, &[]).assert_clean();
 }
 
 // ------------------------------------------------------------------------------------------------ torn, suspicious
+
+both_backends! {
+    fn what_does_not_say_whether_it_is_private_is_suspicious_with_a_text(backend) {
+        let (softhsm, mut client) = Softhsm::with_token(backend);
+        client.create(&data_object("it")).unwrap();
+        drop(client);
+        let token = softhsm.token_directory();
+        match backend {
+            Backend::File => {
+                let object = objects(&token).remove(0);
+                let data = fs::read(&object).unwrap();
+                let ends = ends(&data);
+                fs::write(&object, [&data[..ends[2]], &data[ends[3]..]].concat()).unwrap();
+            }
+            Backend::Db => {
+                let writer = rusqlite::Connection::open(token.join("sqlite3.db")).unwrap();
+                assert_eq!(writer.execute("delete from attribute_boolean where type = 2 and object_id > 1", []), Ok(1));
+            }
+        }
+        let checked = look(&softhsm);
+        assert_eq!(checked.code, 1);
+        let said = ": CKA_LABEL of an object without CKA_PRIVATE, which SoftHSM takes for private, is no ciphertext (2 bytes)";
+        assert!(checked.findings().iter().any(|line| line.contains(": suspicious: ") && line.contains(said)), "{checked:#?}");
+        let mut client = softhsm.p11();
+        client.open("test", Some(PIN)).unwrap();
+        assert_eq!(client.find_label("it"), Err(Refusal("CKR_GENERAL_ERROR".into())));
+    }
+}
 
 #[test]
 fn every_cut_of_an_object_is_found_with_its_place() {

@@ -281,11 +281,14 @@ fn lost_material(attributes: &Attributes) -> Option<&'static str> {
     empty(material).then_some(name)
 }
 
-/// The byte strings of a private object that SoftHSM cannot decrypt.
+/// The byte strings of a private object that SoftHSM cannot decrypt. One that does not say whether it is private is, to SoftHSM
+/// (`getBooleanValue(CKA_PRIVATE, true)`).
 fn no_ciphertext(attributes: &Attributes, places: &[(AttributeType, u64)]) -> Vec<Finding> {
-    if attributes.boolean(CKA_PRIVATE) != Some(true) {
-        return Vec::new();
-    }
+    let whose = match attributes.boolean(CKA_PRIVATE) {
+        Some(false) => return Vec::new(),
+        Some(true) => "of a private object",
+        None => "of an object without CKA_PRIVATE, which SoftHSM takes for private,",
+    };
     let mut findings = Vec::new();
     for (key, value) in attributes.iter() {
         let attribute_type = key.attribute_type;
@@ -294,7 +297,7 @@ fn no_ciphertext(attributes: &Attributes, places: &[(AttributeType, u64)]) -> Ve
             continue;
         }
         let detail = format!(
-            "{} of a private object is no ciphertext ({} bytes), which makes SoftHSM's C_FindObjects fail for the whole token",
+            "{} {whose} is no ciphertext ({} bytes), which makes SoftHSM's C_FindObjects fail for the whole token",
             name(attribute_type),
             bytes.len()
         );

@@ -46,6 +46,15 @@ struct Attribute {
     earlier: VecDeque<Trace>,
 }
 
+/// Changes of ours that are not there any more.
+#[derive(Debug, Default)]
+pub(super) struct Overwritten {
+    /// Attributes that have an earlier value.
+    pub values: Vec<AttributeType>,
+    /// Those that were removed and are there again. SoftHSM can have added them too: it gives an object that it changes what the class has.
+    pub removals: Vec<AttributeType>,
+}
+
 impl Changes {
     /// Remembers that a version of `generation` was written: `old` has become `new`. Called while the object is still
     /// locked.
@@ -104,30 +113,33 @@ impl Changes {
         id: &ObjectId,
         generation: u64,
         attributes: &Attributes,
-    ) -> Vec<AttributeType> {
+    ) -> Overwritten {
+        let mut lost = Overwritten::default();
         let Some(change) = self.objects.get_mut(id) else {
-            return Vec::new();
+            return lost;
         };
         // A version before ours, or ours: it may have been read by somebody who says so only now.
         let later = generation.wrapping_sub(change.generation);
         if later == 0 || later > u64::MAX / 2 {
-            return Vec::new();
+            return lost;
         }
-        let mut lost = Vec::new();
         change.attributes.retain(|attribute_type, attribute| {
             let present = trace(attributes, *attribute_type);
             if present == attribute.ours {
                 return true;
             }
             if attribute.earlier.contains(&present) {
-                lost.push(*attribute_type);
+                match attribute.ours {
+                    Some(_) => lost.values.push(*attribute_type),
+                    None => lost.removals.push(*attribute_type),
+                }
             }
             false
         });
         if change.attributes.is_empty() || change.at.elapsed() > KEPT {
             self.objects.remove(id);
         }
-        self.overwritten += lost.len() as u64;
+        self.overwritten += (lost.values.len() + lost.removals.len()) as u64;
         lost
     }
 

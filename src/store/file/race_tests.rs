@@ -10,7 +10,7 @@ use super::fixture::{
 };
 use super::*;
 use crate::error::ErrorKind;
-use crate::store::attribute::{Attributes, Value};
+use crate::store::attribute::{AttributeKey, Attributes, Kind, Value};
 use crate::store::{ObjectId, Patience, Token};
 
 #[test]
@@ -225,4 +225,24 @@ fn a_change_that_softhsm_overwrote_is_said_once() {
     fixture.write("a.object", &encode(11, &other));
     set_label(&fixture, &id("a"), b"fourth").unwrap();
     assert_eq!(fixture.token.overwritten(), 2);
+    // What was removed and is back may be what SoftHSM adds to every object: nobody is told to remove it again.
+    let label = AttributeKey {
+        attribute_type: LABEL,
+        kind: Kind::Bytes,
+    };
+    let mut remove = |attributes: &mut Attributes| {
+        attributes.remove(label);
+        Ok(())
+    };
+    fixture
+        .token
+        .update(&id("a"), &mut remove, None, soon())
+        .unwrap();
+    fixture.write("a.object", &encode(99, &other));
+    fixture.token.object(&id("a"), soon()).unwrap();
+    assert_eq!(fixture.token.overwritten(), 3);
+    let log = fixture.diagnostics.render();
+    let last = log.lines().last().unwrap();
+    assert!(last.contains("a change of CKA_LABEL made through tokenfs with its older copy, or since objects of this class have it"), "{log}");
+    assert!(!last.contains("again"), "{log}");
 }

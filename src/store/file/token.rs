@@ -147,10 +147,20 @@ impl FileToken {
         let lost = self
             .changes()
             .overwritten(id, generation.unwrap_or(0), attributes);
-        if !lost.is_empty() {
-            let names: Vec<String> = lost.into_iter().map(name_of).collect();
+        let said = [
+            (lost.values, "with its older copy; make it again"),
+            (
+                lost.removals,
+                "with its older copy, or since objects of this class have it: what was removed is back",
+            ),
+        ];
+        for (types, how) in said {
+            if types.is_empty() {
+                continue;
+            }
+            let names: Vec<String> = types.into_iter().map(name_of).collect();
             self.diagnostics.warning(format!(
-                "{}: SoftHSM overwrote a change of {} made through tokenfs with its older copy; make it again",
+                "{}: SoftHSM overwrote a change of {} made through tokenfs {how}",
                 self.path_of(id).display(),
                 names.join(", ")
             ));
