@@ -137,9 +137,7 @@ const TRIALS: &[Trial] = &[
     section(
         "The whole store, from restic",
         &[BEFORE, SCRIPT, PASSPHRASE, RESTIC],
-        // The latest backup is incomplete.
-        "damage && not softhsm-backup restic
-         find /var/lib/softhsm/tokens -mindepth 1 -delete
+        "lost_after_an_incomplete restic
          usermod --uid 4003 signer",
         "stat -c %u /var/lib/softhsm/tokens/* | sort -u | grep -x 4001
          chown -R signer:softhsm /var/lib/softhsm/tokens/*
@@ -148,9 +146,7 @@ const TRIALS: &[Trial] = &[
     section(
         "The whole store, from borg",
         &[BEFORE, SCRIPT, PASSPHRASE, BORG],
-        // The latest backup is incomplete.
-        "damage && not softhsm-backup borg
-         find /var/lib/softhsm/tokens -mindepth 1 -delete
+        "lost_after_an_incomplete borg
          usermod --uid 4003 signer",
         "stat -c %u /var/lib/softhsm/tokens/* | sort -u | grep -x 4003
          tree | diff /root/reference - && signs",

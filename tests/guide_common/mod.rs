@@ -10,7 +10,7 @@ use std::process::{Child, Output, Stdio};
 use tempfile::TempDir;
 
 use crate::support::*;
-use store::{DAMAGE, SIGNS, STORE, TREE};
+use store::{DAMAGE, INCOMPLETE, SIGNS, STORE, TREE};
 
 /// The guide.
 pub const GUIDE: &str = include_str!("../../docs/guide.md");
@@ -193,9 +193,10 @@ impl Machine {
         self.look("PATH=/opt:$PATH; tree >/root/reference");
     }
 
-    /// Runs a script that can use `tree`, `not`, `signs` and `damage`.
+    /// Runs a script that can use `tree`, `not`, `signs`, `damage` and `lost_after_an_incomplete`.
     pub fn look(&self, script: &str) -> String {
-        let functions = format!("{TREE}\nsigns() {{ {SIGNS}\n}}\ndamage() {{ {DAMAGE}\n}}\n");
+        let functions =
+            format!("{TREE}\nsigns() {{ {SIGNS}\n}}\ndamage() {{ {DAMAGE}\n}}\n{INCOMPLETE}\n");
         self.run(&format!("{functions}{script}"))
     }
 

@@ -57,3 +57,11 @@ for file in /var/lib/softhsm/tokens/*/sqlite3.db; do
         (select object_id from attribute_integer where type = 0 and value = 3)\"
 done
 if tokenfs check; then exit 1; fi";
+
+/// A shell function that loses the whole store, after a backup that was incomplete and is the latest.
+pub const INCOMPLETE: &str = r#"
+lost_after_an_incomplete() {
+    damage
+    not softhsm-backup "$1"
+    find /var/lib/softhsm/tokens -mindepth 1 -delete
+}"#;
