@@ -13,7 +13,10 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
+use nix::fcntl::AtFlags;
 use nix::sys::signal::{Signal, kill};
+use nix::sys::stat::fstatat;
 use nix::unistd::Pid;
 use support::template::{Attribute, boolean, bytes, ulong};
 use support::*;
@@ -258,6 +261,41 @@ both_backends! {
         assert_eq!(client.find_label("object").unwrap().len(), 1);
     }
 
+    /// The directory that is made in its place is another one, whatever somebody has open of the first.
+    fn a_directory_made_anew_has_nothing_of_the_one_that_softhsm_destroyed(backend) {
+        let (softhsm, mut client) = Softhsm::with_token(backend);
+        let mount = Mount::new(&softhsm);
+        let token = token_in(&softhsm, &mount);
+        for published in [false, true, false, true] {
+            let handle = client.create(&data("object", "first")).unwrap();
+            soon("an object", || names(&token).len() == 2);
+            let object = object_in(&token, "object");
+            warm(&object);
+            let value = object.join("CKA_VALUE");
+            let held = File::open(&value).unwrap();
+            client.destroy(handle).unwrap();
+            let copy = token.join(".copy");
+            if published {
+                fs::create_dir(&copy).unwrap();
+                fs::write(copy.join("CKA_CLASS"), "CKO_DATA").unwrap();
+                fs::write(copy.join("CKA_PRIVATE"), "false").unwrap();
+            }
+            soon("it is gone", || match if published { fs::rename(&copy, &object) } else { fs::create_dir(&object) } {
+                Ok(()) => true,
+                Err(error) => {
+                    assert!(matches!(error.kind(), io::ErrorKind::AlreadyExists | io::ErrorKind::DirectoryNotEmpty), "{error}");
+                    false
+                }
+            });
+            assert_eq!(fs::metadata(&value).unwrap_err().kind(), io::ErrorKind::NotFound, "{published}");
+            assert_eq!(names(&object).len(), if published { 2 } else { 0 });
+            fs::write(&value, "second").unwrap();
+            assert_eq!(fs::read_to_string(&value).unwrap(), "second");
+            assert_eq!(io::read_to_string(held).unwrap(), "first");
+            sh(&token, &format!("rm -r {}", object.display()));
+        }
+    }
+
     fn modes_and_owners_of_the_store_show(backend) {
         let (softhsm, mut client) = Softhsm::with_token(backend);
         client.create(&data("x", "x")).unwrap();
@@ -396,6 +434,44 @@ both_backends! {
         client.set_label(handle, "watched").unwrap();
         soon("a label there", || fs::read(there.join("CKA_LABEL")).unwrap() == b"watched");
     }
+}
+
+/// Whoever restores it right after it was destroyed would be told that it is there, and that there is nothing to do.
+#[test]
+fn an_object_is_gone_before_a_long_scan_has_told_which() {
+    let (softhsm, client) = Softhsm::with_token(Backend::Db);
+    drop(client);
+    let database = softhsm.token_directory().join("sqlite3.db");
+    let other = rusqlite::Connection::open(database).unwrap();
+    other
+        .execute_batch(
+            "pragma foreign_keys = on; begin immediate;
+             with recursive n(i) as (select 2 union all select i + 1 from n where i < 6001) insert into object select i from n;
+             insert into attribute_integer (value, type, object_id) select 0, 0, id from object where id > 1;
+             with recursive t(i) as (select 1 union all select i + 1 from t where i < 17)
+                insert into attribute_boolean (value, type, object_id) select 0, 353 + t.i, object.id from object, t where id > 1;
+             insert into attribute_boolean (value, type, object_id) select 0, 2, id from object where id > 1;
+             insert into attribute_binary (value, type, object_id) values (cast('it' as blob), 3, 2);
+             commit",
+        )
+        .unwrap();
+    let mount = Mount::new(&softhsm);
+    let object = fs::canonicalize(mount.join(".tokenfs/by-label/test/it.data")).unwrap();
+    assert_eq!(names(object.parent().unwrap()).len(), 6001);
+    warm(&object);
+    // Not by a path from the root, on which the directory of the token has changed too.
+    let directory = File::open(&object).unwrap();
+    let stat = || fstatat(&directory, "CKA_LABEL", AtFlags::empty());
+    assert_eq!(stat().unwrap().st_size, 2);
+    other
+        .execute_batch("delete from object where id = 2")
+        .unwrap();
+    // By now whoever asks has to wait for the scan, or has been told.
+    thread::sleep(Duration::from_millis(30));
+    let begun = Instant::now();
+    let told = stat().unwrap_err();
+    assert!(matches!(told, Errno::ESTALE | Errno::ENOENT), "{told}");
+    println!("told after {:?}", begun.elapsed());
 }
 
 #[test]

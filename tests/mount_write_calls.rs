@@ -811,6 +811,74 @@ both_backends! {
         bench.assert_no_leftovers();
     }
 
+    /// Whoever has a file open goes on to write into it, whatever it is called by then.
+    fn what_is_open_goes_along_to_scratch_and_back(backend) {
+        let bench = Bench::alone(backend);
+        let open = |path: &Path| File::options().read(true).write(true).open(path).unwrap();
+        let aside = bench.of_data(".aside");
+        let mut file = open(&bench.label());
+        file.write_all(b"one").unwrap();
+        fs::rename(bench.label(), &aside).unwrap();
+        file.write_all(b"two").unwrap();
+        file.sync_all().unwrap();
+        assert_eq!(fs::read(&aside).unwrap(), b"onetwo");
+        file.write_all(b"three").unwrap();
+        drop(file);
+        assert_eq!(fs::read(&aside).unwrap(), b"onetwothree");
+        // What is appended is appended to what it has by then.
+        let mut file = File::options().append(true).open(&aside).unwrap();
+        fs::rename(&aside, bench.label()).unwrap();
+        bench.assert_label("onetwothree", "in its place again");
+        fs::rename(bench.label(), &aside).unwrap();
+        file.write_all(b"four").unwrap();
+        drop(file);
+        assert_eq!(fs::read(&aside).unwrap(), b"onetwothreefour");
+        // To an attribute again while it is open, and gone while it is.
+        let mut file = open(&bench.of_data("CKA_APPLICATION"));
+        fs::rename(bench.of_data("CKA_APPLICATION"), bench.of_data(".other")).unwrap();
+        file.write_all(b"1234567890").unwrap();
+        fs::rename(bench.of_data(".other"), bench.label()).unwrap();
+        drop(file);
+        bench.assert_label("1234567890", "by way of scratch");
+        let mut file = open(&bench.label());
+        fs::rename(bench.label(), bench.of_data(".gone")).unwrap();
+        fs::remove_file(bench.of_data(".gone")).unwrap();
+        file.write_all(b"nowhere").unwrap();
+        file.sync_all().unwrap();
+        drop(file);
+        assert!(!bench.label().exists() && !bench.of_data(".gone").exists());
+        // So with a map, and an object with its maps.
+        let entry = |directory: &str| bench.of_data(directory).join("CKA_ID");
+        fs::create_dir(bench.of_data("CKA_WRAP_TEMPLATE")).unwrap();
+        fs::write(entry("CKA_WRAP_TEMPLATE"), "id").unwrap();
+        let mut file = open(&entry("CKA_WRAP_TEMPLATE"));
+        fs::rename(bench.of_data("CKA_WRAP_TEMPLATE"), bench.of_data(".map")).unwrap();
+        file.write_all(b"new id").unwrap();
+        drop(file);
+        assert_eq!(fs::read(entry(".map")).unwrap(), b"new id");
+        fs::rename(bench.of_data(".map"), bench.of_data("CKA_WRAP_TEMPLATE")).unwrap();
+        fs::rename(&aside, bench.label()).unwrap();
+        let object = bench.label().parent().unwrap().to_owned();
+        let put_aside = object.with_file_name(".object");
+        let mut files = [open(&bench.label()), open(&entry("CKA_WRAP_TEMPLATE"))];
+        fs::rename(&object, &put_aside).unwrap();
+        for file in &mut files {
+            file.write_all(b"aside").unwrap();
+            file.sync_all().unwrap();
+        }
+        assert_eq!(fs::read(put_aside.join("CKA_LABEL")).unwrap(), b"asideothreefour");
+        assert_eq!(fs::read(put_aside.join("CKA_WRAP_TEMPLATE/CKA_ID")).unwrap(), b"asided");
+        for file in &mut files {
+            file.write_all(b", back").unwrap();
+        }
+        fs::rename(&put_aside, &object).unwrap();
+        drop(files);
+        bench.assert_label("aside, backfour", "in its place again");
+        assert_eq!(fs::read(entry("CKA_WRAP_TEMPLATE")).unwrap(), b"aside, back");
+        bench.settle();
+        bench.assert_no_leftovers();
+    }
+
     fn renaming_scratch_commits_it(backend) {
         let mut bench = Bench::alone(backend);
         let label = bench.handles.0;

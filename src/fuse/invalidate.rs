@@ -2,8 +2,8 @@
 //!
 //! Two threads, neither of which answers requests: a notification can wait for a request that is in flight, and would wait for ever
 //! if it were sent from the thread that has to answer it. One turns events into notifications at once. The other does
-//! what may take long, which is scanning a database, and repeats those notifications that may have overtaken the answer that they
-//! take back.
+//! what may take long, which is to find out by a scan what has changed in a database (until then the first has the kernel ask about its objects
+//! anew), and repeats those notifications that may have overtaken the answer that they take back.
 
 use std::collections::HashSet;
 use std::io::PipeWriter;
@@ -108,6 +108,7 @@ fn dispatch(tree: &Tree, notifier: &Notifier, sender: &Sender<Later>, changes: &
         }
     }
     if !slow.is_empty() {
+        notify(notifier, &tree.doubtful(&slow));
         let _ = sender.send(Later::Changes(slow));
     }
 }

@@ -97,7 +97,10 @@ impl Tree {
             }
             None => Text::Whole(&content),
         };
-        let outcome = self.commit(&node, &text, state.mtime, patience);
+        let outcome = match &node {
+            Node::Scratch(id) => self.commit_to_scratch(*id, &text, state.mtime),
+            _ => self.commit(&node, &text, state.mtime, patience),
+        };
         if !matches!(&outcome, Err(error) if error.kind() == ErrorKind::WouldBlock) {
             let mut now = lock(&writer.state);
             if now.version == state.version {

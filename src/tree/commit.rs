@@ -6,6 +6,7 @@ use std::time::SystemTime;
 use nix::sys::statvfs::FsFlags;
 
 use super::node::Node;
+use super::scratch::{Content, ScratchId};
 use super::slot::Slot;
 use super::text::Context;
 use super::{Tree, lock, text};
@@ -66,6 +67,38 @@ impl Tree {
             };
             slot.set(attributes, value)
         })
+    }
+
+    /// Makes `text` the content of a scratch file, unless that is gone by now.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NoSpace`] beyond the limit for what is in memory.
+    pub(super) fn commit_to_scratch(
+        &self,
+        id: ScratchId,
+        text: &Text<'_>,
+        mtime: Option<SystemTime>,
+    ) -> Result<()> {
+        let (Text::Whole(bytes) | Text::Appended(bytes) | Text::Resized(_, bytes)) = text;
+        self.check_memory(bytes.len() as u64)?;
+        let mut scratch = lock(&self.scratch);
+        let Ok(entry) = scratch.get_mut(id) else {
+            return Ok(());
+        };
+        let Content::File(content) = &entry.content else {
+            return Ok(());
+        };
+        let mut content = lock(content);
+        match text {
+            Text::Whole(bytes) => *content = bytes.to_vec(),
+            Text::Appended(bytes) => content.extend_from_slice(bytes),
+            Text::Resized(size, _) => content.resize(*size, 0),
+        }
+        drop(content);
+        entry.ctime = SystemTime::now();
+        entry.mtime = mtime.unwrap_or(entry.ctime);
+        entry.given = mtime;
+        Ok(())
     }
 
     /// Makes a text the value of `node`, at the time `mtime`.

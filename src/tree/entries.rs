@@ -220,6 +220,9 @@ impl Tree {
         let directory = self.node(parent)?;
         let made = self.make_dir_in(&directory, name, mode, caller, patience);
         let node = self.noted_entry(&directory, name, made)?;
+        // What the kernel knows by that name is a directory that somebody else removed. Told of the same one, it would find in it again what
+        // anybody has open of that.
+        lock(&self.inodes).bury(&node);
         match self.noted(self.look(node.clone(), patience)) {
             Ok(look) => {
                 self.tell(parent, &look);

@@ -1,14 +1,17 @@
 //! What becomes of an open file that is renamed, unlinked or replaced, and of what was unlinked and is held back when something
 //! is written beside it.
 
+use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use super::draft::Key;
 use super::handle::{Handle, HandleId, Place, Writer};
 use super::name::{self, Name};
 use super::node::Node;
-use super::slot::Slot;
+use super::scratch::ScratchId;
+use super::slot::{Slot, map_key};
 use super::{Tree, lock};
 use crate::error::{ErrorKind, Result};
 use crate::store::attribute::Attributes;
@@ -45,6 +48,39 @@ impl Tree {
         }
     }
 
+    /// What files of the object `key` are open for writing, and in which place: all, or those of an attribute or an attribute map.
+    pub(super) fn open_in(&self, key: &Key, moved: Option<Slot>) -> Vec<(Arc<Writer>, Slot)> {
+        let writers = lock(&self.handles).writers();
+        let placed = writers.into_iter().filter_map(|writer| {
+            let node = self.committed_as(&writer)?;
+            let (token, id, slot) = Slot::of(&node)?;
+            let is_there = (token, id) == (&key.0, &key.1)
+                && moved.is_none_or(|moved| slot == moved || slot.is_in(moved));
+            is_there.then_some((writer, slot))
+        });
+        placed.collect()
+    }
+
+    /// The object, or what was at `moved` in it, has become the scratch `made`: who has a file of it open goes on to write into that.
+    pub(super) fn follow_into_scratch(
+        &self,
+        made: ScratchId,
+        moved: Option<Slot>,
+        writers: &[(Arc<Writer>, Slot)],
+    ) {
+        for (writer, slot) in writers {
+            let file = (moved != Some(*slot)).then_some(slot.key);
+            let map = slot.map.filter(|_| moved.is_none()).map(map_key);
+            let scratch = lock(&self.scratch);
+            let found = map.into_iter().chain(file).try_fold(made, |id, key| {
+                scratch.find(&Node::Scratch(id), OsStr::new(&*name::file_name(key)))
+            });
+            if let Some(found) = found {
+                *lock(&writer.place) = Place::Moved(Node::Scratch(found));
+            }
+        }
+    }
+
     /// The scratch directory `node` has become `target`, an object or a map: who has a file in it open goes on to write into the
     /// attribute that it is now.
     pub(super) fn follow_scratch(&self, node: &Node, target: &Node) {
@@ -67,22 +103,28 @@ impl Tree {
                 self.follow_scratch(&file.node, &now);
                 continue;
             }
-            for writer in writers.iter().filter(|writer| writer.node == file.node) {
-                *lock(&writer.place) = Place::Moved(now.clone());
+            for writer in &writers {
+                let is_its = writer.node == file.node
+                    || self.committed_as(writer).as_ref() == Some(&file.node);
+                if is_its {
+                    *lock(&writer.place) = Place::Moved(now.clone());
+                }
             }
         }
     }
 
-    /// The attribute that a writer's content is to become, if it is to become one.
+    /// The attribute that a writer's content is to become, if it is to become one; or the scratch that this has been renamed to.
     pub(super) fn committed_as(&self, writer: &Writer) -> Option<Node> {
-        match &*lock(&writer.place) {
-            Place::There => {}
-            Place::Moved(node) => return Some(node.clone()),
-            Place::Gone => return None,
-        }
-        match &writer.node {
-            Node::Scratch(id) => lock(&self.scratch).became(*id),
-            node => Some(node.clone()),
+        let place = lock(&writer.place).clone();
+        match (place, &writer.node) {
+            (Place::Gone, _) => None,
+            (Place::There, Node::Scratch(id)) => lock(&self.scratch).became(*id),
+            (Place::There, node) => Some(node.clone()),
+            (Place::Moved(Node::Scratch(id)), _) => {
+                let became = lock(&self.scratch).became(id);
+                Some(became.unwrap_or(Node::Scratch(id)))
+            }
+            (Place::Moved(node), _) => Some(node),
         }
     }
 

@@ -195,6 +195,12 @@ impl InodeTable {
         Some(forgotten.node)
     }
 
+    /// The known inodes in the directory `ino`.
+    pub fn children(&self, ino: Ino) -> impl Iterator<Item = Ino> + Clone {
+        let directory = self.inodes.get(&ino).into_iter();
+        directory.flat_map(|inode| inode.children.iter().copied())
+    }
+
     /// The known inodes below `ino`, parents before their children, without itself.
     #[must_use]
     pub fn below(&self, ino: Ino) -> Vec<Ino> {

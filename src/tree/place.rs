@@ -10,7 +10,7 @@ use super::view::{CONTROL, TOKEN};
 use super::{FileKind, NAME_MAX, Tree};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::attribute::Kind;
-use crate::store::{ObjectName, Patience, TokenName};
+use crate::store::{ObjectId, ObjectName, Patience, TokenName};
 
 /// What a name stands for that something is made under.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -25,6 +25,22 @@ pub(super) enum Place {
     Token(TokenName),
     /// Nothing of the store's.
     Scratch,
+}
+
+impl Place {
+    /// What of the store a directory in this place is.
+    pub fn directory(&self) -> Option<Node> {
+        match self {
+            Self::Attribute(map) => Some(map.clone()),
+            Self::Object(token, object) => {
+                let id = ObjectId::Object(object.clone());
+                Some(Node::Object(token.clone(), id))
+            }
+            Self::Own(token) => Some(Node::Object(token.clone(), ObjectId::Token)),
+            Self::Token(token) => Some(Node::Token(token.clone())),
+            Self::Scratch => None,
+        }
+    }
 }
 
 impl Tree {

@@ -90,7 +90,6 @@ impl Tree {
             match (kind, replaced_kind) {
                 (FileKind::Directory, FileKind::Directory) => {
                     replaces_damaged = self.check_empty(&replaced, how.by, patience)?;
-                    buried = self.known_number(&replaced);
                 }
                 (FileKind::Directory, _) => {
                     return Err(Error::new(ErrorKind::NotADirectory, "a file has that name"));
@@ -106,6 +105,12 @@ impl Tree {
         }
         let ino = self.known_number(&node);
         let place = self.place(to.directory, to.name, kind)?;
+        if kind == FileKind::Directory
+            && let Some(target) = place.directory()
+        {
+            // There is nothing, or nothing that stays: what the kernel knows by that name is something that is gone.
+            buried = self.known_number(&target);
+        }
         match (&node, place) {
             (Node::Scratch(id), Place::Attribute(target)) => {
                 self.publish_scratch(*id, kind, &target, patience)?;
@@ -137,9 +142,16 @@ impl Tree {
                 self.rebind(ino, &target, to_parent, patience);
             }
             (Node::Attribute(..) | Node::MapEntry(..), Place::Scratch) => {
+                let open = Slot::of(&node).map(|(token, id, slot)| {
+                    let key = (token.clone(), id.clone());
+                    (slot, self.open_in(&key, Some(slot)))
+                });
                 let made = self.move_to_scratch((&node, false), to, patience, || {
                     self.take_out(&node, patience)
                 })?;
+                if let Some((slot, writers)) = open {
+                    self.follow_into_scratch(made, Some(slot), &writers);
+                }
                 lock(&self.scratch).clear(&node);
                 self.rebind(ino, &Node::Scratch(made), to_parent, patience);
             }
@@ -167,11 +179,13 @@ impl Tree {
                 }
                 self.check_may_write(token, how.by, patience)?;
                 let is_damaged = self.is_damaged(&node, patience)?;
+                let key = (token.clone(), ObjectId::Object(object.clone()));
+                let open = self.open_in(&key, None);
                 let made = self.move_to_scratch((&node, is_damaged), to, patience, || {
                     self.remove_object(token, object, is_damaged, patience)
                 })?;
-                let key = (token.clone(), ObjectId::Object(object.clone()));
                 self.moved(&key, |_| Some(super::handle::Place::Gone));
+                self.follow_into_scratch(made, None, &open);
                 lock(&self.scratch).clear_object(&key);
                 self.rebind(ino, &Node::Scratch(made), to_parent, patience);
             }

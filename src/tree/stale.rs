@@ -15,6 +15,9 @@ use crate::store::layout::LayoutFile;
 use crate::store::watch::Change;
 use crate::store::{ObjectId, Patience, TokenName};
 
+/// So many answers are taken back at each commit in a database, which takes a millisecond; of more, those about objects.
+const AT_ONCE: usize = 1000;
+
 /// Something that was answered and is not true any more.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Stale {
@@ -47,6 +50,31 @@ impl Tree {
         let below = lock(&self.inodes).below(ino);
         let all = std::iter::once(ino).chain(below);
         (listener.0)(all.map(Stale::Attributes).collect());
+    }
+
+    /// What may be stale after `changes` in databases, of which nobody says what they have changed: to be asked about anew until
+    /// [`Tree::stale`] has found out, which takes a scan. The kernel comes by the directory of an object to all that is in it, and hears there
+    /// that it is gone.
+    pub fn doubtful(&self, changes: &[Change]) -> Vec<Stale> {
+        let inodes = lock(&self.inodes);
+        let mut doubtful = Vec::new();
+        for change in changes {
+            let Change::Database(token) = change else {
+                continue;
+            };
+            let Some(token) = inodes.find(&Node::Token(token.clone())) else {
+                continue;
+            };
+            doubtful.push(token);
+            let objects = inodes.children(token);
+            let mut in_them = objects.clone().flat_map(|object| inodes.children(object));
+            if in_them.nth(AT_ONCE).is_none() {
+                doubtful.extend(inodes.below(token));
+            } else {
+                doubtful.extend(objects);
+            }
+        }
+        doubtful.into_iter().map(Stale::Attributes).collect()
     }
 
     /// What was answered and is stale after `changes`, in the order of how much it matters.
