@@ -245,7 +245,8 @@ both_backends! {
         damage_key(&bench.softhsm, &bench.token, &bench.private);
         eventually(SOON, "the damage to be seen", || fs::read_dir(bench.at(&bench.private)).is_err());
         bench.quiet(&format!("mkdir {object}; echo CKO_DATA >{object}/CKA_CLASS"));
-        eventually(SOON, "the refusal", || bench.log().contains(&format!("{object}: without CKA_PRIVATE")));
+        // It is left alone for five seconds first.
+        eventually(SOON * 3, "the refusal", || bench.log().contains(&format!("{object}: without CKA_PRIVATE")));
         bench.fails("echo maybe >$p/CKA_VERIFY");
         let said = refused_umount(&bench);
         let named = |path: &str| said.matches(&format!("tokenfs: {}: pending", bench.mount.join(path).display())).count();
