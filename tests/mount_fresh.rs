@@ -244,7 +244,7 @@ both_backends! {
         }
         let back = |what: &Path| {
             // Nobody looks meanwhile.
-            thread::sleep(SOON + SOON / 10);
+            thread::sleep(Duration::from_millis(100));
             let copy = backup.path().join(what.file_name().unwrap());
             sh(backup.path(), &format!("cp -a {0} {1} && diff -r {0} {1}", copy.display(), what.display()));
         };

@@ -85,9 +85,6 @@ pub struct Settings {
     pub server: Option<String>,
     /// How long an answer may be remembered where every change is reported.
     pub kept: Duration,
-    /// How long the same about a directory that others can remove. The kernel is told that its attributes are others, and not that its name is
-    /// gone, see [`Stale`]; what asks for no attributes (`O_PATH`, `chdir`) comes by the name to what is no more.
-    pub kept_directory: Duration,
     /// How long elsewhere: what others change shows up this much later at most.
     pub unwatched: Duration,
 }
@@ -101,7 +98,6 @@ impl Default for Settings {
             server: None,
             // A minute, not for ever: should a change ever go unnoticed, it does not stay so.
             kept: Duration::from_secs(60),
-            kept_directory: Duration::from_secs(1),
             unwatched: Duration::from_millis(500),
         }
     }
@@ -260,10 +256,12 @@ impl Tree {
     }
 
     /// Whether what is said of `node` will change without a change of the store.
-    fn is_pending(&self, node: &Node, token: &TokenName) -> bool {
+    fn is_pending(&self, node: &Node) -> bool {
+        let Some(token) = node.token() else {
+            return false;
+        };
         let drafts = lock(&self.drafts);
         drafts.build(token).is_some()
-            || *node == Node::Token(token.clone()) && drafts.changed(token).is_some()
             || node
                 .object()
                 .is_some_and(|(token, id)| drafts.get(&(token.clone(), id.clone())).is_some())
@@ -323,14 +321,12 @@ impl Tree {
 
     /// How long an answer about `node` may be remembered.
     fn validity(&self, node: &Node) -> Duration {
-        if let Some(token) = node.token()
-            && self.is_pending(node, token)
-        {
-            return match node {
-                Node::Token(_) | Node::Object(..) => BRIEFLY,
-                _ => Duration::ZERO,
-            };
-        }
+        let longest = match node {
+            Node::Token(_) | Node::Object(..) | Node::TokenLayout(_) | Node::Scratch(_) => BRIEFLY,
+            Node::Attribute(_, _, map) if map.kind == Kind::Map => BRIEFLY,
+            _ if self.is_pending(node) => Duration::ZERO,
+            _ => self.settings.kept,
+        };
         let covered = match node {
             Node::Token(token)
             | Node::Object(token, _)
@@ -339,23 +335,19 @@ impl Tree {
             | Node::TokenLayout(token)
             | Node::FileInLayout(token, _) => self.coverage.has_token(token),
             Node::Root | Node::Control | Node::Layout => self.coverage.has_tokendir(),
+            // It is nowhere else.
+            Node::Scratch(_) => true,
             // Made on the spot from what is remembered anyway.
             Node::Log
             | Node::Server
             | Node::ByLabel
             | Node::TokenByLabel(_)
             | Node::ObjectByLabel(_, _) => return Duration::ZERO,
-            Node::Scratch(_) => return BRIEFLY,
         };
-        let removable = match node {
-            Node::Token(_) | Node::Object(..) | Node::TokenLayout(_) => true,
-            Node::Attribute(_, _, key) => key.kind == Kind::Map,
-            _ => false,
-        };
-        match (covered, removable) {
-            (true, false) => self.settings.kept,
-            (true, true) => self.settings.kept_directory,
-            (false, _) => self.settings.unwatched,
+        if covered {
+            longest
+        } else {
+            longest.min(self.settings.unwatched)
         }
     }
 
@@ -382,9 +374,10 @@ impl Tree {
     }
 }
 
-/// How long an answer may be remembered about a directory that is being filled, or about scratch. What changes it comes through the mount,
-/// as a rule, which the kernel sees; the rest, such as the moment that it gets into the store, shows up this much later at most. A tool
-/// that copies into a directory comes back to it a dozen times for each file, each time within a millisecond.
+/// How long an answer may be remembered about a directory that others can remove, or fill, and about scratch. The kernel is told that the
+/// attributes of a directory are others, and not that its name is gone, see [`Stale`]: what asks for no attributes (`O_PATH`, `chdir`) comes
+/// by the name to what is no more. And of what is pending nobody tells it when that gets into the store. A tool that copies into a
+/// directory comes back to it a dozen times for each file, each time within a millisecond.
 const BRIEFLY: Duration = Duration::from_millis(50);
 
 /// The longest name of a directory entry (`limits.h`).
