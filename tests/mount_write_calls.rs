@@ -9,7 +9,7 @@ mod write_common;
 use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -808,6 +808,76 @@ both_backends! {
         for name in names {
             assert!(!bench.of_data(name).exists(), "{name} has outlived the mount");
         }
+        bench.assert_no_leftovers();
+    }
+
+    /// What has a name now is not what somebody still has open who opened it by that name.
+    fn what_is_done_to_a_file_that_lost_its_name_is_not_done_to_the_next(backend) {
+        use nix::sys::stat::{fchmod, futimens};
+        use nix::sys::time::TimeSpec;
+        let mut bench = Bench::alone(backend);
+        let label = bench.handles.0;
+        let scratch = bench.of_data(".new");
+        fs::write(bench.label(), "the first").unwrap();
+        let replace = |bench: &Bench, text: &str| {
+            fs::write(&scratch, text).unwrap();
+            fs::rename(&scratch, bench.label()).unwrap();
+        };
+        let by_name = |bench: &Bench| {
+            let found = fs::metadata(bench.label()).unwrap();
+            (found.len(), found.mode(), found.mtime(), found.mtime_nsec())
+        };
+        let mut held = Vec::new();
+        for (round, text) in ["a second", "the third one", "four"].into_iter().enumerate() {
+            let file = match round {
+                0 => File::open(bench.label()).unwrap(),
+                _ => File::options().write(true).open(bench.label()).unwrap(),
+            };
+            let before = file.metadata().unwrap();
+            if round == 1 {
+                fs::remove_file(bench.label()).unwrap();
+                fs::write(bench.label(), text).unwrap();
+            } else {
+                replace(&bench, text);
+            }
+            let found = by_name(&bench);
+            assert_eq!(found.0, text.len() as u64);
+            let old = TimeSpec::new(1, 0);
+            futimens(&file, &old, &old).unwrap();
+            fchmod(&file, Mode::from_bits_truncate(0o400)).unwrap();
+            if round == 2 {
+                file.set_len(3).unwrap();
+                assert_eq!(file.metadata().unwrap().len(), 3);
+            } else {
+                assert_eq!(file.metadata().unwrap().len(), before.len());
+            }
+            assert_eq!(by_name(&bench), found, "round {round}");
+            assert_ne!(file.metadata().unwrap().ino(), fs::metadata(bench.label()).unwrap().ino());
+            held.push(file);
+        }
+        // What has the name is told of as ever, also when the others are gone.
+        for (round, text) in ["changed by SoftHSM", "once more"].into_iter().enumerate() {
+            bench.client.set_label(label, text).unwrap();
+            eventually(SOON, "the size", || by_name(&bench).0 == text.len() as u64);
+            assert_eq!(fs::read_to_string(bench.label()).unwrap(), text);
+            if round == 0 {
+                held.clear();
+                std::thread::sleep(Duration::from_millis(100));
+            }
+        }
+        replace(&bench, "in the end");
+        bench.assert_label("in the end", "in the end");
+        // So where the whole object is another one.
+        bench.quiet("cp -a $o $out/copy");
+        let file = File::open(bench.label()).unwrap();
+        bench.client.destroy(label).unwrap();
+        eventually(SOON, "it is gone", || !bench.label().exists());
+        bench.quiet("cp -a $out/copy $t/$o");
+        let found = by_name(&bench);
+        let old = TimeSpec::new(1, 0);
+        futimens(&file, &old, &old).unwrap();
+        assert_eq!(by_name(&bench), found);
+        bench.settle();
         bench.assert_no_leftovers();
     }
 

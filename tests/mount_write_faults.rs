@@ -153,6 +153,26 @@ both_backends! {
         small.end(bench);
     }
 
+    /// setrlimit(2): the process that would make a file longer is killed, unless it takes care.
+    fn a_limit_on_the_size_of_files_is_an_error_of_the_write(backend) {
+        let mut bench = Bench::new(backend);
+        let limit = |bytes: &str| {
+            run(tool("prlimit").args(["--pid", &bench.mount.pid().to_string(), &format!("--fsize={bytes}:unlimited")]));
+        };
+        let before = mount_common::expected(&bench.softhsm);
+        limit("65536");
+        let refused = write(&bench.of_data("CKA_VALUE"), &[7; 200_000]);
+        assert_errno(refused, &[libc::EFBIG, libc::EIO], "a value that makes a file longer than the limit", &bench);
+        mount_common::assert_same(&before, &mount_common::expected(&bench.softhsm));
+        assert_explained(&bench, &["large", "limit", "i/o error"]);
+        limit("unlimited");
+        assert_errno(write(&bench.of_data("CKA_VALUE"), &[7; 200_000]), &[0], "without the limit", &bench);
+        assert_eq!(bench.stored_data("CKA_VALUE").unwrap().len(), 200_000);
+        bench.settle();
+        bench.assert_sessions_agree();
+        bench.assert_no_leftovers();
+    }
+
     fn whoever_copies_what_has_no_room_is_told(backend) {
         let (small, softhsm, client, handles) = on_tmpfs(backend, "2m");
         let mut bench = Bench::beside(softhsm, client, handles, &MountOptions::new());

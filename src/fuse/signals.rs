@@ -1,4 +1,4 @@
-//! What a signal does to a mount: SIGINT, SIGTERM and SIGHUP unmount it.
+//! What a signal does to a mount: SIGINT, SIGTERM and SIGHUP unmount it, SIGXFSZ nothing.
 //!
 //! The signals are blocked in all threads, and one thread waits for them. It does nothing that a signal handler could not
 //! do, and so can do everything: unmounting waits for answers that the other threads give.
@@ -43,7 +43,11 @@ impl Signals {
         for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
             set.add(signal);
         }
-        set.thread_block()
+        // A file that would become longer than the limit is an error of that write (EFBIG, setrlimit(2)), and not the end of the mount.
+        let mut blocked = set;
+        blocked.add(Signal::SIGXFSZ);
+        blocked
+            .thread_block()
             .map_err(|errno| Error::system("cannot block signals", errno))?;
         let signals = Self {
             state: Arc::new(Mutex::new(State::Starting)),

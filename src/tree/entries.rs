@@ -222,7 +222,9 @@ impl Tree {
         let node = self.noted_entry(&directory, name, made)?;
         // What the kernel knows by that name is a directory that somebody else removed. Told of the same one, it would find in it again what
         // anybody has open of that.
-        lock(&self.inodes).bury(&node);
+        if let Some(ino) = self.known_number(&node) {
+            self.bury(ino);
+        }
         match self.noted(self.look(node.clone(), patience)) {
             Ok(look) => {
                 self.tell(parent, &look);
@@ -349,17 +351,13 @@ impl Tree {
         if kind == FileKind::Directory {
             return Err(Error::new(ErrorKind::IsADirectory, "a directory"));
         }
+        let known = self.open_numbers(&node);
         if let Node::Scratch(_) = node {
             lock(&self.scratch).remove(directory, name);
         } else {
             self.take_out(&node, patience)?;
         }
-        let mut inodes = lock(&self.inodes);
-        if let Some(ino) = inodes.find(&node)
-            && let Some(inode) = inodes.get_mut(ino)
-        {
-            inode.unlinked = true;
-        }
+        self.orphan(known);
         Ok(())
     }
 
@@ -454,7 +452,9 @@ impl Tree {
             }
             _ => return Err(Error::new(ErrorKind::ReadOnly, "cannot be removed")),
         }
-        lock(&self.inodes).bury(&node);
+        if let Some(ino) = self.known_number(&node) {
+            self.bury(ino);
+        }
         lock(&self.scratch).clear(&node);
         self.wake();
         Ok(())

@@ -9,7 +9,7 @@ use std::time::SystemTime;
 use super::draft::Key;
 use super::handle::{Handle, HandleId, Place, Writer};
 use super::name::{self, Name};
-use super::node::Node;
+use super::node::{Ino, Node};
 use super::scratch::ScratchId;
 use super::slot::{Slot, map_key};
 use super::{Tree, lock};
@@ -46,6 +46,33 @@ impl Tree {
                 *lock(&writer.place) = now;
             }
         }
+    }
+
+    /// The numbers by which the kernel knows the file `node` where it is open: its own, or that of the scratch that was renamed to it.
+    pub(super) fn open_numbers(&self, node: &Node) -> Vec<Ino> {
+        let open = lock(&self.handles).files();
+        let stands_for = |ino: &Ino| match self.node(*ino).ok()? {
+            Node::Scratch(id) => lock(&self.scratch).became(id).or(Some(Node::Scratch(id))),
+            node => Some(node),
+        };
+        let is_it = |ino: &Ino| stands_for(ino).as_ref() == Some(node);
+        open.into_iter().filter(is_it).collect()
+    }
+
+    /// Open files have lost their name. What is done to them is not done to what has that name by then.
+    pub(super) fn orphan(&self, files: impl IntoIterator<Item = Ino>) {
+        let mut inodes = lock(&self.inodes);
+        for ino in files {
+            inodes.orphan(ino);
+        }
+    }
+
+    /// The directory with this number is gone, and what is in it.
+    pub(super) fn bury(&self, ino: Ino) {
+        let open = lock(&self.handles).files();
+        let below = lock(&self.inodes).below(ino);
+        self.orphan(below.into_iter().filter(|ino| open.contains(ino)));
+        lock(&self.inodes).bury(ino);
     }
 
     /// What files of the object `key` are open for writing, and in which place: all, or those of an attribute or an attribute map.

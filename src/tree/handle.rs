@@ -1,8 +1,8 @@
 //! Open files and directories.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::atomic::AtomicU32;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
 
 use super::draft::{Bytes, Key};
@@ -46,6 +46,14 @@ pub(super) struct Writer {
     pub counted: Option<Key>,
     /// What has become of the file since it was opened.
     pub place: Mutex<Place>,
+}
+
+impl Writer {
+    /// How long the file is as this descriptor sees it, in bytes.
+    pub fn size(&self) -> u64 {
+        let content = self.content.lock();
+        content.unwrap_or_else(PoisonError::into_inner).len() as u64
+    }
 }
 
 /// Where the file is that a writer has open.
@@ -121,6 +129,8 @@ pub(super) struct Handles {
     open: HashMap<HandleId, Handle>,
     /// The process that opened it, or wrote through it last.
     users: HashMap<HandleId, u32>,
+    /// The number that it was opened by, where that is not the one that its name has: it was scratch that has been renamed to that.
+    numbers: HashMap<HandleId, Ino>,
 }
 
 impl Handles {
@@ -153,13 +163,31 @@ impl Handles {
 
     pub(super) fn remove(&mut self, id: HandleId) -> Option<Handle> {
         self.users.remove(&id);
+        self.numbers.remove(&id);
         self.open.remove(&id)
+    }
+
+    pub(super) fn opened_by(&mut self, id: HandleId, ino: Ino) {
+        self.numbers.insert(id, ino);
     }
 
     pub(super) fn used_by(&mut self, id: HandleId, pid: u32) {
         if self.open.contains_key(&id) {
             self.users.insert(id, pid);
         }
+    }
+
+    /// The numbers of the files that are open.
+    pub(super) fn files(&self) -> HashSet<Ino> {
+        let number = |(id, handle): (&HandleId, &Handle)| {
+            let ino = match handle {
+                Handle::Content(_, attributes) => attributes.ino,
+                Handle::Writer(writer) | Handle::Shared(writer) => writer.attributes.ino,
+                Handle::Listing(..) => return None,
+            };
+            Some(self.numbers.get(id).copied().unwrap_or(ino))
+        };
+        self.open.iter().filter_map(number).collect()
     }
 
     /// What somebody was told of `ino` when it was opened: the process `pid`, or anybody.
@@ -169,9 +197,13 @@ impl Handles {
         opened.find_map(|(id, _)| {
             let attributes = match self.open.get(id)? {
                 Handle::Content(_, attributes) | Handle::Listing(_, attributes) => *attributes,
-                Handle::Writer(writer) | Handle::Shared(writer) => writer.attributes,
+                Handle::Writer(writer) | Handle::Shared(writer) => Attributes {
+                    size: writer.size(),
+                    ..writer.attributes
+                },
             };
-            (attributes.ino == ino).then_some(attributes)
+            let number = self.numbers.get(id).unwrap_or(&attributes.ino);
+            (*number == ino).then_some(Attributes { ino, ..attributes })
         })
     }
 }

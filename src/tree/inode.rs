@@ -22,8 +22,8 @@ pub struct Inode {
     pub seen: Option<Arc<Object>>,
     /// When the kernel was last told of it.
     pub told_at: Instant,
-    /// It was unlinked through the mount: whoever asks for it has it open.
-    pub unlinked: bool,
+    /// It was unlinked or replaced while it was open: only who has it open asks for it, and what has its name now has another number.
+    pub is_orphan: bool,
     /// How often the number was taken anew while the kernel still knew a directory by it that was removed.
     generation: u64,
     /// It was a directory, and was removed. The kernel finds nothing in that any more, not even what is made in the next one of its number.
@@ -39,7 +39,7 @@ impl Inode {
             parent,
             seen: None,
             told_at: Instant::now(),
-            unlinked: false,
+            is_orphan: false,
             generation: 0,
             is_dead: false,
             lookups: 0,
@@ -58,7 +58,7 @@ impl Inode {
 #[derive(Debug)]
 pub struct InodeTable {
     inodes: HashMap<Ino, Inode>,
-    /// The numbers of what was renamed, which are not those that it would have.
+    /// The numbers of what was renamed, or came when its own was taken, which are not those that it would have.
     renamed: HashMap<Node, Ino>,
 }
 
@@ -96,7 +96,7 @@ impl InodeTable {
         }
         let mut ino = node.number();
         while let Some(other) = self.inodes.get(&ino)
-            && other.node != *node
+            && (other.node != *node || other.is_orphan)
         {
             ino = ino.wrapping_add(1).max(ROOT + 1);
         }
@@ -117,15 +117,19 @@ impl InodeTable {
         self.inodes.get(&ino).map_or(0, generation)
     }
 
-    /// The directory `node` is gone.
-    pub fn bury(&mut self, node: &Node) {
-        if let Some(ino) = self.find(node) {
-            self.bury_number(ino);
+    /// The file with this number has lost its name, and is still open.
+    pub fn orphan(&mut self, ino: Ino) {
+        let Some(inode) = self.inodes.get_mut(&ino) else {
+            return;
+        };
+        inode.is_orphan = true;
+        if self.renamed.get(&inode.node) == Some(&ino) {
+            self.renamed.remove(&inode.node);
         }
     }
 
     /// The directory with this number is gone.
-    pub fn bury_number(&mut self, ino: Ino) {
+    pub fn bury(&mut self, ino: Ino) {
         if let Some(inode) = self.inodes.get_mut(&ino) {
             inode.is_dead = true;
         }
@@ -139,13 +143,16 @@ impl InodeTable {
             .entry(ino)
             .or_insert_with(|| Inode::new(node.clone(), parent));
         inode.lookups += 1;
-        inode.unlinked = false;
         if std::mem::take(&mut inode.is_dead) {
             inode.generation += 1;
         }
         inode.tell(seen);
         if let Some(directory) = self.inodes.get_mut(&parent) {
             directory.children.insert(ino);
+        }
+        if ino != node.number() {
+            // It keeps the number when whatever is in its way is gone.
+            self.renamed.insert(node.clone(), ino);
         }
         ino
     }

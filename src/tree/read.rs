@@ -62,15 +62,14 @@ impl Tree {
     /// # Errors
     /// As [`Tree::attributes`].
     pub fn attributes_for(&self, ino: Ino, pid: u32, patience: Patience) -> Result<Entry> {
+        if self.is_orphan(ino) {
+            return self.orphan_attributes(ino);
+        }
         let mut entry = match self.attributes(ino, patience) {
             Err(error) if error.kind() == ErrorKind::NotFound => {
-                let unlinked = lock(&self.inodes)
-                    .get(ino)
-                    .is_some_and(|inode| inode.unlinked);
-                let opened = lock(&self.handles).at_open(ino, (!unlinked).then_some(pid));
-                let attributes = opened.ok_or(error)?;
+                let opened = lock(&self.handles).at_open(ino, Some(pid));
                 return Ok(Entry {
-                    attributes,
+                    attributes: opened.ok_or(error)?,
                     valid: Duration::ZERO,
                     generation: 0,
                 });
@@ -87,6 +86,22 @@ impl Tree {
         Ok(entry)
     }
 
+    pub(super) fn is_orphan(&self, ino: Ino) -> bool {
+        lock(&self.inodes)
+            .get(ino)
+            .is_some_and(|inode| inode.is_orphan)
+    }
+
+    /// What `stat` says of a file that has lost its name: what it was when it was opened.
+    pub(super) fn orphan_attributes(&self, ino: Ino) -> Result<Entry> {
+        let opened = lock(&self.handles).at_open(ino, None);
+        Ok(Entry {
+            attributes: opened.ok_or_else(|| Error::not_found("it has lost its name"))?,
+            valid: Duration::ZERO,
+            generation: 0,
+        })
+    }
+
     /// What `stat` says of an open file: its size is that of the copy that is read and written through `handle`, and it says it of
     /// one that is unlinked too.
     ///
@@ -100,7 +115,12 @@ impl Tree {
             }
             _ => return self.attributes(ino, patience),
         };
-        let mut entry = match self.attributes(ino, patience) {
+        let described = if self.is_orphan(ino) {
+            Err(Error::not_found("it has lost its name"))
+        } else {
+            self.attributes(ino, patience)
+        };
+        let mut entry = match described {
             Err(error) if error.kind() == ErrorKind::NotFound => Entry {
                 attributes: Attributes { ino, ..at_open },
                 valid: Duration::ZERO,

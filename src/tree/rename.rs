@@ -79,7 +79,7 @@ impl Tree {
         };
         self.check_writable(&node)?;
         let mut replaces_damaged = false;
-        let mut buried = None;
+        let mut orphans = Vec::new();
         if let Some((replaced, replaced_kind)) = self.existing(to.directory, to.name, patience)? {
             if how.no_replace {
                 return Err(exists());
@@ -100,17 +100,14 @@ impl Tree {
                         "a directory has that name",
                     ));
                 }
-                _ => {}
+                _ => orphans = self.open_numbers(&replaced),
             }
         }
         let ino = self.known_number(&node);
         let place = self.place(to.directory, to.name, kind)?;
-        if kind == FileKind::Directory
-            && let Some(target) = place.directory()
-        {
-            // There is nothing, or nothing that stays: what the kernel knows by that name is something that is gone.
-            buried = self.known_number(&target);
-        }
+        // There is nothing, or nothing that stays: what the kernel knows by that name is something that is gone.
+        let target = place.directory().filter(|_| kind == FileKind::Directory);
+        let buried = target.and_then(|target| self.known_number(&target));
         match (&node, place) {
             (Node::Scratch(id), Place::Attribute(target)) => {
                 self.publish_scratch(*id, kind, &target, patience)?;
@@ -202,8 +199,9 @@ impl Tree {
             _ => return Err(other_device()),
         }
         if let Some(ino) = buried {
-            lock(&self.inodes).bury_number(ino);
+            self.bury(ino);
         }
+        self.orphan(orphans);
         self.wake();
         Ok(())
     }
@@ -244,7 +242,7 @@ impl Tree {
     }
 
     /// The number under which the kernel knows `node`.
-    fn known_number(&self, node: &Node) -> Option<Ino> {
+    pub(super) fn known_number(&self, node: &Node) -> Option<Ino> {
         lock(&self.inodes).find(node)
     }
 

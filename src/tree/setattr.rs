@@ -36,6 +36,9 @@ impl Tree {
         patience: Patience,
     ) -> Result<Entry> {
         let node = self.node(ino)?;
+        if self.is_orphan(ino) {
+            return self.set_orphan(ino, handle, change);
+        }
         let outcome = self.set(&node, handle, change, patience);
         let outcome = match (outcome, handle) {
             // It is open and unlinked: nobody will ever see what was set.
@@ -48,6 +51,22 @@ impl Tree {
             Some(handle) => self.open_attributes(ino, handle, patience),
             None => self.attributes(ino, patience),
         }
+    }
+
+    /// Of a file that has lost its name only the size counts, through a descriptor: nobody will ever see the rest. (The kernel does not say
+    /// through which descriptor `fchmod` and `futimens` ask.)
+    fn set_orphan(
+        &self,
+        ino: Ino,
+        handle: Option<HandleId>,
+        change: &SetAttributes,
+    ) -> Result<Entry> {
+        match (change.size, handle) {
+            (Some(size), Some(handle)) => self.resize_open(handle, size)?,
+            (Some(_), None) => return Err(Error::not_found("it has lost its name")),
+            (None, _) => {}
+        }
+        self.orphan_attributes(ino)
     }
 
     fn set(

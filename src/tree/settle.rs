@@ -416,10 +416,10 @@ impl Tree {
                 drop(drafts);
                 tokens.sort_unstable();
                 tokens.dedup();
-                for token in tokens {
-                    // Whoever syncs all there is, as `tokenfs umount` does, says nothing of what others are making.
-                    self.sync_all(&token, Finished::Assumed, patience)?;
-                }
+                // Whoever syncs all there is, as `tokenfs umount` does, says nothing of what others are making.
+                each(&tokens, |token| {
+                    self.sync_all(token, Finished::Assumed, patience)
+                })?;
                 self.noted(self.store.sync())
             }
             // What was scratch when it was opened.
@@ -437,16 +437,17 @@ impl Tree {
     /// Writes all that is pending in a token, and syncs it.
     fn sync_all(&self, token: &TokenName, finished: Finished, patience: Patience) -> Result<()> {
         let keys = lock(&self.drafts).keys(Some(token));
-        for key in keys {
-            let is_empty = lock(&self.drafts).get(&key).is_some_and(|draft| {
+        each(&keys, |key| {
+            let is_empty = lock(&self.drafts).get(key).is_some_and(|draft| {
                 let new = draft.new.as_ref();
                 new.is_some_and(|new| new.attributes.is_empty() && new.unwritten.is_empty())
             });
             // That its directory is synced does not make an object of what nothing was put into.
-            if !is_empty {
-                self.write_draft(&key, finished, patience)?;
+            if is_empty {
+                return Ok(());
             }
-        }
+            self.write_draft(key, finished, patience)
+        })?;
         if self.is_token(token) {
             self.publish(token, patience)?;
         }
@@ -530,4 +531,17 @@ impl Tree {
         }
         Ok(())
     }
+}
+
+/// Does something with all of them, also after it has failed with one, of which the first is told.
+fn each<T>(all: &[T], mut act: impl FnMut(&T) -> Result<()>) -> Result<()> {
+    let mut outcome = Ok(());
+    for one in all {
+        match act(one) {
+            // To be done again by who can wait.
+            Err(error) if error.kind() == ErrorKind::WouldBlock => return Err(error),
+            done => outcome = outcome.and(done),
+        }
+    }
+    outcome
 }

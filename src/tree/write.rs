@@ -47,7 +47,11 @@ impl Tree {
     ) -> Result<HandleId> {
         let node = self.node(ino)?;
         let opened = self.open_writer(&node, how, patience);
-        self.noted_write(&node, opened)
+        let handle = self.noted_write(&node, opened)?;
+        if let Node::Scratch(_) = node {
+            lock(&self.handles).opened_by(handle, ino);
+        }
+        Ok(handle)
     }
 
     /// Notes which process uses a descriptor. The kernel asks for the attributes of an open file without saying through

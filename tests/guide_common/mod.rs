@@ -155,6 +155,8 @@ impl Machine {
             .arg(root)
             .args([
                 "env",
+                // A shell cannot trap a signal that is ignored when it starts, as SIGHUP is under nohup(1).
+                "--default-signal",
                 "-i",
                 "HOME=/root",
                 "LANG=C.UTF-8",
