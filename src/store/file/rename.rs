@@ -185,7 +185,7 @@ impl FileToken {
         if !departed.is_resumed_by(&reading.version) {
             return Err(Error::new(
                 ErrorKind::Busy,
-                "it is none that a SoftHSM can have made of what was renamed",
+                "it cannot be told from another one that was put there: a SoftHSM that has changed it more than once since, or somebody else; compare them, and remove the wrong one",
             ));
         }
         let present = stat_regular(directory, target.object())?;
