@@ -641,6 +641,22 @@ fn an_attribute_has_the_time_that_it_was_given_while_its_directory_is_given_one(
 }
 
 #[test]
+fn what_was_scratch_and_is_an_attribute_is_remembered_no_more() {
+    let f = fixture();
+    f.put(f.object, ".CKA_LABEL.x", b"new");
+    let scratch = f.find(f.object, ".CKA_LABEL.x");
+    let valid = || f.tree.attributes(scratch, patient()).unwrap().valid;
+    assert!(!valid().is_zero());
+    let (from, to) = (os(".CKA_LABEL.x"), os("CKA_LABEL"));
+    let how = RenameHow::default();
+    f.tree
+        .rename((f.object, from), (f.object, to), how, patient())
+        .unwrap();
+    // Whoever changes the attribute from now on says so under its own number.
+    assert!(valid().is_zero());
+}
+
+#[test]
 fn what_was_scratch_and_is_an_attribute_does_not_count_as_scratch() {
     let f = fixture();
     let name = "00000000-0000-4000-8000-000000000000";

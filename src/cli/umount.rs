@@ -99,11 +99,11 @@ fn name_pending(point: &Path) {
         return;
     };
     for path in paths {
-        let name = path.strip_prefix(point).unwrap_or(&path).display();
-        // Of the object, or of one of its attributes.
-        let latest = [format!(" error: {name}: "), format!(" error: {name}/")]
-            .iter()
-            .find_map(|entry| log.lines().rev().find_map(|line| line.split_once(entry)));
+        let entry = format!(
+            " error: {}: ",
+            path.strip_prefix(point).unwrap_or(&path).display()
+        );
+        let latest = log.lines().rev().find_map(|line| line.split_once(&entry));
         let reason = latest.map_or(String::new(), |(_, reason)| format!(": {reason}"));
         eprintln!("tokenfs: {}: pending{reason}", quoted(&path));
     }

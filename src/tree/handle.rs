@@ -2,12 +2,12 @@
 
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::AtomicU32;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
 
 use super::draft::{Bytes, Key};
 use super::node::Node;
-use super::{Attributes, Ino, Listed};
+use super::{Attributes, Ino, Listed, lock};
 use crate::error::{Error, Result};
 
 /// The number of an open file or directory.
@@ -51,8 +51,7 @@ pub(super) struct Writer {
 impl Writer {
     /// How long the file is as this descriptor sees it, in bytes.
     pub fn size(&self) -> u64 {
-        let content = self.content.lock();
-        content.unwrap_or_else(PoisonError::into_inner).len() as u64
+        lock(&self.content).len() as u64
     }
 }
 

@@ -3,6 +3,9 @@
 //! An inode is here from the first answer that names it until the kernel has forgotten all of them (`FUSE_FORGET`). With it
 //! stands the version of the object that the kernel's attributes were taken from, which tells whether a change makes them
 //! stale.
+//!
+//! What a name stands for can change while the kernel knows the old one: a file that lost its name while it is open is an orphan, and what has the
+//! name then gets another number; a directory that is made again keeps the number, in another generation.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;

@@ -8,7 +8,7 @@
 //! `object` has objects as the mount shows them, `read` the operations that read, and `stale` what becomes of answers when the store changes.
 //!
 //! Writing: `write` has the descriptors, `close` what becomes of them, `commit` how a value gets into its object, `follow` what an open file
-//! follows; `place`, `entries`, `rename` and `setattr` have what is made, removed, renamed and set; `draft` and `scratch` hold what the store does not
+//! follows; `place`, `entries`, `rename`, `publish` and `setattr` have what is made, removed, renamed and set; `draft` and `scratch` hold what the store does not
 //! have, `settle` writes it, `dates` has the times that attributes have beside the store's, and `building` keeps others off a token at the moment that it is published.
 //!
 //! Locks: each table (inodes, handles, labels, drafts, dates, scratch, gates, files that are being closed) has one. None is held while the store is asked, and
@@ -32,6 +32,7 @@ pub mod name;
 pub mod node;
 mod object;
 mod place;
+mod publish;
 mod read;
 mod rename;
 mod scratch;
@@ -322,6 +323,8 @@ impl Tree {
     /// How long an answer about `node` may be remembered.
     fn validity(&self, node: &Node) -> Duration {
         let longest = match node {
+            // It has been renamed to an attribute, which others change.
+            Node::Scratch(id) if lock(&self.scratch).became(*id).is_some() => Duration::ZERO,
             Node::Token(_) | Node::Object(..) | Node::TokenLayout(_) | Node::Scratch(_) => BRIEFLY,
             Node::Attribute(_, _, map) if map.kind == Kind::Map => BRIEFLY,
             _ if self.is_pending(node) => Duration::ZERO,

@@ -62,12 +62,10 @@ impl Tree {
     /// # Errors
     /// As [`Tree::attributes`].
     pub fn attributes_for(&self, ino: Ino, pid: u32, patience: Patience) -> Result<Entry> {
-        if self.is_orphan(ino) {
-            return self.orphan_attributes(ino);
-        }
         let mut entry = match self.attributes(ino, patience) {
             Err(error) if error.kind() == ErrorKind::NotFound => {
-                let opened = lock(&self.handles).at_open(ino, Some(pid));
+                let only = (!self.is_orphan(ino)).then_some(pid);
+                let opened = lock(&self.handles).at_open(ino, only);
                 return Ok(Entry {
                     attributes: opened.ok_or(error)?,
                     valid: Duration::ZERO,
@@ -92,16 +90,6 @@ impl Tree {
             .is_some_and(|inode| inode.is_orphan)
     }
 
-    /// What `stat` says of a file that has lost its name: what it was when it was opened.
-    pub(super) fn orphan_attributes(&self, ino: Ino) -> Result<Entry> {
-        let opened = lock(&self.handles).at_open(ino, None);
-        Ok(Entry {
-            attributes: opened.ok_or_else(|| Error::not_found("it has lost its name"))?,
-            valid: Duration::ZERO,
-            generation: 0,
-        })
-    }
-
     /// What `stat` says of an open file: its size is that of the copy that is read and written through `handle`, and it says it of
     /// one that is unlinked too.
     ///
@@ -111,16 +99,11 @@ impl Tree {
         let (at_open, size) = match lock(&self.handles).get(handle) {
             Some(Handle::Content(content, attributes)) => (*attributes, content.len() as u64),
             Some(Handle::Writer(writer) | Handle::Shared(writer)) => {
-                (writer.attributes, lock(&writer.content).len() as u64)
+                (writer.attributes, writer.size())
             }
             _ => return self.attributes(ino, patience),
         };
-        let described = if self.is_orphan(ino) {
-            Err(Error::not_found("it has lost its name"))
-        } else {
-            self.attributes(ino, patience)
-        };
-        let mut entry = match described {
+        let mut entry = match self.attributes(ino, patience) {
             Err(error) if error.kind() == ErrorKind::NotFound => Entry {
                 attributes: Attributes { ino, ..at_open },
                 valid: Duration::ZERO,
@@ -140,6 +123,9 @@ impl Tree {
     /// # Errors
     /// [`ErrorKind::NotFound`] if it is gone by now, and what the store fails with.
     pub fn attributes(&self, ino: Ino, patience: Patience) -> Result<Entry> {
+        if self.is_orphan(ino) {
+            return Err(Error::not_found("it has lost its name"));
+        }
         let mut look = self.noted(self.look(self.node(ino)?, patience))?;
         look.entry.attributes.ino = ino;
         let mut inodes = lock(&self.inodes);

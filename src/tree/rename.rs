@@ -1,22 +1,19 @@
-//! Renaming: how scratch becomes an attribute or an object, how an object goes in one step, and what cannot be renamed.
+//! Renaming: what becomes what (`publish` does it where scratch comes into it), what the kernel's numbers stand for then, and what cannot be
+//! renamed.
 
 use std::ffi::OsStr;
-use std::os::unix::ffi::OsStrExt;
 
 use super::draft::Key;
-use super::entries::{Caller, ScratchFile, exists};
-use super::name::{self, Name};
+use super::entries::{Caller, exists};
+use super::name;
 use super::node::{Ino, Node};
 use super::place::Place;
-use super::scratch::{Content, ScratchId};
 use super::slot::Slot;
 use super::text::Context;
 use super::{FileKind, Tree, lock, text, view};
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::attribute::{Attributes, Kind, Value};
-use crate::store::{
-    Access, Backend, NewObject, ObjectId, ObjectName, Patience, TokenName, validate,
-};
+use crate::store::attribute::{Attributes, Value};
+use crate::store::{Backend, ObjectId, ObjectName, Patience, TokenName};
 
 /// What `renameat2(2)` was asked for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -30,9 +27,9 @@ pub struct RenameHow {
 
 /// One end of a rename.
 #[derive(Clone, Copy, Debug)]
-struct End<'a> {
-    directory: &'a Node,
-    name: &'a OsStr,
+pub(super) struct End<'a> {
+    pub directory: &'a Node,
+    pub name: &'a OsStr,
 }
 
 impl Tree {
@@ -281,84 +278,9 @@ impl Tree {
         None
     }
 
-    /// Makes a scratch file, or a scratch directory, the value of an attribute.
-    fn publish_scratch(
-        &self,
-        id: ScratchId,
-        kind: FileKind,
-        target: &Node,
-        patience: Patience,
-    ) -> Result<()> {
-        if kind == FileKind::Directory {
-            let entries = self.parse_directory(&Node::Scratch(id), true)?;
-            return self.commit_value(target, &Value::Map(entries), patience);
-        }
-        let (bytes, given) = {
-            let scratch = lock(&self.scratch);
-            let entry = scratch.get(id)?;
-            match &entry.content {
-                Content::File(bytes) => (lock(bytes).clone(), entry.given),
-                Content::Directory(_) => return Err(other_device()),
-            }
-        };
-        self.commit_text(target, &bytes, given, patience)?;
-        // Whoever has what was there before open does not write over it.
-        self.cut_off(target);
-        Ok(())
-    }
-
-    /// Makes a scratch directory an object, in one step.
-    fn publish_object(
-        &self,
-        id: ScratchId,
-        (token, object): (&TokenName, &ObjectName),
-        replaces_damaged: bool,
-        patience: Patience,
-    ) -> Result<()> {
-        let node = Node::Scratch(id);
-        let attributes = self.parse_directory(&node, false)?;
-        validate::check_finished(None, &attributes)?;
-        let (access, mtime) = {
-            let scratch = lock(&self.scratch);
-            let entry = scratch.get(id)?;
-            if entry.was_damaged && attributes.iter().next().is_none() {
-                return Err(Error::damaged(
-                    "this was a damaged object when it was renamed to scratch, and nothing of it is left; restore it from a backup",
-                ));
-            }
-            let access = Access {
-                mode: entry.access.mode & 0o666,
-                ..entry.access
-            };
-            (access, entry.given)
-        };
-        let key = (token.clone(), ObjectId::Object(object.clone()));
-        // Before anything makes room for it.
-        self.token(token)?.check_name(object)?;
-        validate::check(None, &attributes)?;
-        let new = NewObject {
-            attributes,
-            access,
-            mtime,
-        };
-        if !replaces_damaged {
-            self.make_room(&key, object, false, patience)?;
-        }
-        self.ask(token, patience, |token| {
-            if replaces_damaged {
-                token.replace_damaged(object, Some(&new), patience)
-            } else {
-                token.create(object, &new, patience)
-            }
-        })?;
-        // An empty directory that was just made there is replaced.
-        lock(&self.drafts).remove(&key);
-        Ok(())
-    }
-
     /// What is to be replaced by an object is an empty directory or a damaged object, as `rename` has seen to: one that the store has
     /// because all of it was unlinked just now goes for good.
-    fn make_room(
+    pub(super) fn make_room(
         &self,
         key: &Key,
         object: &ObjectName,
@@ -376,48 +298,6 @@ impl Tree {
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
             Err(error) => Err(error),
         }
-    }
-
-    /// The attributes that the files in a scratch directory are.
-    fn parse_directory(&self, node: &Node, is_map: bool) -> Result<Attributes> {
-        let mut attributes = Attributes::new();
-        let files = self.scratch_files(node)?;
-        // What others depend on comes first: CKA_PARAMETER_SET is spelled by the CKA_KEY_TYPE beside it.
-        for with_context in [false, true] {
-            for ScratchFile {
-                name: file,
-                content,
-                node: child,
-            } in &files
-            {
-                let key = match name::parse(file.as_bytes()) {
-                    Name::Attribute(key) => key,
-                    Name::Scratch => continue,
-                    Name::Impossible => return Err(name::refusal(file.as_bytes())),
-                };
-                let depends = key.attribute_type == crate::pkcs11::CKA_PARAMETER_SET;
-                if depends != with_context {
-                    continue;
-                }
-                let slot = Slot { map: None, key };
-                let value = match content {
-                    Some(content) if key.kind != Kind::Map => {
-                        text::parse(key, content, Context::of(&attributes))?
-                    }
-                    None if key.kind == Kind::Map && !is_map => {
-                        Value::Map(self.parse_directory(child, true)?)
-                    }
-                    _ => {
-                        return Err(Error::new(
-                            ErrorKind::Invalid,
-                            "a file is where a directory belongs, or the other way round",
-                        ));
-                    }
-                };
-                slot.set(&mut attributes, value)?;
-            }
-        }
-        Ok(attributes)
     }
 
     /// Gives a value another name in its object.
@@ -474,83 +354,6 @@ impl Tree {
         Ok(())
     }
 
-    /// Makes a copy in scratch of what `take_away` removes from its place. What had the name before is there until that is done. Of a
-    /// damaged object the copy is an empty directory, which cannot become an object again.
-    fn move_to_scratch(
-        &self,
-        (node, is_damaged): (&Node, bool),
-        to: End<'_>,
-        patience: Patience,
-        take_away: impl FnOnce() -> Result<()>,
-    ) -> Result<ScratchId> {
-        // No program makes a name with a newline in it, and no two threads are given the same number.
-        let name = format!(".tokenfs\n{}", self.next_number());
-        let aside = End {
-            directory: to.directory,
-            name: OsStr::new(&name),
-        };
-        let made = if is_damaged {
-            let (attributes, _) = self.describe(node, patience)?;
-            let mut scratch = lock(&self.scratch);
-            let made = scratch.make(aside.directory, aside.name, None, access_of(&attributes))?;
-            scratch.get_mut(made)?.was_damaged = true;
-            made
-        } else {
-            self.copy_to_scratch(node, aside, patience)?
-        };
-        if let Err(error) = take_away() {
-            lock(&self.scratch).remove(aside.directory, aside.name);
-            return Err(error);
-        }
-        lock(&self.scratch).rename((aside.directory, aside.name), (to.directory, to.name))?;
-        Ok(made)
-    }
-
-    /// A copy in scratch of an attribute, a map or an object, with the mode and owner that it has.
-    fn copy_to_scratch(&self, node: &Node, to: End<'_>, patience: Patience) -> Result<ScratchId> {
-        let (attributes, object) = self.describe(node, patience)?;
-        let access = access_of(&attributes);
-        if attributes.kind == FileKind::Directory {
-            let children = self.children(node, patience)?;
-            let made = {
-                let mut scratch = lock(&self.scratch);
-                scratch.remove(to.directory, to.name);
-                scratch.make(to.directory, to.name, None, access)?
-            };
-            let directory = Node::Scratch(made);
-            for (name, _, child) in children {
-                let end = End {
-                    directory: &directory,
-                    name: &name,
-                };
-                if let Err(error) = self.copy_to_scratch(&child, end, patience) {
-                    lock(&self.scratch).remove(to.directory, to.name);
-                    return Err(error);
-                }
-            }
-            self.keep_scratch_time(made, attributes.mtime);
-            return Ok(made);
-        }
-        let content = match object.map(|object| view::content(node, &object)) {
-            Some(Ok(Some(content))) => content,
-            _ => self.fresh_content(node).unwrap_or_default(),
-        };
-        self.check_memory(content.len() as u64)?;
-        let mut scratch = lock(&self.scratch);
-        scratch.remove(to.directory, to.name);
-        let made = scratch.make(to.directory, to.name, Some(content), access)?;
-        drop(scratch);
-        self.keep_scratch_time(made, attributes.mtime);
-        Ok(made)
-    }
-
-    fn keep_scratch_time(&self, id: ScratchId, mtime: std::time::SystemTime) {
-        if let Ok(entry) = lock(&self.scratch).get_mut(id) {
-            entry.mtime = mtime;
-            entry.given = Some(mtime);
-        }
-    }
-
     /// Gives an object another name.
     fn rename_object(
         &self,
@@ -597,15 +400,7 @@ impl Tree {
     }
 }
 
-fn access_of(attributes: &super::Attributes) -> Access {
-    Access {
-        mode: attributes.mode,
-        uid: attributes.uid,
-        gid: attributes.gid,
-    }
-}
-
-fn other_device() -> Error {
+pub(super) fn other_device() -> Error {
     Error::new(
         ErrorKind::CrossDevice,
         "this has to be copied, as mv does of itself",

@@ -37,7 +37,7 @@ impl Tree {
     ) -> Result<Entry> {
         let node = self.node(ino)?;
         if self.is_orphan(ino) {
-            return self.set_orphan(ino, handle, change);
+            return self.set_orphan(ino, handle, change, patience);
         }
         let outcome = self.set(&node, handle, change, patience);
         let outcome = match (outcome, handle) {
@@ -60,13 +60,14 @@ impl Tree {
         ino: Ino,
         handle: Option<HandleId>,
         change: &SetAttributes,
+        patience: Patience,
     ) -> Result<Entry> {
         match (change.size, handle) {
             (Some(size), Some(handle)) => self.resize_open(handle, size)?,
             (Some(_), None) => return Err(Error::not_found("it has lost its name")),
             (None, _) => {}
         }
-        self.orphan_attributes(ino)
+        self.attributes_for(ino, change.pid, patience)
     }
 
     fn set(

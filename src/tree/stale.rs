@@ -15,7 +15,7 @@ use crate::store::layout::LayoutFile;
 use crate::store::watch::Change;
 use crate::store::{ObjectId, Patience, TokenName};
 
-/// So many answers are taken back at each commit in a database, which takes a millisecond; of more, those about objects.
+/// Of so many answers all are taken back at each commit in a database, with a system call for each; of more, those about objects.
 const AT_ONCE: usize = 1000;
 
 /// Something that was answered and is not true any more.

@@ -75,10 +75,7 @@ impl Tree {
             let state = lock(&writer.state);
             (state.written || state.resized) && writer.user.load(Ordering::Relaxed) == pid
         });
-        (
-            is_open,
-            ours.map(|writer| lock(&writer.content).len() as u64),
-        )
+        (is_open, ours.map(|writer| writer.size()))
     }
 
     pub(super) fn open_writer(
@@ -398,7 +395,7 @@ impl Tree {
         if size > LONGEST_VALUE {
             return Err(too_large());
         }
-        let present = lock(&writer.content).len() as u64;
+        let present = writer.size();
         self.check_memory(size.saturating_sub(present))?;
         if let Some(node) = self.committed_as(&writer).filter(|_| size > present) {
             self.check_disk(&node, size)?;
@@ -424,7 +421,7 @@ impl Tree {
     /// # Errors
     /// [`ErrorKind::TooLarge`].
     pub fn extend_open(&self, handle: HandleId, size: u64) -> Result<()> {
-        let present = lock(&self.writer(handle)?.content).len() as u64;
+        let present = self.writer(handle)?.size();
         if size > present {
             self.resize_open(handle, size)?;
         }
