@@ -8,15 +8,27 @@ mod support;
 mod write_common;
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
+use mount_common::entries;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use support::template::ulong;
 use support::*;
 use write_common::*;
 
 const OTHER: &str = "11111111-2222-4333-8444-555555555555";
+
+/// Is set when it goes, so that whoever looks at it ends with whatever else ends.
+struct Raised<'a>(&'a AtomicBool);
+
+impl Drop for Raised<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Relaxed);
+    }
+}
 
 /// Has the session of `bench` change the label of the data object, and `act` done while it is stopped between the object's lock and its
 /// file.
@@ -74,6 +86,73 @@ fn what_comes_back_after_a_rename_is_put_in_the_place_of_what_was_renamed() {
         bench.assert_sessions_agree();
         assert!(!bench.log().contains("there are both"), "{}", bench.log());
     }
+}
+
+/// One that does not wait between two changes has made more than one by the time that it is noticed.
+#[test]
+fn what_is_changed_without_a_pause_is_renamed_and_is_there_once() {
+    const RENAMES: usize = 60;
+    let bench = Bench::new(Backend::File);
+    let mut session = bench.softhsm.p11();
+    session.open("test", Some(PIN)).unwrap();
+    let (over, set) = (AtomicBool::new(false), AtomicU64::new(0));
+    let present = || {
+        let mut names = entries(&bench.directory()).unwrap();
+        for other in ["token", &*bench.public, &*bench.private] {
+            names.remove(Path::new(other));
+        }
+        names
+    };
+    let label_of = |name: &Path| {
+        let label = fs::read(bench.at(name).join("CKA_LABEL")).unwrap();
+        String::from_utf8(label).unwrap().parse::<u64>().unwrap()
+    };
+    let data = [ulong(0, 0)];
+    let mut name = PathBuf::from(&bench.data);
+    let label = session.find(&data).unwrap()[0].handle;
+    session.set_label(label, "0").unwrap();
+    let mut change = || {
+        let mut handle = label;
+        while !over.load(Relaxed) {
+            let number = set.load(Relaxed) + 1;
+            if session.set_label(handle, &number.to_string()).is_ok() {
+                set.store(number, Relaxed);
+            } else if let Some(found) = session.find(&data).unwrap().first() {
+                handle = found.handle;
+            }
+        }
+    };
+    std::thread::scope(|scope| {
+        scope.spawn(&mut change);
+        let end = Raised(&over);
+        for round in 0..RENAMES {
+            let before = set.load(Relaxed);
+            let new = PathBuf::from(format!("11111111-2222-4333-8444-{round:012}"));
+            fs::rename(bench.at(&name), bench.at(&new)).unwrap();
+            for _ in 0..200 {
+                if present().len() == 1 {
+                    break;
+                }
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            assert!(
+                present().len() == 1,
+                "{round} {:?} {}",
+                present(),
+                bench.log()
+            );
+            assert!(label_of(&new) >= before, "a change of SoftHSM's is lost");
+            name = new;
+            eventually(SOON, "the session goes on", || {
+                set.load(Relaxed) > before + 5
+            });
+        }
+        drop(end);
+    });
+    let changes = set.load(Relaxed);
+    assert_eq!(label_of(&name), changes, "the last change is lost");
+    assert!(!bench.log().contains("there are both"), "{}", bench.log());
+    println!("{RENAMES} renames beside {changes} changes");
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 use std::sync::{MutexGuard, PoisonError};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
@@ -13,6 +13,7 @@ use rustix::io::Errno as Refusal;
 use super::attire::{
     access_of, apply_to_directory, copy, set_access, set_access_if_possible, set_mtime,
 };
+use super::departed::Departed;
 use super::encode::encode;
 use super::guard::{Temporary, Transaction, exists, stat_regular, sync, unlink_if_there};
 use super::names::{Names, too_long};
@@ -23,6 +24,9 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::store::attribute::{Attributes, Value};
 use crate::store::crash::point;
 use crate::store::{Access, MetadataChange, ObjectId, Patience, Time, Token, lock, validate};
+
+/// After how long it is looked again whether a file is what has come back.
+const MOMENT: Duration = Duration::from_millis(2);
 
 /// How an attempt to put a new version in place ended.
 enum Attempt {
@@ -120,9 +124,21 @@ impl FileToken {
 
     /// An object, locked for a transaction and at rest. What a crash left of an earlier write is put right first.
     pub(super) fn read_for_writing(&self, names: &Names, patience: Patience) -> Result<Reading> {
+        self.read_known_for_writing(names, None, patience)
+    }
+
+    /// The same of an object that may have come back, which SoftHSM is not just making, however young its file is.
+    pub(super) fn read_known_for_writing(
+        &self,
+        names: &Names,
+        departed: Option<&Departed>,
+        patience: Patience,
+    ) -> Result<Reading> {
         loop {
             let building = self.is_building();
-            let reading = settled(building, patience, || self.attempt(names, patience))?;
+            let reading = settled(building, patience, || {
+                self.attempt(names, departed, patience)
+            })?;
             if building {
                 return Ok(reading);
             }
@@ -133,7 +149,12 @@ impl FileToken {
         }
     }
 
-    fn attempt(&self, names: &Names, patience: Patience) -> Result<Option<Reading>> {
+    fn attempt(
+        &self,
+        names: &Names,
+        departed: Option<&Departed>,
+        patience: Patience,
+    ) -> Result<Option<Reading>> {
         let directory = self.directory();
         let transaction = match names.lock() {
             None => None,
@@ -150,17 +171,24 @@ impl FileToken {
         };
         let file = open_regular(directory, names.object(), OFlag::O_RDWR)?;
         lock::lock_exclusive(&file, patience)?;
-        if names.lock().is_some()
-            && !self.is_building()
-            && let Some(left) = self.born.until_grown(&file)
-        {
-            // SoftHSM may be making it, with no other lock than that on the file.
-            drop(file);
-            drop(transaction);
-            patience.wait(left, "SoftHSM may still be making this object")?;
-            return Ok(None);
-        }
-        read_locked(directory, names.object(), file, transaction)
+        let left = match names.lock() {
+            Some(_) if !self.is_building() => self.born.until_grown(&file),
+            _ => None,
+        };
+        let reading = read_locked(directory, names.object(), file, transaction)?;
+        let (Some(left), Some(young)) = (left, &reading) else {
+            return Ok(reading);
+        };
+        let wait = match departed {
+            Some(departed) if departed.is_resumed_by(&young.version) => return Ok(reading),
+            // It may be seen for that when SoftHSM has written all of it.
+            Some(_) => left.min(MOMENT),
+            None => left,
+        };
+        // SoftHSM may be making it, with no other lock than that on the file.
+        drop(reading);
+        patience.wait(wait, "SoftHSM may still be making this object")?;
+        Ok(None)
     }
 
     /// Puts the next version in place; nothing was done if the name means another file by now. It looks as the file before it, or as

@@ -8,7 +8,7 @@
 //! Others can give a file that name too: who has a backup, or another mount. So it is taken for SoftHSM's only if it is what SoftHSM
 //! would make of the version that was there; and a name that is given here is off the list before anybody can see it.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::{Duration, Instant, SystemTime};
 
 use nix::fcntl::OFlag;
@@ -34,11 +34,22 @@ const KEPT: Duration = Duration::from_secs(60);
 /// The generation that SoftHSM gives a file that it makes: the one after that of an empty one.
 const ANEW: u64 = 1;
 
+/// How soon SoftHSM makes the file of an object for whose lock it has waited.
+pub(super) const AT_ONCE: Duration = Duration::from_millis(10);
+
+/// The least time between two changes of an object by SoftHSM, each of which writes a file anew.
+const BETWEEN: Duration = Duration::from_micros(50);
+
 /// How far the times of files are behind the clock.
 const TICK: Duration = Duration::from_millis(20);
 
 /// Names that objects had.
-pub(super) type Departures = HashMap<ObjectName, Departed>;
+#[derive(Debug, Default)]
+pub(super) struct Departures {
+    known: HashMap<ObjectName, Departed>,
+    /// Those whose renames have not returned: whoever waits for one puts nothing there.
+    awaited: HashSet<ObjectName>,
+}
 
 /// What became of an object.
 #[derive(Clone, Debug)]
@@ -48,6 +59,9 @@ pub(super) struct Departed {
     last: Option<Fingerprint>,
     /// Its new name, and the file that had that then; nothing if it was removed.
     became: Option<(ObjectName, FileStat)>,
+    /// Whether the name was there again before anybody can have put a backup there: whoever took it away had not been told that it is
+    /// gone, or it had just come back and gone once more.
+    is_early: bool,
 }
 
 /// What is remembered of a version, by which another is known for one that followed it. No value of a key is in it.
@@ -90,7 +104,8 @@ impl Fingerprint {
 impl Departed {
     /// Whether a file is what a SoftHSM makes that had a change of the last version in hand: written since, the first generation of a
     /// file, with everything that there was, and most of it as it was. A backup that is put back has other generations or an older
-    /// time, and what another mount makes of a copy has no change.
+    /// time, and what another mount makes of a copy has no change. Where it can be no backup, SoftHSM can have changed it again
+    /// since.
     pub fn is_resumed_by(&self, version: &Version) -> bool {
         let Some((last, new)) = self.last.as_ref().zip(Fingerprint::of_version(version)) else {
             return false;
@@ -101,7 +116,12 @@ impl Departed {
         let is_changed = last
             .changed(&new)
             .is_some_and(|changed| (1..=last.values.len() / 2).contains(&changed));
-        written_since && new.generation == ANEW && is_changed
+        let latest = if self.is_early {
+            ANEW + (self.at.elapsed().as_nanos() / BETWEEN.as_nanos()) as u64
+        } else {
+            ANEW
+        };
+        written_since && (ANEW..=latest).contains(&new.generation) && is_changed
     }
 }
 
@@ -115,43 +135,69 @@ impl FileToken {
         Fingerprint::of(&decode(&bytes).ok()?)
     }
 
-    /// Remembers that an object has lost its name. The lock of that is still held, and has its own name, so that nobody can have made
+    /// Remembers that an object has lost its name, and whether it had come back before that. The lock of that is still held, and has its own name, so that nobody can have made
     /// another one of it.
     pub(super) fn depart(
         &self,
         name: &ObjectName,
         last: Option<Fingerprint>,
         became: Option<(ObjectName, FileStat)>,
+        came_back: bool,
     ) {
         if self.is_building() {
             return;
         }
-        let mut departures = self.departures();
-        if departures.len() >= OBJECTS {
-            departures.retain(|_, departed| departed.at.elapsed() < KEPT);
+        let known = &mut self.departures().known;
+        if known.len() >= OBJECTS {
+            known.retain(|_, departed| departed.at.elapsed() < KEPT);
         }
-        if departures.len() < OBJECTS {
+        if known.len() < OBJECTS {
             let at = Instant::now();
-            departures.insert(name.clone(), Departed { at, last, became });
+            known.insert(
+                name.clone(),
+                Departed {
+                    at,
+                    last,
+                    became,
+                    is_early: came_back,
+                },
+            );
         }
+    }
+
+    /// Since when what has that name, if anything has, may have come back.
+    pub(super) fn departed_at(&self, name: &ObjectName) -> Option<Instant> {
+        let departures = self.departures();
+        departures.known.get(name).map(|departed| departed.at)
     }
 
     /// A name is about to be given here: what has it from now on has not come back.
     pub(super) fn arrive(&self, name: &ObjectName) -> Option<Departed> {
-        self.departures().remove(name)
+        self.departures().known.remove(name)
     }
 
     /// It was not given after all.
     pub(super) fn arrive_not(&self, name: &ObjectName, departed: Option<Departed>) {
         if let Some(departed) = departed {
-            self.departures().entry(name.clone()).or_insert(departed);
+            let known = &mut self.departures().known;
+            known.entry(name.clone()).or_insert(departed);
+        }
+    }
+
+    /// Whether somebody waits for the end of a rename that takes this name away.
+    pub(super) fn set_awaited(&self, name: &ObjectName, is_awaited: bool) {
+        let awaited = &mut self.departures().awaited;
+        if is_awaited {
+            awaited.insert(name.clone());
+        } else {
+            awaited.remove(name);
         }
     }
 
     /// See [`crate::store::Token::look_after`].
     pub(super) fn look_after_departed(&self, name: &ObjectName, patience: Patience) -> Result<()> {
         // In this order: what is seen of an object that is made here is seen after its name has come off the list.
-        let Some(seen) = self.departures().get(name).map(|departed| departed.at) else {
+        let Some(seen) = self.departures().known.get(name).map(|known| known.at) else {
             return Ok(());
         };
         let names = self.names(&ObjectId::Object(name.clone()));
@@ -161,10 +207,16 @@ impl FileToken {
         self.check_writable(patience)?;
         let departed = {
             let mut departures = self.departures();
-            match departures.get(name) {
-                Some(departed) if departed.at == seen => departures.remove(name),
+            // It was there before this, and so before the rename returns.
+            let is_awaited = departures.awaited.contains(name);
+            match departures.known.get(name) {
+                Some(departed) if departed.at == seen => departures.known.remove(name),
                 _ => None,
             }
+            .map(|departed| Departed {
+                is_early: is_awaited || departed.is_early && seen.elapsed() < AT_ONCE,
+                ..departed
+            })
         };
         let Some(departed) = departed else {
             return Ok(());

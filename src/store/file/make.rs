@@ -216,7 +216,7 @@ impl FileToken {
             point("file.remove.unjournalled");
         }
         if let ObjectId::Object(name) = id {
-            self.depart(name, last, None);
+            self.depart(name, last, None, false);
         }
         unlink_if_there(directory, lock_name)?;
         point("file.remove.done");

@@ -8,7 +8,7 @@
 
 use std::path::Path;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::renameat;
@@ -18,7 +18,7 @@ use rustix::io::Errno as Refusal;
 
 use super::FileToken;
 use super::attire::{access_of, set_access_if_possible};
-use super::departed::{Departed, Fingerprint};
+use super::departed::{AT_ONCE, Departed, Fingerprint};
 use super::generation::Generation;
 use super::guard::{Temporary, Transaction, exists, stat_regular, unlink_if_there};
 use super::make::already;
@@ -28,10 +28,11 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::store::crash::point;
 use crate::store::{ObjectId, ObjectName, Patience};
 
-/// How often it is looked, and after how long, whether a SoftHSM that has waited for us has stored the object under its old name.
-/// It does so right after it gets the lock.
-const LOOKS: u32 = 5;
+/// How often it is looked, for [`AT_ONCE`], whether a SoftHSM has stored an object under its old name.
 const PAUSE: Duration = Duration::from_millis(2);
+
+/// For how long at most: one that changes the object without a pause waits for us again while we put in place what it has stored.
+const LONGEST: Duration = Duration::from_secs(1);
 
 impl FileToken {
     pub(super) fn give_name(
@@ -56,7 +57,8 @@ impl FileToken {
         if exists(directory, target.object()) {
             return Err(already());
         }
-        let (reading, transaction) = self.lock_both(&names, &target, from < to, &stat, patience)?;
+        let order = (from < to, &stat);
+        let (reading, transaction) = self.lock_both(&names, &target, order, None, patience)?;
         let departed = self.arrive(to);
         if let Err(error) = self.give_name_locked(&names, &target, &reading, patience) {
             self.arrive_not(to, departed);
@@ -64,7 +66,9 @@ impl FileToken {
             return Err(error);
         }
         let became = Some((to.clone(), reading.stat));
-        self.depart(from, Fingerprint::of_version(&reading.version), became);
+        self.set_awaited(from, true);
+        let last = Fingerprint::of_version(&reading.version);
+        self.depart(from, last, became, false);
         if let Err(error) = self.drop_lock(&names) {
             // It has its new name all the same; a recovery removes what is left of the old one.
             self.diagnostics.error(&error);
@@ -82,23 +86,32 @@ impl FileToken {
         drop(cache);
         // Lets go of the locks, for whoever has waited for them.
         drop((reading, transaction));
-        if !self.is_building()
-            && self.is_back(&names)
-            && let Err(error) = self.look_after_departed(from, patience)
-        {
-            self.diagnostics.error(&error.at(self.path_of(from_id)));
+        if !self.is_building() {
+            self.look_for_returns(from, patience);
         }
+        self.set_awaited(from, false);
         Ok(())
     }
 
-    /// Whether an object that has just got another name is there under its old one too, within a moment.
-    fn is_back(&self, names: &Names) -> bool {
-        (0..=LOOKS).any(|looks| {
-            if looks > 0 {
-                thread::sleep(PAUSE);
+    /// Puts what a SoftHSM that has waited for us stores under the old name where it belongs, and what it has waited with for that.
+    /// That comes right after it gets the lock. The threads that hear of new files do the same meanwhile.
+    fn look_for_returns(&self, from: &ObjectName, patience: Patience) {
+        let id = ObjectId::Object(from.clone());
+        let names = self.names(&id);
+        let end = Instant::now() + LONGEST;
+        let mut since = Instant::now();
+        while since.elapsed() < AT_ONCE && Instant::now() < end {
+            if let Some(departed) = self.departed_at(from) {
+                since = since.max(departed);
+                if exists(self.directory(), names.object())
+                    && let Err(error) = self.look_after_departed(from, patience)
+                {
+                    self.diagnostics.error(&error.at(self.path_of(&id)));
+                    return;
+                }
             }
-            exists(self.directory(), names.object())
-        })
+            thread::sleep(PAUSE);
+        }
     }
 
     /// What SoftHSM has stored under the old name, put in the place of what has the new one, `base`; or, where that cannot be, a line in
@@ -111,7 +124,8 @@ impl FileToken {
         patience: Patience,
     ) {
         let [names, target] = [from, to].map(|name| self.names(&ObjectId::Object(name.clone())));
-        let locked = self.lock_both(&names, &target, from < to, base, patience);
+        let order = (from < to, base);
+        let locked = self.lock_both(&names, &target, order, Some(departed), patience);
         let carried = locked.and_then(|(reading, transaction)| {
             if let Err(error) = self.carry_over(&names, &target, &reading, (departed, base)) {
                 self.leave(&target, transaction);
@@ -119,7 +133,8 @@ impl FileToken {
             }
             // It may come once more.
             let became = Some((to.clone(), reading.stat));
-            self.depart(from, Fingerprint::of_version(&reading.version), became);
+            let last = Fingerprint::of_version(&reading.version);
+            self.depart(from, last, became, true);
             let told = self.raise_generation(patience);
             self.drop_lock(&names).and(told)
         });
@@ -147,18 +162,18 @@ impl FileToken {
         &self,
         names: &Names,
         target: &Names,
-        in_order: bool,
-        stat: &FileStat,
+        (in_order, stat): (bool, &FileStat),
+        departed: Option<&Departed>,
         patience: Patience,
     ) -> Result<(Reading, Transaction)> {
         let lock = target.lock().unwrap_or(Path::new(""));
         let take = || Transaction::take(self.directory(), lock, access_of(stat), patience);
         if in_order {
-            let reading = self.read_for_writing(names, patience)?;
+            let reading = self.read_known_for_writing(names, departed, patience)?;
             return Ok((reading, take()?));
         }
         let transaction = take()?;
-        match self.read_for_writing(names, patience) {
+        match self.read_known_for_writing(names, departed, patience) {
             Ok(reading) => Ok((reading, transaction)),
             Err(error) => {
                 self.leave(target, transaction);
@@ -200,6 +215,8 @@ impl FileToken {
             ));
         }
         set_access_if_possible(&reading.file, access_of(base));
+        // As young as it is, SoftHSM is not making it.
+        self.born.remember(&reading.file);
         Generation::open(directory)?;
         // Not if the other one was destroyed.
         renameat_with(
