@@ -321,10 +321,12 @@ both_backends! {
         let mut bench = Bench::alone(backend);
         bench.quiet("echo CKM_RSA_PKCS >$o/CKA_ALLOWED_MECHANISMS");
         let before = expected(&bench.softhsm);
-        for (name, bad) in [
-            ("CKA_COPYABLE", "maybe"), ("CKA_COPYABLE", "true\nfalse"), ("CKA_COPYABLE", "2"), ("CKA_CLASS", "CKO_NOTHING"),
-            ("CKA_CLASS", "-1"), ("CKA_CLASS", "99999999999999999999"), ("CKA_CLASS", "0x1ffffffffffffffff"),
-            ("CKA_ALLOWED_MECHANISMS", "CKM_NONE"), ("CKA_ALLOWED_MECHANISMS", "CKM_RSA_PKCS CKM_SHA_1"),
+        for (name, bad, can_begin) in [
+            ("CKA_COPYABLE", "maybe", false), ("CKA_COPYABLE", "true\nfalse", true), ("CKA_COPYABLE", "2", false), ("CKA_COPYABLE", "tru", true),
+            ("CKA_CLASS", "CKO_NOTHING", false), ("CKA_CLASS", "CKO_PRIV", true), ("CKA_CLASS", "0x", true), ("CKA_CLASS", "-1", false),
+            ("CKA_CLASS", "99999999999999999999", false), ("CKA_CLASS", "0x1ffffffffffffffff", false),
+            ("CKA_ALLOWED_MECHANISMS", "CKM_NONE", false), ("CKA_ALLOWED_MECHANISMS", "CKM_RSA_PKCS CKM_SHA_1", false),
+            ("CKA_ALLOWED_MECHANISMS", "CKM_RSA_PKCS\nCKM_SH", true),
         ] {
             let path = bench.of_data(name);
             let mut file = truncated(&path);
@@ -333,13 +335,20 @@ both_backends! {
             let _ = close(file);
             assert_same(&before, &expected(&bench.softhsm));
             assert_logged(&bench, &[name]);
+            // Without a newline more may follow, as long as that can make it a value.
             let mut file = truncated(&path);
-            assert_eq!(errno(file.write_all(bad.as_bytes())), 0, "write of {bad:?} to {name}: a newline may follow, or more");
-            assert_eq!(close(file), Err(nix::errno::Errno::EINVAL), "close after {bad:?} in {name}");
-            let mut file = truncated(&path);
-            file.write_all(bad.as_bytes()).unwrap();
-            assert_eq!(errno(file.sync_all()), libc::EINVAL, "fsync after {bad:?} in {name}");
-            drop(file);
+            let told = errno(file.write_all(bad.as_bytes()));
+            if can_begin {
+                assert_eq!(told, 0, "write of {bad:?} to {name}: more may follow");
+                assert_eq!(close(file), Err(nix::errno::Errno::EINVAL), "close after {bad:?} in {name}");
+                let mut file = truncated(&path);
+                file.write_all(bad.as_bytes()).unwrap();
+                assert_eq!(errno(file.sync_all()), libc::EINVAL, "fsync after {bad:?} in {name}");
+            } else {
+                assert_eq!(told, libc::EINVAL, "write of {bad:?} to {name}: nothing that follows makes it a value");
+                let said = bench.fails(&format!("printf %s '{bad}' >$o/{name}"));
+                assert!(said.contains("Invalid argument"), "a shell tells its user: {said}");
+            }
             assert_same(&before, &expected(&bench.softhsm));
         }
         // Piece by piece is well, byte by byte too.
@@ -374,6 +383,16 @@ both_backends! {
             assert_same(&before, &expected(&bench.softhsm));
         }
         assert_logged(&bench, &["CKA_LABEL"]);
+        // A program that ignores what close says hears of a text, and of nothing that can be a part of a ciphertext.
+        for text in ["my key", "a key with a newline\\n", "Schlüssel"] {
+            let said = bench.fails(&format!("printf '{text}' >$k/CKA_LABEL"));
+            assert!(said.contains("Invalid argument"), "printf {text:?}: {said}");
+        }
+        let old = fs::read(&path).unwrap();
+        for size in [1, 3, 16] {
+            bench.quiet(&format!("cat $k/CKA_LABEL >$out/label; dd if=$out/label of=$k/CKA_LABEL bs={size} status=none"));
+            assert_eq!(fs::read(&path).unwrap(), old, "dd bs={size}");
+        }
         bench.fails("mv $o/CKA_LABEL $k/CKA_LABEL || { cp $o/CKA_LABEL $k/.l && mv $k/.l $k/CKA_LABEL; }");
         assert_eq!(bench.stored(format!("{}/CKA_LABEL", bench.private)).unwrap().len(), 32);
         // The dates are in the clear, and nothing at all is well.
@@ -394,6 +413,18 @@ both_backends! {
         // And a new object from being made. It stays pending, or is refused when its directory is synced.
         bench.quiet("mkdir 00000000-0000-4000-8000-000000000001; cd 00000000-0000-4000-8000-000000000001; echo CKO_DATA >CKA_CLASS; printf clear >CKA_LABEL; ! echo true 2>/dev/null >CKA_PRIVATE");
         std::thread::sleep(HELD);
+        bench.assert_sessions_agree();
+    }
+
+    fn a_token_label_or_serial_number_that_is_too_long_is_refused_by_write(backend) {
+        let mut bench = Bench::alone(backend);
+        let before = expected(&bench.softhsm);
+        for (name, length) in [("CKA_OS_TOKENLABEL", 33), ("CKA_OS_TOKENSERIAL", 17)] {
+            let said = bench.fails(&format!("printf '%-{length}s' x >token/{name}"));
+            assert!(said.contains("Invalid argument"), "{said}");
+            assert_same(&before, &expected(&bench.softhsm));
+            assert_logged(&bench, &[name, "crashes every program"]);
+        }
         bench.assert_sessions_agree();
     }
 
@@ -432,6 +463,20 @@ both_backends! {
         // Nor can one that is there take the number of another.
         bench.fails(&format!("cp {token}/token/CKA_OS_TOKENSERIAL {token}-copy/token/CKA_OS_TOKENSERIAL"));
         assert_works(&bench.softhsm, "the number of another token was refused");
+    }
+
+    fn a_token_that_is_not_all_there_stays_pending(backend) {
+        let bench = Bench::alone(backend);
+        let copy = bench.mount.path().join("copy");
+        for (lacks, has) in [("CKA_OS_TOKENSERIAL", "TOKENFLAGS"), ("CKA_OS_TOKENFLAGS", "TOKENSERIAL")] {
+            bench.quiet(&format!("mkdir -p {0}/token; cp token/CKA_OS_TOKENLABEL {0}/token/; printf 42 >{0}/token/CKA_OS_TOKENFLAGS; printf 0123456789abcdef >{0}/token/CKA_OS_TOKENSERIAL; rm {0}/token/{lacks}", copy.display()));
+            std::thread::sleep(HELD);
+            bench.fails(&format!("sync {}", copy.display()));
+            assert_logged(&bench, &[lacks, "stays pending"]);
+            assert!(copy.join(format!("token/CKA_OS_{has}")).exists());
+            assert_works(&bench.softhsm, &format!("a token without {lacks}"));
+            bench.quiet(&format!("rm -r {}", copy.display()));
+        }
     }
 
     fn the_number_of_the_empty_slot_is_refused(backend) {

@@ -439,7 +439,8 @@ fn of_two_writers_of_what_was_unlinked_the_one_that_is_refused_takes_nothing_awa
     f.tree.unlink(f.object, os("CKA_CLASS"), patient()).unwrap();
     let a = f.create(f.object, "CKA_CLASS");
     let b = f.create(f.object, "CKA_CLASS");
-    f.tree.write(a, 0, b"garbage").unwrap();
+    // What only close can refuse.
+    f.tree.write(a, 0, b"CKO_").unwrap();
     f.tree.write(b, 0, b"3\n").unwrap();
     let held = lock(&f.dir.path().join("t/key.lock"), libc::F_RDLCK);
     std::thread::scope(|s| {
@@ -699,4 +700,58 @@ fn what_is_being_written_has_a_limit_however_it_is_spread() {
     f.tree.release(files[0], patient()).unwrap();
     f.tree.unlink(f.object, os(".scratch"), patient()).unwrap();
     fill(*last).unwrap();
+}
+
+/// `touch f` beside `echo x >f`: its `close` comes when somebody has given it a value.
+#[test]
+fn a_file_that_is_closed_empty_takes_no_value_away() {
+    let f = fixture();
+    for round in 0..20 {
+        let name = format!("0x800010{round:02}.bytes");
+        let touched = f.create(f.object, &name);
+        let written = f.open(f.find(f.object, &name));
+        f.tree.write(written, 0, b"value").unwrap();
+        let held = lock(&f.dir.path().join("t/key.lock"), libc::F_WRLCK);
+        std::thread::scope(|scope| {
+            scope.spawn(|| f.close(touched));
+            scope.spawn(|| f.close(written));
+            std::thread::sleep(Duration::from_millis(20));
+            drop(held);
+        });
+        let read = f.tree.open(f.find(f.object, &name), patient()).unwrap();
+        let content = f.tree.read(read, 0, 64).unwrap();
+        assert_eq!(content, b"value", "round {round}");
+        f.tree.release(read, patient()).unwrap();
+    }
+}
+
+/// `: >f; rm f`: the first is refused, of which nobody hears, and perhaps only when the second has been done.
+#[test]
+fn what_is_unlinked_while_something_is_refused_for_it_is_gone() {
+    let f = fixture();
+    let class = f.find(f.object, "CKA_CLASS");
+    let how = OpenForWriting {
+        truncate: true,
+        ..OpenForWriting::default()
+    };
+    let cut = f.tree.open_for_writing(class, how, patient()).unwrap();
+    let held = lock(&f.dir.path().join("t/key.lock"), libc::F_WRLCK);
+    std::thread::scope(|scope| {
+        let refused = scope.spawn(|| f.tree.release(cut, patient()));
+        std::thread::sleep(Duration::from_millis(100));
+        let unlinked = f.tree.unlink(f.object, os("CKA_CLASS"), patient());
+        drop(held);
+        unlinked.unwrap();
+        refused.join().unwrap().unwrap_err();
+    });
+    // Longer than a removed class is held back.
+    for _ in 0..15 {
+        std::thread::sleep(Duration::from_millis(100));
+        f.tree.settle();
+    }
+    let seen = f.tree.lookup(f.object, os("CKA_CLASS"), patient());
+    assert!(seen.is_err(), "{}", f.tree.diagnostics().render());
+    let stored = fs::read(f.dir.path().join("t/key.object")).unwrap();
+    let stored = tokenfs::store::file::decode(&stored).unwrap().attributes;
+    assert!(stored.of_type(0).is_none());
 }

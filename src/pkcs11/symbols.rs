@@ -103,6 +103,12 @@ impl Symbols {
         self.table().number(name)
     }
 
+    /// Whether a name or alias begins with this.
+    #[must_use]
+    pub fn has_one_that_begins(self, with: &str) -> bool {
+        self.table().has_one_that_begins(with)
+    }
+
     /// All values that have a name, in ascending order, with the name.
     pub fn iter(self) -> impl Iterator<Item = (u64, &'static str)> {
         self.table().names.iter().copied()

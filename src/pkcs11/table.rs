@@ -46,6 +46,14 @@ impl Table {
             .ok()?;
         self.by_name.get(index).map(|(_, number)| *number)
     }
+
+    /// Whether a name or alias begins with this.
+    pub(super) fn has_one_that_begins(&self, with: &str) -> bool {
+        let index = self.by_name.partition_point(|(stored, _)| *stored < with);
+        self.by_name
+            .get(index)
+            .is_some_and(|(stored, _)| stored.starts_with(with))
+    }
 }
 
 const fn is_ascending(names: &[(u64, &str)]) -> bool {

@@ -95,7 +95,8 @@ impl Tree {
                 let start = content.len().saturating_sub(appended);
                 Text::Appended(content.get(start..).unwrap_or_default())
             }
-            None => Text::Whole(&content),
+            None if state.written || state.resized => Text::Whole(&content),
+            None => Text::First(&content),
         };
         let outcome = match &node {
             Node::Scratch(id) => self.commit_to_scratch(*id, &text, state.mtime),

@@ -23,6 +23,8 @@ pub(super) enum Text<'a> {
     Appended(&'a [u8]),
     /// What is stored, cut or extended to so many bytes; if there is nothing, this.
     Resized(usize, &'a [u8]),
+    /// This, if there is nothing: of a file that was made and never written, which somebody else may have written meanwhile.
+    First(&'a [u8]),
 }
 
 impl Tree {
@@ -40,10 +42,11 @@ impl Tree {
         self.replacing(node, mtime, patience, &mut |attributes| {
             let siblings = slot.siblings(attributes);
             let context = siblings.map(Context::of).unwrap_or_default();
+            let stored = siblings.and_then(|siblings| siblings.get(slot.key));
             let value = match text {
-                Text::Whole(text) => text::parse(slot.key, text, context)?,
+                Text::First(_) if stored.is_some() => return Ok(()),
+                Text::Whole(text) | Text::First(text) => text::parse(slot.key, text, context)?,
                 Text::Appended(text) => {
-                    let stored = siblings.and_then(|siblings| siblings.get(slot.key));
                     let mut whole = match stored {
                         Some(stored) => {
                             text::render(slot.key.attribute_type, stored, context)?.into_owned()
@@ -54,7 +57,6 @@ impl Tree {
                     text::parse(slot.key, &whole, context)?
                 }
                 Text::Resized(size, fallback) => {
-                    let stored = siblings.and_then(|siblings| siblings.get(slot.key));
                     let mut whole = match stored {
                         Some(stored) => {
                             text::render(slot.key.attribute_type, stored, context)?.into_owned()
@@ -79,7 +81,10 @@ impl Tree {
         text: &Text<'_>,
         mtime: Option<SystemTime>,
     ) -> Result<()> {
-        let (Text::Whole(bytes) | Text::Appended(bytes) | Text::Resized(_, bytes)) = text;
+        let (Text::Whole(bytes)
+        | Text::Appended(bytes)
+        | Text::Resized(_, bytes)
+        | Text::First(bytes)) = text;
         self.check_memory(bytes.len() as u64)?;
         let mut scratch = lock(&self.scratch);
         let Ok(entry) = scratch.get_mut(id) else {
@@ -91,6 +96,7 @@ impl Tree {
         let mut content = lock(content);
         match text {
             Text::Whole(bytes) => *content = bytes.to_vec(),
+            Text::First(_) => {}
             Text::Appended(bytes) => content.extend_from_slice(bytes),
             Text::Resized(size, _) => content.resize(*size, 0),
         }
@@ -198,8 +204,10 @@ impl Tree {
         if let Some(draft) = draft {
             for slot in slots {
                 let Some(count) = draft.committing.get_mut(&slot) else {
-                    // It was unlinked meanwhile: what has come is to go again.
-                    if let Some(then) = draft.removed.get_mut(&slot) {
+                    // It was unlinked meanwhile: what has come is to go again, if anything has.
+                    if outcome.is_ok()
+                        && let Some(then) = draft.removed.get_mut(&slot)
+                    {
                         then.clone_from(&made);
                     }
                     continue;

@@ -482,6 +482,11 @@ impl Drafts {
             && !unfinished
     }
 
+    /// Whether an object is not in the store yet.
+    pub fn is_new(&self, key: &Key) -> bool {
+        self.get(key).is_some_and(|draft| draft.new.is_some())
+    }
+
     /// Whether a token has anything that is not in the store.
     pub fn is_pending(&self, token: &TokenName) -> bool {
         self.builds.contains_key(token) || self.of_token(token).next().is_some()

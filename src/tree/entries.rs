@@ -493,7 +493,7 @@ impl Tree {
     ) -> Result<()> {
         let key = (token.clone(), ObjectId::Object(object.clone()));
         let was_new = self.with_drafts(&key, patience, |drafts| {
-            let is_new = drafts.get(&key).is_some_and(|draft| draft.new.is_some());
+            let is_new = drafts.is_new(&key);
             if is_new {
                 drafts.remove(&key);
                 drafts.touch(&key);

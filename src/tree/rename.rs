@@ -287,9 +287,7 @@ impl Tree {
         is_damaged: bool,
         patience: Patience,
     ) -> Result<()> {
-        let is_new = self.with_drafts(key, patience, |drafts| {
-            Ok(drafts.get(key).is_some_and(|draft| draft.new.is_some()))
-        })?;
+        let is_new = self.with_drafts(key, patience, |drafts| Ok(drafts.is_new(key)))?;
         if is_new {
             return Ok(());
         }

@@ -14,7 +14,7 @@ use super::node::{Ino, Node};
 use super::slot::Slot;
 use super::{Tree, lock};
 use crate::error::{Error, ErrorKind, Result};
-use crate::pkcs11;
+use crate::pkcs11::{CKA_OS_TOKENFLAGS, CKA_OS_TOKENSERIAL};
 use crate::store::attribute::Attributes;
 use crate::store::{
     MetadataChange, NewObject, ObjectId, Patience, Target, Time, TokenName, validate,
@@ -309,13 +309,19 @@ impl Tree {
             if !self.store.is_building(token) {
                 return Ok(());
             }
-            // SoftHSM aborts where two tokens have none (`SlotManager::insertToken`), or one that was refused here.
+            // SoftHSM aborts where two tokens have no serial number (`SlotManager::insertToken`), or one that was refused here, and
+            // `C_GetTokenInfo` fails without the flags (`Token::getTokenInfo`), which ends what looks for another token.
             let own = self.token(token)?.object(&ObjectId::Token, patience)?;
-            if own.attributes.bytes(pkcs11::CKA_OS_TOKENSERIAL).is_none() {
-                return Err(Error::new(
-                    ErrorKind::Invalid,
-                    "a token without a CKA_OS_TOKENSERIAL is none; it stays pending",
-                ));
+            let lacking = if own.attributes.bytes(CKA_OS_TOKENSERIAL).is_none() {
+                Some("CKA_OS_TOKENSERIAL")
+            } else if own.attributes.ulong(CKA_OS_TOKENFLAGS).is_none() {
+                Some("CKA_OS_TOKENFLAGS")
+            } else {
+                None
+            };
+            if let Some(name) = lacking {
+                let detail = format!("a token without a {name} is none; it stays pending");
+                return Err(Error::new(ErrorKind::Invalid, detail));
             }
             // There may be other tokens by now than when its serial number was written.
             let taken = self.slots_of_others(token, patience)?;

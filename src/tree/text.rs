@@ -15,6 +15,10 @@ use crate::store::attribute::{AttributeKey, AttributeType, Attributes, Kind, Val
 
 const UNAVAILABLE: &str = "CK_UNAVAILABLE_INFORMATION";
 
+/// The words for a `CK_BBOOL`.
+const TRUE: [&str; 3] = ["true", "CK_TRUE", "1"];
+const FALSE: [&str; 3] = ["false", "CK_FALSE", "0"];
+
 /// What the text of an attribute depends on beside its value: other attributes of the same object, or of the same map.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Context {
@@ -83,6 +87,39 @@ pub fn parse(key: AttributeKey, text: &[u8], context: Context) -> Result<Value> 
             .map(Value::Mechs),
         Kind::Map => Err(is_a_directory()),
     }
+}
+
+/// Whether a text can be the first part of a value that is no byte string: its last line may be no more than the beginning of a word.
+///
+/// # Errors
+/// As [`parse`], if its last line can be no such thing.
+pub fn check_beginning(key: AttributeKey, text: &[u8], context: Context) -> Result<()> {
+    let Err(error) = parse(key, text, context) else {
+        return Ok(());
+    };
+    let last = text.rsplit(|byte| *byte == b'\n').next();
+    let Ok(word) = std::str::from_utf8(last.unwrap_or_default().trim_ascii()) else {
+        return Err(error);
+    };
+    let begins = |whole: &&str| whole.starts_with(word);
+    let can_be = match key.kind {
+        Kind::Bool => TRUE.iter().chain(&FALSE).any(begins),
+        _ => {
+            let symbols = families(key, context);
+            begins(&UNAVAILABLE)
+                || begins(&"0x")
+                || begins(&"0X")
+                || number_or(word.as_bytes(), |_| None).is_some()
+                || symbols
+                    .iter()
+                    .any(|symbols| symbols.has_one_that_begins(word))
+        }
+    };
+    // Some programs take a file's room with zeros first.
+    if can_be || word.contains('\0') {
+        return Ok(());
+    }
+    Err(error)
 }
 
 /// One line of a text.
@@ -164,31 +201,31 @@ fn flags(symbols: Symbols, set: u64, mut emit: impl FnMut(Word)) {
 }
 
 fn parse_bool(key: AttributeKey, text: &[u8]) -> Result<bool> {
-    match text.trim_ascii() {
-        b"true" | b"CK_TRUE" | b"1" => Ok(true),
-        b"false" | b"CK_FALSE" | b"0" => Ok(false),
-        _ => Err(invalid(key, "is true or false")),
+    let word = text.trim_ascii();
+    let is_one_of = |words: &[&str]| words.iter().any(|known| known.as_bytes() == word);
+    if is_one_of(&TRUE) {
+        Ok(true)
+    } else if is_one_of(&FALSE) {
+        Ok(false)
+    } else {
+        Err(invalid(key, "is true or false"))
     }
 }
 
 fn parse_ulong(key: AttributeKey, text: &[u8], context: Context) -> Result<u64> {
-    let symbols = Symbols::of(key.attribute_type, context.key_type);
-    if let Some(symbols) = symbols.filter(|symbols| symbols.are_flags()) {
+    let families = families(key, context);
+    if let [symbols] = families[..]
+        && symbols.are_flags()
+    {
         return parse_flags(key, text, symbols);
     }
-    // A parameter set can be written before the key type that says which family it is from.
-    let families: &[Symbols] = match &symbols {
-        Some(symbols) => std::slice::from_ref(symbols),
-        None if key.attribute_type == CKA_PARAMETER_SET => &Symbols::PARAMETER_SETS,
-        None => &[],
-    };
     number_or(text.trim_ascii(), |name| {
         if name == UNAVAILABLE {
             return Some(CK_UNAVAILABLE_INFORMATION);
         }
         families.iter().find_map(|symbols| symbols.value(name))
     })
-    .ok_or_else(|| match families {
+    .ok_or_else(|| match families[..] {
         [] => invalid(key, "is one number below 2^64, decimal or 0x…"),
         [symbols] => invalid(
             key,
@@ -199,6 +236,17 @@ fn parse_ulong(key: AttributeKey, text: &[u8], context: Context) -> Result<u64> 
         ),
         _ => invalid(key, "is one CKP_… symbol or number, decimal or 0x…"),
     })
+}
+
+/// The symbols that a value can be.
+fn families(key: AttributeKey, context: Context) -> Vec<Symbols> {
+    match Symbols::of(key.attribute_type, context.key_type) {
+        _ if key.kind == Kind::Mechs => vec![Symbols::Mechanisms],
+        Some(symbols) => vec![symbols],
+        // A parameter set can be written before the key type that says which family it is from.
+        None if key.attribute_type == CKA_PARAMETER_SET => Symbols::PARAMETER_SETS.to_vec(),
+        None => Vec::new(),
+    }
 }
 
 /// A set of flags. No line at all is no set: a file that was truncated and never written must not

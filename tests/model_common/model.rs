@@ -6,7 +6,7 @@ use tokenfs::pkcs11;
 use tokenfs::store::attribute::{AttributeKey, Attributes, Kind, Value};
 use tokenfs::store::validate;
 use tokenfs::tree::name::{self, Name};
-use tokenfs::tree::text::{Context, parse, render};
+use tokenfs::tree::text::{Context, check_beginning, parse, render};
 
 use super::Answer;
 use super::ops::{DESCRIPTORS, How};
@@ -526,22 +526,10 @@ impl Model {
         let mut new = old;
         new.resize(new.len().max(end), 0);
         new[start..end].copy_from_slice(data);
-        if !open.shared && !open.detached && new.ends_with(b"\n") {
-            let key = self.key_of(open.node);
-            let directory = self.parents[open.node].unwrap();
-            let refused = match parse(key, &new, Context::default()) {
-                // What it means can be told already.
-                Ok(value @ Value::Bool(true))
-                    if key.attribute_type == pkcs11::CKA_PRIVATE
-                        && self.object_of(directory) == Some(directory) =>
-                {
-                    let turned_on = |new: &mut Attributes| {
-                        new.insert(pkcs11::CKA_PRIVATE, value);
-                    };
-                    self.check_object(directory, turned_on).is_err()
-                }
-                parsed => parsed.is_err(),
-            };
+        let is_attribute = matches!(self.nodes[open.node], Node::Attribute { .. });
+        if is_attribute && !open.shared && !open.detached {
+            let is_whole = start == 0 && new.len() == data.len();
+            let refused = self.is_refused(open.node, &new, is_whole);
             if refused {
                 self.fd(fd).refused = true;
                 return Err(EINVAL);
@@ -560,6 +548,35 @@ impl Model {
         fd.written = true;
         fd.error = Ok(());
         Ok(())
+    }
+
+    /// Whether it can be told of a text already that it is no value, and not the first part of one either.
+    fn is_refused(&self, id: Id, text: &[u8], is_whole: bool) -> bool {
+        let key = self.key_of(id);
+        let directory = self.parents[id].unwrap();
+        let is_own = self.object_of(directory) == Some(directory);
+        let with = |value: Value| {
+            self.check_object(directory, |new| {
+                new.insert(key.attribute_type, value);
+            })
+        };
+        if key.kind == Kind::Bytes {
+            let is_finished = matches!(
+                self.nodes[directory],
+                Node::Directory(Role::Object { pending: false }, _)
+            );
+            let is_text = text.len() >= 4 && text.is_ascii() && !text.contains(&0);
+            let may_tell = is_whole && is_own && is_finished && is_text;
+            return may_tell && with(Value::Bytes(text.to_vec())).is_err();
+        }
+        match parse(key, text, Context::default()) {
+            Ok(value @ Value::Bool(true)) => {
+                key.attribute_type == pkcs11::CKA_PRIVATE && is_own && with(value).is_err()
+            }
+            parsed if text.ends_with(b"\n") => parsed.is_err(),
+            _ if is_whole => check_beginning(key, text, Context::default()).is_err(),
+            _ => false,
+        }
     }
 
     pub fn read(&mut self, fd: usize) -> Answer<Vec<u8>> {
@@ -599,6 +616,17 @@ impl Model {
                     None => own,
                 };
                 self.commit(open.node, &text)
+            }
+            // It was an attribute when it was opened.
+            Node::Scratch { bytes } if !open.shared => {
+                let own = self.buffers[open.bytes].clone();
+                match open.appended {
+                    Some(appended) => {
+                        self.buffers[bytes].extend(&own[own.len() - appended..]);
+                    }
+                    None => self.buffers[bytes] = own,
+                }
+                Ok(())
             }
             _ => Ok(()),
         };
@@ -806,8 +834,9 @@ impl Model {
                 Node::Attribute { .. } | Node::Directory(Role::Map | Role::Object { .. }, _),
                 Place::Scratch,
             ) => {
+                // Who has a file of it open goes on to write into that.
                 self.become_scratch(id);
-                self.take_away(from_directory, from_name);
+                self.names_mut(from_directory).remove(from_name);
                 self.put_at(to_directory, to_name, id);
             }
             _ => return Err(EXDEV),

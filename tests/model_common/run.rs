@@ -111,9 +111,11 @@ impl<W: World> Pair<'_, W> {
                     return;
                 };
                 if made && object == "token" {
-                    // Without one it is no token.
+                    // Without these it is no token.
                     let serial = format!("{path}/CKA_OS_TOKENSERIAL");
                     self.step(&Op::Put(serial, b"00000000feedbeef"));
+                    let flags = format!("{path}/CKA_OS_TOKENFLAGS");
+                    self.step(&Op::Put(flags, b"CKF_RNG\n"));
                 } else if made && !object.starts_with('.') {
                     self.step(&Op::Put(format!("{path}/CKA_PRIVATE"), b"false\n"));
                 }

@@ -148,7 +148,10 @@ impl FileToken {
             .changes()
             .overwritten(id, generation.unwrap_or(0), attributes);
         let said = [
-            (lost.values, "with its older copy; make it again"),
+            (
+                lost.values,
+                "with its older copy; make it again, unless somebody has set the earlier value on purpose",
+            ),
             (
                 lost.removals,
                 "with its older copy, or since objects of this class have it: what was removed is back",

@@ -440,3 +440,47 @@ fn check_parse(key: AttributeKey, text: &[u8], context: Context) -> Result<(), T
     }
     Ok(())
 }
+
+#[test]
+fn the_beginning_of_a_value_is_told_from_what_can_be_none() {
+    let (bool_key, class) = (key(CKA_TOKEN, Kind::Bool), key(CKA_CLASS, Kind::Ulong));
+    let mechanisms = key(CKA_ALLOWED_MECHANISMS, Kind::Mechs);
+    let number = key(CKA_MODULUS_BITS, Kind::Ulong);
+    for (key, text, expected) in [
+        (bool_key, "", true),
+        (bool_key, "t", true),
+        (bool_key, "CK_", true),
+        (bool_key, "false", true),
+        (bool_key, "\0\0\0\0", true),
+        (bool_key, "yes", false),
+        (bool_key, "truer", false),
+        (bool_key, "0x", false),
+        (class, "C", true),
+        (class, "CKO_CERT", true),
+        (class, "CK_UNAV", true),
+        (class, "0X", true),
+        (class, "0x3", true),
+        (class, "12", true),
+        (class, "CKM_", false),
+        (class, "CKO_CERTT", false),
+        (class, "1x", false),
+        (class, "-", false),
+        (number, "204", true),
+        (number, "CKO", false),
+        (number, "20 48", false),
+        (mechanisms, "CKM_RSA_PKCS\nCKM_", true),
+        (mechanisms, "CKM_RSA_PKCS\n0x", true),
+        (mechanisms, "CKM_RSA_PKCS\nCKO_", false),
+        (mechanisms, "\u{fffd}", false),
+        (key(CKA_PARAMETER_SET, Kind::Ulong), "CKP_SLH", true),
+        (
+            key(pkcs11::CKA_OS_TOKENFLAGS, Kind::Ulong),
+            "CKF_LOGIN",
+            true,
+        ),
+        (key(pkcs11::CKA_OS_TOKENFLAGS, Kind::Ulong), "CKO_", false),
+    ] {
+        let told = check_beginning(key, text.as_bytes(), NONE);
+        assert_eq!(told.is_ok(), expected, "{text:?}: {told:?}");
+    }
+}
