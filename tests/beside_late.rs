@@ -17,6 +17,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use support::template::ulong;
 use support::*;
+use tokenfs::store::file::{decode, encode};
 use write_common::*;
 
 const OTHER: &str = "11111111-2222-4333-8444-555555555555";
@@ -153,6 +154,48 @@ fn what_is_changed_without_a_pause_is_renamed_and_is_there_once() {
     assert_eq!(label_of(&name), changes, "the last change is lost");
     assert!(!bench.log().contains("there are both"), "{}", bench.log());
     println!("{RENAMES} renames beside {changes} changes");
+}
+
+/// A SoftHSM that has read an object before a change of ours, and writes what it has read after it: who looks at the log only is told too.
+#[test]
+fn what_is_overwritten_is_said_before_anybody_reads_it() {
+    let bench = Bench::new(Backend::File);
+    let path = bench.backing(&bench.data);
+    let stale = decode(&fs::read(&path).unwrap()).unwrap();
+    bench.quiet("printf ours >$o/CKA_LABEL");
+    let generation = decode(&fs::read(&path).unwrap()).unwrap().generation;
+    let late = encode(generation.unwrap() + 1, &stale.attributes);
+    // In place, as SoftHSM does.
+    fs::write(&path, &late).unwrap();
+    eventually(SOON, "the log names it", || {
+        bench.log().contains("overwrote a change of CKA_LABEL")
+    });
+}
+
+/// Each of two mounts makes a new file of an object with each change, which is no object that SoftHSM is just making.
+#[test]
+fn two_mounts_that_write_the_same_object_take_turns() {
+    let bench = Bench::new(Backend::File);
+    let second = Mount::new(&bench.softhsm);
+    let there = second.path().join(&bench.token).join(&bench.data);
+    let (here, over) = (bench.at(&bench.data), AtomicBool::new(false));
+    let write = |path: PathBuf| {
+        let mut written = 0_u32;
+        while !over.load(Relaxed) {
+            fs::write(&path, format!("value {written}")).unwrap();
+            written += 1;
+        }
+        written
+    };
+    let [one, two] = std::thread::scope(|scope| {
+        let writers = [here.join("CKA_LABEL"), there.join("CKA_LABEL")]
+            .map(|path| scope.spawn(|| write(path)));
+        std::thread::sleep(Duration::from_secs(3));
+        over.store(true, Relaxed);
+        writers.map(|writer| writer.join().unwrap())
+    });
+    println!("{one} writes in one mount, {two} in the other");
+    assert!(one.min(two) * 20 > one.max(two), "{one} and {two}");
 }
 
 #[test]

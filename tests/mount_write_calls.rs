@@ -450,6 +450,54 @@ both_backends! {
         bench.assert_sessions_agree();
     }
 
+    fn what_is_emptied_and_not_removed_is_whole_again(backend) {
+        // A session that has read that an object is not private puts its next text into it in the clear, and SoftHSM takes an object
+        // that does not say so for private.
+        let mut bench = Bench::alone(backend);
+        let before = expected(&bench.softhsm);
+        for (line, said) in [("rm $o/*", "CKA_PRIVATE"), ("rm $o/CKA_PRIVATE", "CKA_PRIVATE"), ("mv $o/CKA_PRIVATE $o/.x", "CKA_PRIVATE"), ("rm token/*", "CKA_OS_TOKENSERIAL"), ("rm token/CKA_OS_TOKENFLAGS", "CKA_OS_TOKENFLAGS")] {
+            bench.quiet(line);
+            eventually(SOON, "the log says that it is back", || bench.log().contains(said) && bench.log().contains("is back"));
+            bench.settle();
+            assert_same(&before, &expected(&bench.softhsm));
+            bench.client.set_label(bench.handles.0, "data").unwrap();
+            assert_works(&bench.softhsm, line);
+        }
+        bench.quiet("rm $o/*; rmdir $o");
+        bench.settle();
+        assert!(!bench.has(&bench.data));
+        bench.assert_sessions_agree();
+    }
+
+    fn a_removal_that_fails_in_its_last_step_leaves_the_object_whole(backend) {
+        let mut bench = Bench::with(backend, &MountOptions::new().option("lock_wait=1"));
+        let before = expected(&bench.softhsm);
+        let said = match backend {
+            Backend::File => {
+                let held = exclusively(&bench.backing(&bench.data).with_extension("lock"));
+                let said = bench.fails("rm -r $o");
+                drop(held);
+                said
+            }
+            Backend::Db => {
+                let database = rusqlite::Connection::open(bench.softhsm.token_directory().join("sqlite3.db")).unwrap();
+                database.execute_batch("BEGIN EXCLUSIVE").unwrap();
+                let said = bench.fails("rm -r $o");
+                database.execute_batch("ROLLBACK").unwrap();
+                said
+            }
+        };
+        assert!(said.contains("busy"), "{said}");
+        std::thread::sleep(HELD * 4);
+        bench.settle();
+        assert_same(&before, &expected(&bench.softhsm));
+        bench.client.set_label(bench.handles.0, "data").unwrap();
+        assert_works(&bench.softhsm, "an object that was to be removed");
+        bench.quiet("rm -r $o");
+        bench.settle();
+        assert!(!bench.has(&bench.data));
+    }
+
     fn a_doubled_serial_number_is_refused(backend) {
         // Every program that uses SoftHSM would abort at its start (SlotManager::insertToken).
         let bench = Bench::alone(backend);

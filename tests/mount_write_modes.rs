@@ -133,6 +133,10 @@ both_backends! {
             set_mode(&token.join("sqlite3.db"), 0o644);
         }
         eventually(SOON, "the mode in the mount", || mode(&bench.directory()) == 0o777);
+        if backend == Backend::Db {
+            let begun = by(&bench, ALICE, 0o022, "mkdir $n");
+            assert!(begun.unwrap_err().contains("Permission denied"));
+        }
         let made = by(&bench, ALICE, 0o022, "mkdir .x; echo CKO_DATA >.x/CKA_CLASS; echo false >.x/CKA_PRIVATE; mv .x $n; sync $n");
         let taken = by(&bench, ALICE, 0o022, "mv $o .gone");
         match backend {

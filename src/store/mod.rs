@@ -341,7 +341,8 @@ pub trait Token: Send + Sync + fmt::Debug {
     fn rename(&self, from: &ObjectName, to: &ObjectName, patience: Patience) -> Result<()>;
 
     /// Something has happened to the object `name`: if it was renamed or removed through this value, and a SoftHSM that had a change in
-    /// hand has brought it back since, that is put right as far as it can be, and said otherwise.
+    /// hand has brought it back since, that is put right as far as it can be, and said otherwise. That a SoftHSM has overwritten a change
+    /// of ours is said.
     ///
     /// # Errors
     /// [`ErrorKind::WouldBlock`] with [`Patience::Now`] if there is anything to do; what writing fails with.
@@ -349,6 +350,9 @@ pub trait Token: Send + Sync + fmt::Debug {
         // In a database nothing comes back.
         Ok(())
     }
+
+    /// The same of all that was changed through this value of late, before it goes.
+    fn look_after_all(&self, _patience: Patience) {}
 
     /// Changes mode, owner or times.
     ///

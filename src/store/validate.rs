@@ -36,11 +36,21 @@ pub fn check(old: Option<&Attributes>, new: &Attributes) -> Result<()> {
 }
 
 /// As [`check`], of a finished object that is not the token's own: one that does not say whether it is private is
-/// (`getBooleanValue(CKA_PRIVATE, true)` in SoftHSM). While an object is being put together it can still say that it is not.
+/// (`getBooleanValue(CKA_PRIVATE, true)` in SoftHSM). While an object is being put together it can still say that it is not. One that
+/// has said so goes on to: a SoftHSM that has read that puts texts in the clear into it, whether it is there by then or not.
 ///
 /// # Errors
 /// As [`check`].
 pub fn check_finished(old: Option<&Attributes>, new: &Attributes) -> Result<()> {
+    if old.and_then(|old| old.boolean(CKA_PRIVATE)) == Some(false)
+        && new.boolean(CKA_PRIVATE).is_none()
+    {
+        return Err(Error::new(
+            ErrorKind::Invalid,
+            "the CKA_PRIVATE of an object that is not private goes with the whole object only: a SoftHSM that has read it would put a text in the \
+             clear beside it, and fail on the whole token from then on; what was removed with it is back; to remove the object: rmdir, or rm -r",
+        ));
+    }
     let is_private = |object: &Attributes| object.boolean(CKA_PRIVATE).unwrap_or(true);
     // One that stops SoftHSM already, for saying nothing, is not made worse.
     if let Some(old) = old
@@ -134,6 +144,36 @@ pub fn too_long(own: &Attributes) -> impl Iterator<Item = String> {
 pub fn check_token(own: &Attributes) -> Result<()> {
     match too_long(own).next() {
         Some(sentence) => Err(Error::new(ErrorKind::Invalid, sentence)),
+        None => Ok(()),
+    }
+}
+
+/// What a token has to have, or other programs than those that use it are disturbed: SoftHSM aborts where two have no serial number
+/// (`SlotManager::insertToken`), and `C_GetTokenInfo` fails without the flags (`Token::getTokenInfo`), which ends what looks for another
+/// token.
+#[must_use]
+pub fn lacking(own: &Attributes) -> Option<&'static str> {
+    if own.bytes(pkcs11::CKA_OS_TOKENSERIAL).is_none() {
+        Some("CKA_OS_TOKENSERIAL")
+    } else if own.ulong(pkcs11::CKA_OS_TOKENFLAGS).is_none() {
+        Some("CKA_OS_TOKENFLAGS")
+    } else {
+        None
+    }
+}
+
+/// Checks what is about to become of the own attributes of a token that is one, and had `old`.
+///
+/// # Errors
+/// [`ErrorKind::Invalid`] if it would lack what it has to have, and does not now.
+pub fn check_token_finished(old: &Attributes, new: &Attributes) -> Result<()> {
+    match lacking(new).filter(|_| lacking(old).is_none()) {
+        Some(name) => Err(Error::new(
+            ErrorKind::Invalid,
+            format!(
+                "a token without a {name} disturbs every program that uses SoftHSM: it goes with the whole token only; what was removed with it is back"
+            ),
+        )),
         None => Ok(()),
     }
 }

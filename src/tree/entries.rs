@@ -254,6 +254,7 @@ impl Tree {
                 Ok(node)
             }
             Place::Object(token, object) => {
+                self.check_may_make(&token, caller, patience)?;
                 let access = self.access(directory, mode, 0o666, caller, patience)?;
                 self.begin_object(&token, &object, access, caller)?;
                 Ok(Node::Object(token, ObjectId::Object(object)))

@@ -14,8 +14,8 @@ use super::scratch::ScratchId;
 use super::slot::{Slot, map_key};
 use super::{Tree, lock};
 use crate::error::{ErrorKind, Result};
+use crate::store::Patience;
 use crate::store::attribute::Attributes;
-use crate::store::{ObjectId, Patience, validate};
 
 impl Tree {
     /// What is open of `node`, and of what is in it, has no name any more: it must not come back when it is closed.
@@ -189,9 +189,8 @@ impl Tree {
             .get(key)
             .map(|draft| draft.removed.clone())
             .unwrap_or_default();
-        let check = |stored: &Attributes, attributes: &Attributes| match id {
-            ObjectId::Token => Ok(()),
-            ObjectId::Object(_) => validate::check_finished(Some(stored), attributes),
+        let check = |stored: &Attributes, attributes: &Attributes| {
+            self.check_remaining(key, stored, attributes)
         };
         let mut is_gone = false;
         let mut edit_visible = |attributes: &mut Attributes| {

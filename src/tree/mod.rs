@@ -7,8 +7,8 @@
 //! stands for, [`inode`] which of them the kernel knows; `view` looks a node up in the store, `layout` one of `.tokenfs/file`;
 //! `object` has objects as the mount shows them, `read` the operations that read, and `stale` what becomes of answers when the store changes.
 //!
-//! Writing: `write` has the descriptors, `close` what becomes of them, `commit` how a value gets into its object, `follow` what an open file
-//! follows; `place`, `entries`, `rename`, `publish` and `setattr` have what is made, removed, renamed and set; `draft` and `scratch` hold what the store does not
+//! Writing: `write` has the descriptors, `early` what can be told of a text by then, `close` what becomes of them, `commit` how a value
+//! gets into its object, `follow` what an open file follows; `place`, `entries`, `rename`, `publish` and `setattr` have what is made, removed, renamed and set; `draft` and `scratch` hold what the store does not
 //! have, `settle` writes it, `dates` has the times that attributes have beside the store's, and `building` keeps others off a token at the moment that it is published.
 //!
 //! Locks: each table (inodes, handles, labels, drafts, dates, scratch, gates, files that are being closed) has one. None is held while the store is asked, and
@@ -21,6 +21,7 @@ mod close;
 mod commit;
 mod dates;
 mod draft;
+mod early;
 mod entries;
 mod follow;
 mod handle;

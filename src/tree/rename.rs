@@ -232,10 +232,33 @@ impl Tree {
         if may {
             return Ok(());
         }
-        Err(Error::new(
-            ErrorKind::PermissionDenied,
-            "only who may write the token's database can put an object into it, or take one out, in one step",
-        ))
+        Err(may_not_write())
+    }
+
+    /// The same of who makes an object step by step: in whatever groups they are, they have to be able to put something into it.
+    pub(super) fn check_may_make(
+        &self,
+        token: &TokenName,
+        caller: Caller,
+        patience: Patience,
+    ) -> Result<()> {
+        let opened = self.token(token)?;
+        if caller.uid == 0 || opened.backend() == Backend::File || self.store.is_building(token) {
+            return Ok(());
+        }
+        let database = self.ask(token, patience, |token| {
+            token.object_metadata(&ObjectId::Token, patience)
+        })?;
+        let mode = database.mode & !self.settings.mask;
+        let needed = if caller.uid == database.uid {
+            0o200
+        } else {
+            0o022
+        };
+        if mode & needed != 0 {
+            return Ok(());
+        }
+        Err(may_not_write())
     }
 
     /// The number under which the kernel knows `node`.
@@ -402,5 +425,12 @@ pub(super) fn other_device() -> Error {
     Error::new(
         ErrorKind::CrossDevice,
         "this has to be copied, as mv does of itself",
+    )
+}
+
+fn may_not_write() -> Error {
+    Error::new(
+        ErrorKind::PermissionDenied,
+        "only who may write the token's database can put an object into it, or take one out",
     )
 }

@@ -14,7 +14,6 @@ use super::node::{Ino, Node};
 use super::slot::Slot;
 use super::{Tree, lock};
 use crate::error::{Error, ErrorKind, Result};
-use crate::pkcs11::{CKA_OS_TOKENFLAGS, CKA_OS_TOKENSERIAL};
 use crate::store::attribute::Attributes;
 use crate::store::{
     MetadataChange, NewObject, ObjectId, Patience, Target, Time, TokenName, validate,
@@ -106,6 +105,11 @@ impl Tree {
     /// Writes everything that is not in the store yet: the mount ends. What cannot be written is lost, and is in the log.
     pub fn finish(&self) {
         let limit = self.store.options().lock_wait;
+        for token in self.store.tokens().unwrap_or_default() {
+            if let Ok(token) = self.store.token(&token) {
+                token.look_after_all(Patience::at_most(limit));
+            }
+        }
         let keys = lock(&self.drafts).keys(None);
         for key in keys {
             let Some(draft) = lock(&self.drafts).get(&key).cloned() else {
@@ -268,10 +272,7 @@ impl Tree {
                 .iter()
                 .filter(|(slot, then)| !slot.remove_unchanged(attributes, then));
             kept = changed.map(|(slot, _)| *slot).collect();
-            if key.1 == ObjectId::Token {
-                return Ok(());
-            }
-            validate::check_finished(Some(&before), attributes)
+            self.check_remaining(key, &before, attributes)
         };
         self.begin_dating(key, None, patience)?;
         let outcome = self.ask(&key.0, patience, |token| {
@@ -300,6 +301,20 @@ impl Tree {
         Ok(())
     }
 
+    /// That SoftHSM can live with what an object of the store is going to be.
+    pub(super) fn check_remaining(
+        &self,
+        (token, id): &Key,
+        old: &Attributes,
+        new: &Attributes,
+    ) -> Result<()> {
+        match id {
+            ObjectId::Object(_) => validate::check_finished(Some(old), new),
+            ObjectId::Token if self.store.is_building(token) => Ok(()),
+            ObjectId::Token => validate::check_token_finished(old, new),
+        }
+    }
+
     /// Makes a token that is being built one, if it has its own attributes.
     pub(super) fn publish(&self, token: &TokenName, patience: Patience) -> Result<()> {
         // What publishing does to the directory is not what anybody did: without a time that it was given it keeps the one that it has.
@@ -309,17 +324,8 @@ impl Tree {
             if !self.store.is_building(token) {
                 return Ok(());
             }
-            // SoftHSM aborts where two tokens have no serial number (`SlotManager::insertToken`), or one that was refused here, and
-            // `C_GetTokenInfo` fails without the flags (`Token::getTokenInfo`), which ends what looks for another token.
             let own = self.token(token)?.object(&ObjectId::Token, patience)?;
-            let lacking = if own.attributes.bytes(CKA_OS_TOKENSERIAL).is_none() {
-                Some("CKA_OS_TOKENSERIAL")
-            } else if own.attributes.ulong(CKA_OS_TOKENFLAGS).is_none() {
-                Some("CKA_OS_TOKENFLAGS")
-            } else {
-                None
-            };
-            if let Some(name) = lacking {
+            if let Some(name) = validate::lacking(&own.attributes) {
                 let detail = format!("a token without a {name} is none; it stays pending");
                 return Err(Error::new(ErrorKind::Invalid, detail));
             }

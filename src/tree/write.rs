@@ -13,20 +13,13 @@ use super::handle::{Handle, HandleId, State, Writer};
 use super::node::{Ino, Node};
 use super::scratch::{Content, ScratchId};
 use super::slot::Slot;
-use super::text::Context;
-use super::{Tree, lock, text, view};
+use super::{Tree, lock, view};
 use crate::error::{Error, ErrorKind, Result};
-use crate::pkcs11::CKA_PRIVATE;
-use crate::store::attribute::{Attributes, Kind, Value};
-use crate::store::{ObjectId, Patience, TokenName, validate};
+use crate::store::Patience;
 
 /// The longest value, in bytes. The largest objects that SoftHSM makes are data objects of a few MiB; one above 256 MiB would not
 /// be read again.
 pub(super) const LONGEST_VALUE: u64 = 64 * 1024 * 1024;
-
-/// What is as long as this and can be read is no part of a ciphertext, in bytes: one in fifty is so by chance, where it is written
-/// in pieces that are no longer.
-const SHORTEST_TEXT: usize = 4;
 
 /// How a file is opened for writing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -265,7 +258,7 @@ impl Tree {
             (start, start.saturating_add(more))
         };
         let length = lock(&writer.content).len();
-        let (_, end) = range(length);
+        let (start, end) = range(length);
         if end > LONGEST_VALUE {
             return Err(too_large());
         }
@@ -273,13 +266,10 @@ impl Tree {
         if let Some(node) = &node {
             self.check_disk(node, end)?;
         }
-        let as_private = node
-            .as_ref()
-            .map_or(Ok(()), |node| self.check_as_private(node));
-        let (start, _) = range(length);
-        let as_whole = match &node {
-            Some(node) if start == 0 && data.len() >= length => self.check_whole(node, data),
-            _ => Ok(()),
+        let is_whole = start == 0 && data.len() >= length;
+        let early = match &node {
+            Some(node) if !is_scratch => self.foresee(node, is_whole, data),
+            _ => None,
         };
         let mut content = lock(&writer.content);
         // Somebody else may have written meanwhile.
@@ -298,19 +288,7 @@ impl Tree {
             place.copy_from_slice(data);
         }
         // Programs ignore what close says, so what is wrong is refused here if it can be told already.
-        let told = match node.as_ref().and_then(Slot::of) {
-            Some((_, _, slot)) if !is_scratch => {
-                let is_text = slot.key.kind != Kind::Bytes;
-                let parsed = is_text.then(|| text::parse(slot.key, &content, Context::default()));
-                match parsed {
-                    Some(Ok(Value::Bool(true))) => as_private,
-                    Some(parsed) if content.ends_with(b"\n") => parsed.map(drop),
-                    _ if content.len() == data.len() => as_whole,
-                    _ => Ok(()),
-                }
-            }
-            _ => Ok(()),
-        };
+        let told = early.map_or(Ok(()), |early| early.of(&content, data.len()));
         if let Err(error) = told {
             if let Some(before) = before
                 && let Some(place) = content.get_mut(start..start + before.len())
@@ -340,70 +318,6 @@ impl Tree {
         drop(state);
         self.touch(node.as_ref().unwrap_or(&writer.node));
         Ok(())
-    }
-
-    /// If `node` is the `CKA_PRIVATE` of an object: whether that can be turned on. Where it cannot be told at once, `close` will say so.
-    fn check_as_private(&self, node: &Node) -> Result<()> {
-        let Some((token, id, slot)) = Slot::of(node) else {
-            return Ok(());
-        };
-        if slot.map.is_some() || slot.key.attribute_type != CKA_PRIVATE {
-            return Ok(());
-        }
-        let is_new = lock(&self.drafts).is_new(&(token.clone(), id.clone()));
-        let is_finished = *id != ObjectId::Token && !is_new;
-        self.check_with(token, id, (slot, Value::Bool(true)), is_finished)
-    }
-
-    /// Whether a text, which is all that has been written until now, can be the value of `node`, or the beginning of it. What can only be
-    /// told of all of it, or not at once, is left to `close`.
-    fn check_whole(&self, node: &Node, data: &[u8]) -> Result<()> {
-        let Some((token, id, slot)) = Slot::of(node) else {
-            return Ok(());
-        };
-        if slot.key.kind != Kind::Bytes {
-            return text::check_beginning(slot.key, data, Context::default());
-        }
-        if slot.map.is_some() {
-            return Ok(());
-        }
-        let value = Value::Bytes(data.to_vec());
-        if *id == ObjectId::Token {
-            let mut alone = Attributes::new();
-            alone.insert(slot.key.attribute_type, value);
-            return validate::check_token(&alone);
-        }
-        // The first bytes of a ciphertext hardly ever look like this.
-        let is_text = data.len() >= SHORTEST_TEXT
-            && std::str::from_utf8(data)
-                .is_ok_and(|text| !text.contains(|c: char| c.is_control() && c != '\n'));
-        if !is_text
-            || validate::is_possible_ciphertext(data)
-            || lock(&self.drafts).is_new(&(token.clone(), id.clone()))
-        {
-            return Ok(());
-        }
-        self.check_with(token, id, (slot, value), true)
-    }
-
-    /// Whether SoftHSM could live with an object that has this value too.
-    fn check_with(
-        &self,
-        token: &TokenName,
-        id: &ObjectId,
-        (slot, value): (Slot, Value),
-        is_finished: bool,
-    ) -> Result<()> {
-        let Ok(object) = self.object(token, id, Patience::Now) else {
-            return Ok(());
-        };
-        let old = Some(&object.attributes);
-        let mut attributes = object.attributes.clone();
-        match slot.set(&mut attributes, value) {
-            Ok(()) if is_finished => validate::check_finished(old, &attributes),
-            Ok(()) => validate::check(old, &attributes),
-            Err(_) => Ok(()),
-        }
     }
 
     /// The time that a file was given which is open and not committed yet (`futimens` before `close`, as cp and tar do): it is that

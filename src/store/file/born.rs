@@ -43,18 +43,27 @@ impl Ours {
     }
 
     /// How long it takes until a file cannot be one that SoftHSM is still making; nothing if it cannot now. Where the file
-    /// system does not say when a file was made, there is nothing to wait for.
-    pub fn until_grown(&self, file: &File) -> Option<Duration> {
+    /// system does not say when a file was made, there is nothing to wait for. SoftHSM makes an object and its lock file at the same time: one
+    /// whose `lock` is older was there before, and somebody else has given it another file.
+    pub fn until_grown(&self, file: &File, lock: Option<&File>) -> Option<Duration> {
         let (birth, made) = birth(file)?;
         let known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if known.0.contains(&birth) {
             return None;
         }
         drop(known);
-        // One that is made in the future says nothing.
-        let age = SystemTime::now().duration_since(made).ok()?;
-        GROWN.checked_sub(age).filter(|left| !left.is_zero())
+        let left = until(made)?;
+        match lock.and_then(self::birth) {
+            Some((_, made)) => until(made).map(|_| left),
+            None => Some(left),
+        }
     }
+}
+
+/// How long it takes until what was made then has grown; nothing if it has. What is made in the future says nothing.
+fn until(made: SystemTime) -> Option<Duration> {
+    let age = SystemTime::now().duration_since(made).ok()?;
+    GROWN.checked_sub(age).filter(|left| !left.is_zero())
 }
 
 fn birth(file: &File) -> Option<(Birth, SystemTime)> {

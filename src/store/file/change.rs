@@ -172,7 +172,7 @@ impl FileToken {
         let file = open_regular(directory, names.object(), OFlag::O_RDWR)?;
         lock::lock_exclusive(&file, patience)?;
         let left = match names.lock() {
-            Some(_) if !self.is_building() => self.born.until_grown(&file),
+            Some(_) if !self.is_building() => self.born.until_grown(&file, transaction.as_ref()),
             _ => None,
         };
         let reading = read_locked(directory, names.object(), file, transaction)?;

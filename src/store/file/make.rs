@@ -144,7 +144,7 @@ impl FileToken {
             let transaction = Transaction::take(directory, lock_name, access_of(&stat), patience)?;
             if !building
                 && let Ok(file) = open_regular(directory, names.object(), OFlag::O_RDONLY)
-                && let Some(left) = self.born.until_grown(&file)
+                && let Some(left) = self.born.until_grown(&file, Some(&transaction.file))
             {
                 // SoftHSM would go on making it, and it would be there again.
                 drop(transaction);

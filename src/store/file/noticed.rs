@@ -102,6 +102,17 @@ impl Changes {
         }
     }
 
+    /// Whether anything is remembered of an object.
+    pub fn has(&self, id: &ObjectId) -> bool {
+        let change = self.objects.get(id);
+        change.is_some_and(|change| change.at.elapsed() <= KEPT)
+    }
+
+    /// Of which objects something is remembered.
+    pub fn objects(&self) -> Vec<ObjectId> {
+        self.objects.keys().cloned().collect()
+    }
+
     /// Forgets an object that is gone.
     pub fn forget(&mut self, id: &ObjectId) {
         self.objects.remove(id);

@@ -170,6 +170,23 @@ impl FileToken {
         }
     }
 
+    /// Says so if a change of ours that is young enough to be remembered is not there any more.
+    fn look_for_overwritten(&self, id: &ObjectId, patience: Patience) -> Result<()> {
+        if !self.changes().has(id) {
+            return Ok(());
+        }
+        match self.read(id, patience) {
+            Ok(reading) => {
+                if let Ok(decoded) = &reading.version.content {
+                    self.notice(id, decoded.generation, &decoded.attributes);
+                }
+                Ok(())
+            }
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
     fn stat(&self, id: &ObjectId) -> Result<FileStat> {
         super::guard::stat_regular(self.directory(), self.names(id).object())
             .map_err(|error| error.at(self.path_of(id)))
@@ -379,8 +396,19 @@ impl Token for FileToken {
     }
 
     fn look_after(&self, name: &ObjectName, patience: Patience) -> Result<()> {
+        let id = ObjectId::Object(name.clone());
         self.look_after_departed(name, patience)
-            .map_err(|error| error.at(self.path_of(&ObjectId::Object(name.clone()))))
+            .and_then(|()| self.look_for_overwritten(&id, patience))
+            .map_err(|error| error.at(self.path_of(&id)))
+    }
+
+    fn look_after_all(&self, patience: Patience) {
+        let changed = self.changes().objects();
+        for id in changed {
+            if let Err(error) = self.look_for_overwritten(&id, patience) {
+                self.diagnostics.error(&error.at(self.path_of(&id)));
+            }
+        }
     }
 
     fn set_metadata(

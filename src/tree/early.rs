@@ -1,0 +1,121 @@
+//! What can be told of a text while it is being written.
+//!
+//! Most programs, and every shell, ignore what `close` says. So `write` refuses what nothing that could follow would make a value: what the
+//! word itself rules out, and what SoftHSM could not live with. All else is left to `close`.
+
+use super::node::Node;
+use super::slot::Slot;
+use super::text::{self, Context};
+use super::{Tree, lock};
+use crate::error::Result;
+use crate::pkcs11::CKA_PRIVATE;
+use crate::store::attribute::{AttributeKey, Attributes, Kind, Value};
+use crate::store::{ObjectId, Patience, TokenName, validate};
+
+/// What is as long as this and can be read is no part of a ciphertext, in bytes: one in fifty is so by chance, where it is written
+/// in pieces that are no longer.
+const SHORTEST_TEXT: usize = 4;
+
+/// Which value it is, of what.
+type Place<'a> = (&'a TokenName, &'a ObjectId, Slot);
+
+/// What is known of a text before it is there: the object is asked without a lock on the text.
+pub(super) struct Early {
+    key: AttributeKey,
+    /// Whether `CKA_PRIVATE` can be turned on, if it is that.
+    as_private: Result<()>,
+    /// Whether what is written can be all that there is.
+    as_whole: Result<()>,
+}
+
+impl Early {
+    /// Whether `content` can be a value or the beginning of one, of which `written` bytes have just been written.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`](crate::error::ErrorKind::Invalid) if it can be neither.
+    pub fn of(self, content: &[u8], written: usize) -> Result<()> {
+        let is_word = self.key.kind != Kind::Bytes;
+        let parsed = is_word.then(|| text::parse(self.key, content, Context::default()));
+        match parsed {
+            Some(Ok(Value::Bool(true))) => self.as_private,
+            Some(parsed) if content.ends_with(b"\n") => parsed.map(drop),
+            _ if content.len() == written => self.as_whole,
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Tree {
+    /// What can be told of a text, `data` of which is about to be written, or all of it, as far as can be seen; nothing if it is no
+    /// attribute.
+    pub(super) fn foresee(&self, node: &Node, is_whole: bool, data: &[u8]) -> Option<Early> {
+        let place = Slot::of(node)?;
+        Some(Early {
+            key: place.2.key,
+            as_private: self.check_as_private(place),
+            as_whole: if is_whole {
+                self.check_whole(place, data)
+            } else {
+                Ok(())
+            },
+        })
+    }
+
+    /// Of the `CKA_PRIVATE` of an object: whether that can be turned on. Where it cannot be told at once, `close` will say so.
+    fn check_as_private(&self, (token, id, slot): Place<'_>) -> Result<()> {
+        if slot.map.is_some() || slot.key.attribute_type != CKA_PRIVATE {
+            return Ok(());
+        }
+        let is_new = lock(&self.drafts).is_new(&(token.clone(), id.clone()));
+        let is_finished = *id != ObjectId::Token && !is_new;
+        self.check_with(token, id, (slot, Value::Bool(true)), is_finished)
+    }
+
+    /// Whether a text, which is all that has been written until now, can be the value, or the beginning of it. What can only be
+    /// told of all of it, or not at once, is left to `close`.
+    fn check_whole(&self, (token, id, slot): Place<'_>, data: &[u8]) -> Result<()> {
+        if slot.key.kind != Kind::Bytes {
+            return text::check_beginning(slot.key, data, Context::default());
+        }
+        if slot.map.is_some() {
+            return Ok(());
+        }
+        let value = Value::Bytes(data.to_vec());
+        if *id == ObjectId::Token {
+            let mut alone = Attributes::new();
+            alone.insert(slot.key.attribute_type, value);
+            return validate::check_token(&alone);
+        }
+        // The first bytes of a ciphertext hardly ever look like this.
+        let is_text = data.len() >= SHORTEST_TEXT
+            && std::str::from_utf8(data)
+                .is_ok_and(|text| !text.contains(|c: char| c.is_control() && c != '\n'));
+        if !is_text
+            || validate::is_possible_ciphertext(data)
+            || lock(&self.drafts).is_new(&(token.clone(), id.clone()))
+        {
+            return Ok(());
+        }
+        self.check_with(token, id, (slot, value), true)
+    }
+
+    /// Whether SoftHSM could live with an object that has this value too.
+    fn check_with(
+        &self,
+        token: &TokenName,
+        id: &ObjectId,
+        (slot, value): (Slot, Value),
+        is_finished: bool,
+    ) -> Result<()> {
+        let Ok(object) = self.object(token, id, Patience::Now) else {
+            return Ok(());
+        };
+        let old = Some(&object.attributes);
+        let mut attributes = object.attributes.clone();
+        match slot.set(&mut attributes, value) {
+            Ok(()) if is_finished => validate::check_finished(old, &attributes),
+            Ok(()) => validate::check(old, &attributes),
+            Err(_) => Ok(()),
+        }
+    }
+}
