@@ -100,4 +100,45 @@ both_backends! {
         drop((file.take(), writer.take()));
         assert_eq!(fs::read(mount.join(blocked)).unwrap(), *tree[Path::new(blocked)].as_ref().unwrap());
     }
+    fn what_is_pending_waits_for_its_own_lock_and_for_no_other(backend) {
+        let softhsm = Softhsm::golden(Golden::V2_6_1, backend);
+        let tree = expected(&softhsm);
+        let labels: Vec<_> = tree.keys().filter(|path| path.ends_with("CKA_LABEL") && path.components().count() == 3).collect();
+        let token_of = |path: &Path| Path::new(path.iter().next().unwrap()).to_owned();
+        let token = token_of(labels[0]);
+        let (there, elsewhere): (Vec<_>, Vec<_>) = labels.into_iter().partition(|path| path.starts_with(&token));
+        let blocked = &there[..2];
+        // Of the same token for `file`; of another one for `db`, whose lock is the database's.
+        let free = if backend == Backend::File { token.clone() } else { token_of(elsewhere[0]) };
+        let mount = Mount::new(&softhsm);
+        for label in blocked {
+            fs::remove_file(mount.join(label)).unwrap();
+        }
+        let (mut files, mut writer) = (Vec::new(), None);
+        match backend {
+            Backend::File => {
+                let object = |label: &&std::path::PathBuf| softhsm.tokendir.join(label.parent().unwrap()).with_extension("object");
+                files.extend(blocked.iter().map(|label| exclusively(&object(label))));
+            }
+            Backend::Db => {
+                let opened = rusqlite::Connection::open(softhsm.tokendir.join(&token).join("sqlite3.db")).unwrap();
+                opened.execute_batch("begin exclusive").unwrap();
+                writer = Some(opened);
+            }
+        }
+        // By now they are due, and wait.
+        std::thread::sleep(Duration::from_millis(500));
+        let new = free.join("00000000-0000-4000-8000-00000000000a");
+        fs::create_dir(mount.join(&new)).unwrap();
+        for (name, text) in [("CKA_PRIVATE", "false\n"), ("CKA_TOKEN", "true\n"), ("CKA_CLASS", "CKO_DATA\n")] {
+            fs::write(mount.join(&new).join(name), text).unwrap();
+        }
+        let started = Instant::now();
+        let stored = |path: &Path| mount.join(".tokenfs/file").join(path).with_extension("object");
+        eventually(Duration::from_secs(3), "the new object", || stored(&new).exists());
+        println!("{backend}: a new object was in the store after {:?}", started.elapsed());
+        drop((files, writer));
+        let gone = |label: &Path| !expected(&softhsm).contains_key(label);
+        eventually(Duration::from_secs(10), "what was unlinked is removed", || blocked.iter().all(|label| gone(label)));
+    }
 }

@@ -18,7 +18,7 @@ use fuser::{
 };
 
 use super::reply::{self, attributes, by_inode, errno, file_type, fill};
-use super::wait::Waiting;
+use super::wait::{MOST_REQUESTS, Waiting};
 use crate::store::{MetadataChange, Patience, Time};
 use crate::tree::{
     Caller, Creation, FileKind, HandleId, OpenForWriting, RenameHow, SetAttributes, Tree,
@@ -36,7 +36,7 @@ impl Adapter {
     #[must_use]
     pub fn new(tree: Arc<Tree>) -> Self {
         Self {
-            waiting: Waiting::new(Arc::clone(&tree)),
+            waiting: Waiting::new(Arc::clone(&tree), MOST_REQUESTS),
             tree,
         }
     }

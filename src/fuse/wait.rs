@@ -1,4 +1,5 @@
-//! Requests that have to wait are answered by threads of their own, so that they hold up nobody else.
+//! Requests that have to wait are answered by threads of their own, so that they hold up nobody else. What is left alone is written by such
+//! threads too.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -10,13 +11,14 @@ use crate::store::Patience;
 use crate::tree::Tree;
 
 /// The most requests that wait at a time. More than one reader of the same object is rare, and a waiting thread costs little.
-const MOST_WAITING: usize = 256;
+pub(super) const MOST_REQUESTS: usize = 256;
 
 /// Who answers.
 #[derive(Clone, Debug)]
 pub(super) struct Waiting {
     tree: Arc<Tree>,
     count: Arc<Count>,
+    most: usize,
 }
 
 #[derive(Debug, Default)]
@@ -27,10 +29,12 @@ struct Count {
 }
 
 impl Waiting {
-    pub fn new(tree: Arc<Tree>) -> Self {
+    /// With so many threads at most.
+    pub fn new(tree: Arc<Tree>, most: usize) -> Self {
         Self {
             tree,
             count: Arc::default(),
+            most,
         }
     }
 
@@ -61,10 +65,10 @@ impl Waiting {
         answer: impl FnOnce(&Tree, R, Patience) + Send + 'static,
     ) {
         let tree = Arc::clone(&self.tree);
-        let Some(slot) = Slot::take(&self.count) else {
+        let Some(slot) = Slot::take(&self.count, self.most) else {
             // No patience left: it is refused, or answered after all if what it waited for has come.
             tree.diagnostics()
-                .warning("too many requests are waiting for locks already");
+                .warning("too many others are waiting for locks already");
             return answer(&tree, reply, Patience::Until(Instant::now()));
         };
         let limit = tree.store().options().lock_wait;
@@ -105,9 +109,9 @@ impl Waiting {
 struct Slot(Arc<Count>);
 
 impl Slot {
-    fn take(count: &Arc<Count>) -> Option<Self> {
+    fn take(count: &Arc<Count>, most: usize) -> Option<Self> {
         let slot = Self(Arc::clone(count));
-        (count.waiting.fetch_add(1, Ordering::AcqRel) < MOST_WAITING).then_some(slot)
+        (count.waiting.fetch_add(1, Ordering::AcqRel) < most).then_some(slot)
     }
 }
 

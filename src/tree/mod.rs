@@ -9,7 +9,7 @@
 //!
 //! Writing: `write` has the descriptors, `early` what can be told of a text by then, `close` what becomes of them, `commit` how a value
 //! gets into its object, `follow` what an open file follows; `place`, `entries`, `rename`, `publish` and `setattr` have what is made, removed, renamed and set; `draft` and `scratch` hold what the store does not
-//! have, `settle` writes it, `dates` has the times that attributes have beside the store's, and `building` keeps others off a token at the moment that it is published.
+//! have, `due` says when it is time to write that, `settle` writes it, `dates` has the times that attributes have beside the store's, and `building` keeps others off a token at the moment that it is published.
 //!
 //! Locks: each table (inodes, handles, labels, drafts, dates, scratch, gates, files that are being closed) has one. None is held while the store is asked, and
 //! none while another of them is taken. A writer's content, then its state, can be taken inside any of them.
@@ -21,6 +21,7 @@ mod close;
 mod commit;
 mod dates;
 mod draft;
+mod due;
 mod early;
 mod entries;
 mod follow;
@@ -59,6 +60,7 @@ use crate::store::watch::Coverage;
 use crate::store::{Object, ObjectName, Store, Token, TokenName};
 
 use draft::Drafts;
+pub use due::Task;
 pub use entries::{Caller, Creation};
 pub use handle::HandleId;
 use handle::{Handle, Handles};
@@ -189,6 +191,8 @@ pub struct Tree {
     listener: OnceLock<Listener>,
     /// Objects that SoftHSM has brought back.
     returned: Mutex<Vec<(TokenName, ObjectName)>>,
+    /// What somebody is doing of what was due.
+    tasks: due::Tasks,
     /// Files whose last descriptor is closed and whose content is still being committed, and how long that may take.
     closing: Mutex<HashMap<Node, Instant>>,
     /// Whether there may be something to settle, and the signal for it.
@@ -218,6 +222,7 @@ impl Tree {
             gates: Mutex::default(),
             listener: OnceLock::new(),
             returned: Mutex::default(),
+            tasks: due::Tasks::default(),
             closing: Mutex::default(),
             work: (Mutex::default(), Condvar::new()),
             changes: AtomicU64::new(0),

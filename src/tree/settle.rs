@@ -1,11 +1,10 @@
-//! When what the mount shows becomes what the store has.
+//! How what the mount shows becomes what the store has.
 //!
 //! A new object is written once, when it is finished: its times are set, it is synced, or it has been left alone. What was unlinked
-//! is held for as long. A token that is being built is published when all that is in it is finished. [`Tree::settle`] does what is due; a
-//! thread of its own calls it again at the time that it returns. [`Tree::finish`] does everything, at the end of the mount.
+//! is held for as long. A token that is being built is published when all that is in it is finished. [`super::due`] says when it is time for
+//! what nobody has said so of.
 
-use std::sync::PoisonError;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 
 use super::draft::{Build, Draft, Drafts, Key, New};
 use super::handle::HandleId;
@@ -52,98 +51,8 @@ impl Tree {
         }
     }
 
-    /// Does what is due, and returns when the next thing will be.
-    pub fn settle(&self) -> Option<Instant> {
-        let patience = || Patience::at_most(self.store.options().lock_wait);
-        let returned = std::mem::take(&mut *lock(&self.returned));
-        for (token, object) in returned {
-            let seen_to = self.ask(&token, patience(), |token| {
-                token.look_after(&object, patience())
-            });
-            // What fails is in the log.
-            let _ = self.noted(seen_to);
-        }
-        let (keys, tokens, next) = lock(&self.drafts).due(Instant::now());
-        if keys.is_empty() && tokens.is_empty() {
-            return next;
-        }
-        for key in keys {
-            // What fails is in the log, and tried again.
-            let _ = self.write_draft(&key, Finished::Assumed, patience());
-        }
-        for token in tokens {
-            let _ = self.publish(&token, patience());
-        }
-        // That took a while, in which more may have become due.
-        let now = Instant::now();
-        let (keys, tokens, next) = lock(&self.drafts).due(now);
-        if keys.is_empty() && tokens.is_empty() {
-            next
-        } else {
-            Some(now)
-        }
-    }
-
-    /// Waits until `due`, or until there may be something to do before that.
-    pub fn wait_for_work(&self, due: Option<Instant>) {
-        let mut woken = lock(&self.work.0);
-        if !*woken {
-            let most = Duration::from_secs(3600);
-            let limit = due.map_or(most, |due| due.saturating_duration_since(Instant::now()));
-            let waited = self.work.1.wait_timeout(woken, limit);
-            woken = waited.unwrap_or_else(PoisonError::into_inner).0;
-        }
-        *woken = false;
-    }
-
-    /// Ends [`Tree::wait_for_work`].
-    pub fn wake(&self) {
-        *lock(&self.work.0) = true;
-        self.work.1.notify_all();
-    }
-
-    /// Writes everything that is not in the store yet: the mount ends. What cannot be written is lost, and is in the log.
-    pub fn finish(&self) {
-        let limit = self.store.options().lock_wait;
-        for token in self.store.tokens().unwrap_or_default() {
-            if let Ok(token) = self.store.token(&token) {
-                token.look_after_all(Patience::at_most(limit));
-            }
-        }
-        let keys = lock(&self.drafts).keys(None);
-        for key in keys {
-            let Some(draft) = lock(&self.drafts).get(&key).cloned() else {
-                continue;
-            };
-            if let Some(lacks) = draft.new.as_ref().and_then(New::lacks) {
-                // SoftHSM would show an object that nobody can use, or remove; and nobody could complete it.
-                self.diagnostics.warning(format!(
-                    "{}: {lacks}, and the mount ends: it is not written to the store",
-                    self.path_of(&Node::Object(key.0.clone(), key.1.clone()))
-                        .display()
-                ));
-            } else if !draft.gone {
-                let _ = self.write_draft(&key, Finished::Ended, Patience::at_most(limit));
-            }
-        }
-        let tokens = lock(&self.drafts).builds();
-        for token in tokens {
-            let outcome = if self.is_token(&token) {
-                self.publish(&token, Patience::at_most(limit))
-            } else {
-                self.diagnostics.warning(format!(
-                    "{token}: a directory without the attributes of a token was left in the root; it is removed with all that is in it"
-                ));
-                self.store.abandon_token(&token, Patience::at_most(limit))
-            };
-            if let Err(error) = outcome {
-                self.diagnostics.error(&error);
-            }
-        }
-    }
-
     /// Whether a token that is being built has what makes it one.
-    fn is_token(&self, token: &TokenName) -> bool {
+    pub(super) fn is_token(&self, token: &TokenName) -> bool {
         lock(&self.drafts)
             .build(token)
             .is_some_and(super::draft::Build::is_token)
