@@ -75,8 +75,8 @@ impl ErrorKind {
             // What a local file system says of a block that it cannot make sense of.
             Self::Damaged => libc::EIO,
             // Not EAGAIN, which programs take for "call again at once".
-            Self::Busy => libc::EBUSY,
-            Self::WouldBlock => libc::EAGAIN,
+            // Who would have to wait is told so only where too many wait already.
+            Self::Busy | Self::WouldBlock => libc::EBUSY,
             Self::Invalid => libc::EINVAL,
             Self::NameTooLong => libc::ENAMETOOLONG,
             Self::NoSpace => libc::ENOSPC,
@@ -260,7 +260,7 @@ mod tests {
             (ErrorKind::TooLarge, libc::EFBIG),
             (ErrorKind::Damaged, libc::EIO),
             (ErrorKind::Busy, libc::EBUSY),
-            (ErrorKind::WouldBlock, libc::EAGAIN),
+            (ErrorKind::WouldBlock, libc::EBUSY),
             (ErrorKind::Invalid, libc::EINVAL),
             (ErrorKind::NameTooLong, libc::ENAMETOOLONG),
             (ErrorKind::NoSpace, libc::ENOSPC),

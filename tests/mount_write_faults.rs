@@ -61,6 +61,28 @@ fn on_tmpfs(backend: Backend, size: &str) -> (Small, Softhsm, P11, (u64, u64, u6
         "tokenfs-test",
     ]);
     run(mount.arg(&softhsm.tokendir));
+    filled(softhsm)
+}
+
+/// The same on an ext4 of 16 MB.
+fn on_ext4(backend: Backend) -> (Small, Softhsm, P11, (u64, u64, u64)) {
+    assert!(
+        is_root(),
+        "this test mounts an ext4: run scripts/test as root"
+    );
+    let softhsm = Softhsm::new(backend);
+    let image = softhsm.directory.path().join("image");
+    File::create(&image).unwrap().set_len(16 << 20).unwrap();
+    run(tool("mkfs.ext4").args(["-q", "-b", "1024"]).arg(&image));
+    run(tool("mount")
+        .args(["-o", "loop"])
+        .arg(&image)
+        .arg(&softhsm.tokendir));
+    fs::remove_dir(softhsm.tokendir.join("lost+found")).unwrap();
+    filled(softhsm)
+}
+
+fn filled(softhsm: Softhsm) -> (Small, Softhsm, P11, (u64, u64, u64)) {
     let small = Small(softhsm.tokendir.clone());
     let mut client = softhsm.p11();
     client.init_token("test", Some(PIN)).unwrap();
@@ -150,6 +172,40 @@ both_backends! {
         bench.settle();
         bench.assert_sessions_agree();
         bench.assert_no_leftovers();
+        small.end(bench);
+    }
+
+    /// Some of what ext4 calls free not even root gets.
+    fn a_full_ext4_is_no_space_for_a_shell(backend) {
+        let (small, softhsm, client, handles) = on_ext4(backend);
+        let bench = Bench::beside(softhsm, client, handles, &MountOptions::new());
+        let filler = bench.softhsm.tokendir.join("filler");
+        let mut file = File::create(&filler).unwrap();
+        for size in [65536, 4096, 1024] {
+            while file.write_all(&vec![1; size]).is_ok() && file.sync_data().is_ok() {}
+        }
+        drop(file);
+        let before = mount_common::expected(&bench.softhsm);
+        let copy = "00000000-0000-4000-8000-000000000002";
+        for line in ["printf web >$o/CKA_LABEL", "echo false >$o/CKA_MODIFIABLE", &format!("cp -r $o {copy}")] {
+            let said = bench.fails(line);
+            assert!(said.contains("No space left"), "{line}: {said}");
+        }
+        bench.quiet(&format!("rm -rf {copy}"));
+        mount_common::assert_same(&before, &mount_common::expected(&bench.softhsm));
+        // What root alone gets is room all the same.
+        let taken = nix::sys::statvfs::statvfs(&bench.softhsm.tokendir).unwrap();
+        let for_root = taken.blocks_free() - taken.blocks() / 50;
+        assert!(taken.blocks_available() == 0 && for_root < 64, "{taken:?}");
+        File::options().write(true).open(&filler).unwrap().set_len((8 << 20) + 12345).unwrap();
+        let mut file = File::options().append(true).open(&filler).unwrap();
+        while nix::sys::statvfs::statvfs(&bench.softhsm.tokendir).unwrap().blocks_available() > 0 {
+            file.write_all(&[1; 4096]).unwrap();
+            file.sync_data().unwrap();
+        }
+        bench.quiet("printf web >$o/CKA_LABEL");
+        assert_eq!(bench.stored_data("CKA_LABEL").unwrap(), b"web");
+        bench.settle();
         small.end(bench);
     }
 

@@ -218,7 +218,10 @@ fn a_session_sees_every_change_creation_and_removal_and_uses_what_we_made() {
     side.client.set_label(made, "renamed").unwrap();
     assert_eq!(side.client.find_label("renamed").unwrap(), [made]);
     let changed = token.object(&id(&name("made-here")), patient()).unwrap();
-    assert_eq!(changed.generation, Some(2));
+    assert!(
+        changed.generation.unwrap() > 1 << 40,
+        "it counts on from ours"
+    );
     side.client.destroy(made).unwrap();
     let names = token.list(patient()).unwrap();
     assert_eq!(&*names, std::slice::from_ref(public_name));

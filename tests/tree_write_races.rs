@@ -755,3 +755,54 @@ fn what_is_unlinked_while_something_is_refused_for_it_is_gone() {
     let stored = tokenfs::store::file::decode(&stored).unwrap().attributes;
     assert!(stored.of_type(0).is_none());
 }
+
+#[test]
+fn what_is_written_and_closed_while_it_is_renamed_is_not_lost() {
+    let f = fixture();
+    f.put(f.object, ".x", b"one");
+    let open = f.open(f.find(f.object, ".x"));
+    let held = lock(&f.dir.path().join("t/key.lock"), libc::F_RDLCK);
+    std::thread::scope(|s| {
+        let renaming = s.spawn(|| {
+            let (from, to) = ((f.object, os(".x")), (f.object, os("CKA_LABEL")));
+            f.tree.rename(from, to, RenameHow::default(), patient())
+        });
+        std::thread::sleep(Duration::from_millis(200));
+        f.tree.write(open, 0, b"two").unwrap();
+        f.close(open);
+        drop(held);
+        renaming.join().unwrap().unwrap();
+    });
+    let handle = f
+        .tree
+        .open(f.find(f.object, "CKA_LABEL"), patient())
+        .unwrap();
+    assert_eq!(f.tree.read(handle, 0, 10).unwrap(), b"two");
+}
+
+/// The kernel goes by the mode that it remembers, and who may rename files in the store can put another file there meanwhile.
+#[test]
+fn who_may_open_a_file_is_decided_by_the_mode_that_it_has() {
+    use std::os::unix::fs::PermissionsExt;
+    use tokenfs::error::ErrorKind::Stale;
+    let f = fixture();
+    let path = f.dir.path().join("t/key.object");
+    let set_mode = |mode| fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+    let look = || {
+        let looked = f.tree.lookup(f.object, os("CKA_LABEL"), patient()).unwrap();
+        looked.attributes.ino
+    };
+    // The mask leaves the owner's bits only.
+    set_mode(0o600);
+    let ino = look();
+    set_mode(0o200);
+    let how = OpenForWriting::default();
+    assert_eq!(f.tree.open(ino, patient()).unwrap_err().kind(), Stale);
+    let opened = f.tree.open_for_writing(ino, how, patient());
+    assert_eq!(opened.unwrap_err().kind(), Stale);
+    assert_eq!(look(), ino, "the kernel asks anew, and decides again");
+    f.tree.open(ino, patient()).unwrap();
+    // More may be done with it than the kernel believes: it asks soon enough.
+    set_mode(0o600);
+    f.tree.open(ino, patient()).unwrap();
+}

@@ -11,7 +11,7 @@ PACKAGES_DEMO=(softhsm2 opensc openssl fuse3)
 # mount, and what looks at a mount from outside.
 PACKAGES_TEST=(
     gnutls-bin libssl-dev libsqlite3-dev
-    acl attr bindfs borgbackup gnupg nano openssl procps python3 restic rsync sqlite3 strace tmux util-linux vim xz-utils
+    acl attr bindfs borgbackup e2fsprogs gnupg nano openssl procps python3 restic rsync sqlite3 strace tmux util-linux vim xz-utils
     shellcheck
 )
 

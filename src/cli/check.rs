@@ -12,7 +12,7 @@ use crate::config::Config;
 use crate::diagnostics::Diagnostics;
 use crate::error::{Error, Result};
 use crate::fuse::mount::check_tokendir;
-use crate::store::check::{LONGEST, Report, Settings, check, repair};
+use crate::store::check::{LONGEST, Remedy, Report, Settings, check, repair};
 use crate::store::{self, Store};
 
 /// The exit code when something was found; with `--repair`, when something is left, be it that it could not be mended.
@@ -87,6 +87,9 @@ fn report(args: &CheckArgs) -> Result<u8> {
     }
     for finding in &found.findings {
         let end = match (finding.remedy, finding.advice) {
+            (Some(Remedy::Recover), _) if args.repair => {
+                "could not be mended: it is in use, or not what a crash of tokenfs leaves; look at it, and move it out of the store"
+            }
             (Some(_), _) if args.repair => "could not be mended",
             (Some(_), _) => "--repair mends it",
             (None, Some(advice)) => advice,

@@ -65,9 +65,13 @@ fn write_pending(point: &Path, server: Option<&Server>) -> Result<()> {
     // One that cannot be opened has nothing pending that could be written: its server is dead, or the mount is somebody else's.
     let synced = beside({
         let point = point.to_owned();
-        move || File::open(point).map_or(Ok(()), |root| root.sync_all())
+        move || {
+            let log = refusals(&point);
+            let synced = File::open(point).map_or(Ok(()), |root| root.sync_all());
+            (synced, log)
+        }
     });
-    let synced = loop {
+    let (synced, before) = loop {
         match synced.recv_timeout(ANSWER) {
             Ok(synced) => break synced,
             Err(RecvTimeoutError::Timeout) if server.is_some_and(Server::is_stopped) => {
@@ -78,35 +82,45 @@ fn write_pending(point: &Path, server: Option<&Server>) -> Result<()> {
         }
     };
     synced.map_err(|error| {
-        name_pending(point);
+        name_pending(point, before);
         let detail = "what was written into the mount and is pending cannot be written to the store, so it stays mounted; \
                       .tokenfs/log has the reason";
         Error::io(detail, &error).at(point)
     })
 }
 
-/// Says on standard error what is pending in a mount, each as a path that a shell takes, with the reason that the log has, if it has one.
-fn name_pending(point: &Path) {
+/// Says on standard error what is pending in a mount, each as a path that a shell takes, with the reason that the log has, if it has one; and what
+/// else could not be written, which was not in the log `before`.
+fn name_pending(point: &Path, before: Vec<String>) {
     let named = beside({
         let point = point.to_owned();
-        move || {
-            let log = fs::read_to_string(point.join(CONTROL).join(LOG)).unwrap_or_default();
-            (pending(&point).unwrap_or_default(), log)
-        }
+        move || (pending(&point).unwrap_or_default(), refusals(&point))
     });
     // Who does not answer by now has answered `sync`, and does not keep its refusal from being said.
-    let Ok((paths, log)) = named.recv_timeout(ANSWER) else {
+    let Ok((paths, mut log)) = named.recv_timeout(ANSWER) else {
         return;
     };
     for path in paths {
-        let entry = format!(
-            " error: {}: ",
-            path.strip_prefix(point).unwrap_or(&path).display()
-        );
-        let latest = log.lines().rev().find_map(|line| line.split_once(&entry));
-        let reason = latest.map_or(String::new(), |(_, reason)| format!(": {reason}"));
+        let name = path.strip_prefix(point).unwrap_or(&path).display();
+        let entry = format!("{name}: ");
+        let latest = log.iter().rev().find_map(|line| line.strip_prefix(&entry));
+        let reason = latest.map_or(String::new(), |reason| format!(": {reason}"));
         eprintln!("tokenfs: {}: pending{reason}", quoted(&path));
+        log.retain(|line| !line.starts_with(&entry));
     }
+    for line in log.iter().filter(|line| !before.contains(line)) {
+        eprintln!("tokenfs: {line}");
+    }
+}
+
+/// The errors that the log of a mount has, oldest first, without their times.
+fn refusals(point: &Path) -> Vec<String> {
+    let log = fs::read_to_string(point.join(CONTROL).join(LOG)).unwrap_or_default();
+    let error = |line: &str| {
+        line.split_once(" error: ")
+            .map(|(_, error)| error.to_owned())
+    };
+    log.lines().filter_map(error).collect()
 }
 
 /// The tokens and objects that a mount has and the store has not, which is what `.tokenfs/file` shows.

@@ -188,7 +188,7 @@ impl Filesystem for Adapter {
         _flush: bool,
         reply: ReplyEmpty,
     ) {
-        self.waiting.answer(
+        self.waiting.unlimited().answer(
             reply,
             move |tree, patience| tree.release(HandleId(handle.0), patience),
             reply::empty,
@@ -403,6 +403,7 @@ impl Filesystem for Adapter {
             size,
             metadata,
             pid,
+            uid: Some(request.uid()),
         };
         let handle = handle.map(|handle| HandleId(handle.0));
         if let Some(handle) = handle {

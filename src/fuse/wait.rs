@@ -38,6 +38,14 @@ impl Waiting {
         }
     }
 
+    /// The same for what cannot be refused: there are no more of these than files that are open.
+    pub fn unlimited(&self) -> Self {
+        Self {
+            most: usize::MAX,
+            ..self.clone()
+        }
+    }
+
     /// Answers with what `ask` says: at once, or from another thread if it has to wait.
     pub fn answer<T, R>(
         &self,
@@ -66,10 +74,10 @@ impl Waiting {
     ) {
         let tree = Arc::clone(&self.tree);
         let Some(slot) = Slot::take(&self.count, self.most) else {
-            // No patience left: it is refused, or answered after all if what it waited for has come.
+            // It is refused, or answered after all if what it would have waited for has come.
             tree.diagnostics()
                 .warning("too many others are waiting for locks already");
-            return answer(&tree, reply, Patience::Until(Instant::now()));
+            return answer(&tree, reply, Patience::Now);
         };
         let limit = tree.store().options().lock_wait;
         // If no thread is to be had the reply is dropped with the closure, which answers EIO.

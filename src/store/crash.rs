@@ -64,6 +64,7 @@ pub const POINTS: &[&str] = &[
     "file.rename.done",
     "file.rename.marked",
     "file.rename.renamed",
+    "file.rename.renewed",
     "file.rename.told",
     "file.rename.unmarked",
     "file.rewrite.cut",

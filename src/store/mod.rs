@@ -36,7 +36,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use crate::error::{Error, ErrorKind, Result};
-use attribute::Attributes;
+use attribute::{AttributeKey, Attributes};
 use layout::LayoutFile;
 
 /// Which of SoftHSM's two backends a token is stored in (`objectstore.backend`).
@@ -288,6 +288,15 @@ pub trait Token: Send + Sync + fmt::Debug {
     /// what the backend adds to it; [`ErrorKind::ReadOnly`] of a token that takes no change at all.
     fn check_name(&self, name: &ObjectName) -> Result<()>;
 
+    /// That an object of this token can have an attribute of this type and kind, as far as that alone tells, or can have it `in_map`, one of its
+    /// attribute maps.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`].
+    fn check_key(&self, key: AttributeKey, _in_map: bool) -> Result<()> {
+        validate::check_key(key)
+    }
+
     /// Makes an object. It appears as a whole, and SoftHSM is told.
     ///
     /// # Errors
@@ -317,7 +326,20 @@ pub trait Token: Send + Sync + fmt::Debug {
     ///
     /// # Errors
     /// [`ErrorKind::NotFound`]; otherwise as [`Token::update`].
-    fn remove(&self, name: &ObjectName, patience: Patience) -> Result<()>;
+    fn remove(&self, name: &ObjectName, patience: Patience) -> Result<()> {
+        self.remove_if(name, &mut |_| Ok(()), patience)
+    }
+
+    /// The same if `check` has nothing against it, which is told what the object holds at that moment, under its locks, or how it is damaged.
+    ///
+    /// # Errors
+    /// What `check` says; otherwise as [`Token::remove`].
+    fn remove_if(
+        &self,
+        name: &ObjectName,
+        check: &mut dyn FnMut(Result<&Attributes>) -> Result<()>,
+        patience: Patience,
+    ) -> Result<()>;
 
     /// Takes a damaged object away as a whole, and puts `new` in its place, if there is one, in the same step. What there was is lost, and
     /// the diagnostics say so. An object that is not damaged, or not any more, stays as it is.

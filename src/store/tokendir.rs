@@ -22,10 +22,11 @@ use nix::dir::Dir;
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, open};
 use nix::sys::stat::{FileStat, Mode, fstat, fstatat, stat};
+use nix::sys::statfs::{EXT4_SUPER_MAGIC, fstatfs};
 use nix::sys::statvfs::{Statvfs, fstatvfs};
 
 use super::db::DbToken;
-use super::file::{FileToken, TOKEN_OBJECT, apply_to_directory};
+use super::file::{FileToken, TOKEN_OBJECT, apply_to_open};
 use super::metadata::{is_directory, is_file};
 use super::snapshot::{Remembered, Snapshot};
 use super::validate::slot_id;
@@ -172,6 +173,19 @@ impl Store {
         }
     }
 
+    /// How many blocks of what `stat` calls free the file system of the store gives to nobody. ext4 keeps some back that not even root gets
+    /// (`reserved_clusters` in `Documentation/admin-guide/ext4.rst`: 2 % or 4096, whichever is less).
+    #[must_use]
+    pub fn kept_back(&self, stat: &Statvfs) -> u64 {
+        let Source::Directory(directory) = &self.source else {
+            return 0;
+        };
+        match fstatfs(directory) {
+            Ok(of) if of.filesystem_type() == EXT4_SUPER_MAGIC => (stat.blocks() / 50).min(4096),
+            _ => 0,
+        }
+    }
+
     /// The names of the tokens, in ascending order.
     ///
     /// # Errors
@@ -315,7 +329,7 @@ impl Store {
     /// [`ErrorKind::ReadOnly`]; [`ErrorKind::NotPermitted`] and what else changing fails with.
     pub fn set_metadata(&self, change: &MetadataChange) -> Result<()> {
         self.check_writable()?;
-        apply_to_directory(self.directory()?, change).map_err(|error| error.at(&self.path))
+        apply_to_open(self.directory()?, change).map_err(|error| error.at(&self.path))
     }
 
     /// Waits until the tokens that were made and removed before are so after a power failure too.

@@ -4,7 +4,7 @@
 //! for the whole token (`docs/store-format.md`, "What is encrypted"). A token's own label and serial number have to fit into their fields,
 //! and two tokens may not fall into one slot ("Attributes of a token"). So no such value is written.
 
-use super::attribute::{AttributeType, Attributes, Value};
+use super::attribute::{AttributeKey, AttributeType, Attributes, Value};
 use crate::error::{Error, ErrorKind, Result};
 use crate::pkcs11;
 
@@ -19,6 +19,27 @@ const SHORTEST: usize = 32;
 
 /// A block of AES.
 const BLOCK: usize = 16;
+
+/// How long a serial number is, in bytes (`CK_TOKEN_INFO`, PKCS #11, section 3.2).
+pub const SERIAL: usize = 16;
+
+/// The types of the rows and attributes that tokenfs itself puts into a store (`docs/store-format.md`).
+const OWN: [AttributeType; 2] = [0x8000_0000 | 0x544b_4601, 0x8000_0000 | 0x544b_4602];
+
+/// Checks that an attribute can be of this type: none of tokenfs's own is, in either backend, or it could not be moved to the other one.
+///
+/// # Errors
+/// [`ErrorKind::Invalid`].
+pub fn check_key(key: AttributeKey) -> Result<()> {
+    if OWN.contains(&key.attribute_type) {
+        let detail = format!(
+            "{:#010x} is a type of tokenfs's own, in which it keeps what SoftHSM has no place for",
+            key.attribute_type
+        );
+        return Err(Error::new(ErrorKind::Invalid, detail));
+    }
+    Ok(())
+}
 
 /// Whether `bytes` can be what SoftHSM makes of a byte string of a private object: nothing, or `IV || AES-256-CBC`.
 #[must_use]
@@ -37,18 +58,20 @@ pub fn check(old: Option<&Attributes>, new: &Attributes) -> Result<()> {
 
 /// As [`check`], of a finished object that is not the token's own: one that does not say whether it is private is
 /// (`getBooleanValue(CKA_PRIVATE, true)` in SoftHSM). While an object is being put together it can still say that it is not. One that
-/// has said so goes on to: a SoftHSM that has read that puts texts in the clear into it, whether it is there by then or not.
+/// has said so goes on to: a SoftHSM that has read that puts texts in the clear into it, whether it is there by then or not. One that
+/// has said that it is private goes on to, too: SoftHSM finds it all the same, and then does not decrypt what it needs of it.
 ///
 /// # Errors
 /// As [`check`].
 pub fn check_finished(old: Option<&Attributes>, new: &Attributes) -> Result<()> {
-    if old.and_then(|old| old.boolean(CKA_PRIVATE)) == Some(false)
+    if old.is_some_and(|old| old.boolean(CKA_PRIVATE).is_some())
         && new.boolean(CKA_PRIVATE).is_none()
     {
         return Err(Error::new(
             ErrorKind::Invalid,
-            "the CKA_PRIVATE of an object that is not private goes with the whole object only: a SoftHSM that has read it would put a text in the \
-             clear beside it, and fail on the whole token from then on; what was removed with it is back; to remove the object: rmdir, or rm -r",
+            "the CKA_PRIVATE of an object goes with the whole object only: a SoftHSM that has read that it is not private would put a text in the \
+             clear beside it, and fail on the whole token from then on, and it cannot use a private key that does not say so; what was removed with \
+             it is back; to remove the object: rmdir, or rm -r",
         ));
     }
     let is_private = |object: &Attributes| object.boolean(CKA_PRIVATE).unwrap_or(true);
@@ -123,7 +146,7 @@ pub fn slot_id(serial: &[u8]) -> u64 {
 pub fn too_long(own: &Attributes) -> impl Iterator<Item = String> {
     let longest = [
         (pkcs11::CKA_OS_TOKENLABEL, "CKA_OS_TOKENLABEL", 32),
-        (pkcs11::CKA_OS_TOKENSERIAL, "CKA_OS_TOKENSERIAL", 16),
+        (pkcs11::CKA_OS_TOKENSERIAL, "CKA_OS_TOKENSERIAL", SERIAL),
     ];
     longest
         .into_iter()
@@ -176,6 +199,24 @@ pub fn check_token_finished(old: &Attributes, new: &Attributes) -> Result<()> {
         )),
         None => Ok(()),
     }
+}
+
+/// Checks that SoftHSM's empty slot, whose number is that of the tokens, is none of the `slots` of these.
+///
+/// # Errors
+/// As [`check_slot`].
+pub fn check_slots(slots: &[u64]) -> Result<()> {
+    let empty = slots.len() as u64;
+    if !slots.contains(&empty) {
+        return Ok(());
+    }
+    Err(Error::new(
+        ErrorKind::Invalid,
+        format!(
+            "another token is in slot {empty} by its serial number, which is the number of SoftHSM's empty slot by now: every program that uses \
+             SoftHSM aborts at its start until that has another CKA_OS_TOKENSERIAL"
+        ),
+    ))
 }
 
 /// Checks that a token with these attributes of its own can be in a store whose other tokens are in the slots `taken`. SoftHSM shows an empty
@@ -295,6 +336,9 @@ mod tests {
         assert!(check_finished(Some(&silent), &new).is_ok());
         let public = object(Some(false), b"label");
         assert!(check_finished(Some(&public), &silent).is_err());
+        let [private, silent] = [Some(true), None].map(|private| object(private, &[7; 32]));
+        assert!(check_finished(Some(&private), &silent).is_err());
+        assert!(check_finished(None, &silent).is_ok());
         // But turning CKA_PRIVATE on is refused for what was in the clear.
         let old = object(Some(false), b"label");
         let new = object(Some(true), b"label");

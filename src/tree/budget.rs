@@ -16,6 +16,9 @@ use crate::store::{Backend, Patience, TokenName, file};
 /// How many bytes all of it may have together.
 const MOST_BYTES: u64 = 256 * 1024 * 1024;
 
+/// How many files without a value and new objects there may be, however small. (`scratch` has its own limit.)
+const MOST_ENTRIES: usize = 100_000;
+
 /// What a database takes beside the objects that are written into it, in bytes: its journal, and pages that are not full.
 const DATABASE: u64 = 64 * 1024;
 
@@ -28,8 +31,10 @@ const NEARLY_FULL: u64 = 16 * 1024 * 1024;
 /// What is known of how much there is.
 #[derive(Debug, Default)]
 pub(super) struct Budget {
-    /// There is no more than this.
+    /// There is no more than this, in bytes.
     at_most: u64,
+    /// There are no more files without a value and new objects than this.
+    entries: usize,
 }
 
 impl Tree {
@@ -58,6 +63,24 @@ impl Tree {
         Ok(())
     }
 
+    /// That one more file without a value, or new object, may be held.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NoSpace`] beyond the limit.
+    pub(super) fn check_entries(&self) -> Result<()> {
+        let mut budget = lock(&self.budget);
+        if budget.entries >= MOST_ENTRIES {
+            budget.entries = lock(&self.drafts).entries();
+        }
+        if budget.entries >= MOST_ENTRIES {
+            let detail =
+                "there are too many new objects and files without a value; write or remove some";
+            return Err(Error::new(ErrorKind::NoSpace, detail));
+        }
+        budget.entries += 1;
+        Ok(())
+    }
+
     /// The room that the store has for new objects of a token. What is pending is written later, when nobody may be listening; so whoever
     /// closes a file of it is told as far as that can be known.
     ///
@@ -67,7 +90,9 @@ impl Tree {
         let stat = self.store.statvfs()?;
         let block = stat.fragment_size().max(1);
         let blocks = match self.settings.uid {
-            0 => stat.blocks_free(),
+            0 => stat
+                .blocks_free()
+                .saturating_sub(self.store.kept_back(&stat)),
             _ => stat.blocks_available(),
         };
         // A file system that does not say how large it is has no blocks, and one that does not count files none of them.

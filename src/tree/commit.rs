@@ -5,10 +5,12 @@ use std::time::SystemTime;
 
 use nix::sys::statvfs::FsFlags;
 
+use super::entries::exists;
 use super::node::Node;
 use super::scratch::{Content, ScratchId};
 use super::slot::Slot;
 use super::text::Context;
+use super::write::check_length;
 use super::{Tree, lock, text};
 use crate::error::{Error, ErrorKind, Result};
 use crate::pkcs11;
@@ -54,6 +56,7 @@ impl Tree {
                         None => Vec::new(),
                     };
                     whole.extend_from_slice(text);
+                    check_length(whole.len() as u64)?;
                     text::parse(slot.key, &whole, context)?
                 }
                 Text::Resized(size, fallback) => {
@@ -130,18 +133,30 @@ impl Tree {
         self.commit(node, &Text::Resized(size, fallback), None, patience)
     }
 
-    /// Makes `value` the value of `node`.
-    pub(super) fn commit_value(
+    /// Makes an attribute map of `entries`, which can take the place of an empty one if it `replaces` it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Exists`] or [`ErrorKind::NotEmpty`] if there is one by then, which somebody else may have made meanwhile.
+    pub(super) fn commit_map(
         &self,
         node: &Node,
-        value: &Value,
+        entries: &Attributes,
+        replaces: bool,
         patience: Patience,
     ) -> Result<()> {
         let Some((_, _, slot)) = Slot::of(node) else {
             return Err(Error::new(ErrorKind::Invalid, "no attribute"));
         };
         self.replacing(node, None, patience, &mut |attributes| {
-            slot.set(attributes, value.clone())
+            match slot.get(attributes) {
+                Some(_) if !replaces => return Err(exists()),
+                Some(Value::Map(present)) if !present.is_empty() => {
+                    let detail = "there is something in it by now";
+                    return Err(Error::new(ErrorKind::NotEmpty, detail));
+                }
+                _ => {}
+            }
+            slot.set(attributes, Value::Map(entries.clone()))
         })
     }
 

@@ -419,6 +419,12 @@ impl Drafts {
         new.map(|new| file::encoded_length(&new.attributes)).sum()
     }
 
+    /// How many new objects and files without a value there are.
+    pub fn entries(&self) -> usize {
+        let of = |draft: &Draft| usize::from(draft.new.is_some()) + draft.fresh.len();
+        self.objects.values().map(of).sum()
+    }
+
     fn of_token(&self, token: &TokenName) -> impl Iterator<Item = (&ObjectId, &Draft)> {
         let token = token.clone();
         self.objects

@@ -8,7 +8,7 @@ use super::slot::Slot;
 use super::text::{self, Context};
 use super::{Tree, lock};
 use crate::error::Result;
-use crate::pkcs11::CKA_PRIVATE;
+use crate::pkcs11::{self, CKA_PRIVATE};
 use crate::store::attribute::{AttributeKey, Attributes, Kind, Value};
 use crate::store::{ObjectId, Patience, TokenName, validate};
 
@@ -84,7 +84,14 @@ impl Tree {
         if *id == ObjectId::Token {
             let mut alone = Attributes::new();
             alone.insert(slot.key.attribute_type, value);
-            return validate::check_token(&alone);
+            validate::check_token(&alone)?;
+            let is_serial = slot.key.attribute_type == pkcs11::CKA_OS_TOKENSERIAL;
+            return match is_serial && data.len() == validate::SERIAL {
+                true => self
+                    .slots_of_others(token, Patience::Now)
+                    .map_or(Ok(()), |taken| validate::check_slot(&alone, &taken)),
+                false => Ok(()),
+            };
         }
         // The first bytes of a ciphertext hardly ever look like this.
         let is_text = data.len() >= SHORTEST_TEXT

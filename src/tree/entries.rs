@@ -14,7 +14,7 @@ use super::write::OpenForWriting;
 use super::{Entry, FileKind, HandleId, Tree, lock};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::attribute::{Attributes, Kind, Value};
-use crate::store::{Access, Backend, ObjectId, ObjectName, Patience, TokenName};
+use crate::store::{Access, Backend, ObjectId, ObjectName, Patience, TokenName, validate};
 
 /// Who makes something: it belongs to them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -142,7 +142,7 @@ impl Tree {
             if how.exclusive {
                 return Err(exists());
             }
-            let handle = self.open_writer(&node, how.open, patience)?;
+            let handle = self.open_writer(&node, None, how.open, patience)?;
             return Ok((node, handle, false));
         }
         match self.place(directory, name, FileKind::File)? {
@@ -171,6 +171,7 @@ impl Tree {
         let object = self.object(token, id, patience)?;
         // That there is room for it: the map, and no other kind of the same type.
         slot.set(&mut object.attributes.clone(), placeholder(slot.key.kind))?;
+        self.check_entries()?;
         let bytes: Bytes = Arc::new(Mutex::new(Vec::new()));
         {
             let mut drafts = lock(&self.drafts);
@@ -250,7 +251,7 @@ impl Tree {
         }
         match self.place(directory, name, FileKind::Directory)? {
             Place::Attribute(node) => {
-                self.commit_value(&node, &Value::Map(Attributes::new()), patience)?;
+                self.commit_map(&node, &Attributes::new(), false, patience)?;
                 Ok(node)
             }
             Place::Object(token, object) => {
@@ -326,6 +327,7 @@ impl Tree {
             writers: 0,
             makers: BTreeSet::from([caller.pid]),
         };
+        self.check_entries()?;
         let key = (token.clone(), ObjectId::Object(object.clone()));
         lock(&self.drafts).insert_new(key, new);
         self.wake();
@@ -441,7 +443,7 @@ impl Tree {
             Node::Attribute(..) => self.take_out(&node, patience)?,
             Node::Object(token, ObjectId::Token) => self.remove_own(token),
             Node::Object(token, ObjectId::Object(object)) => {
-                self.remove_object(token, object, is_damaged, patience)?;
+                self.remove_object(token, object, Expected::empty(is_damaged), patience)?;
             }
             Node::Token(token) => {
                 self.end_building(token, patience, || self.store.remove_token(token, patience))?;
@@ -450,6 +452,8 @@ impl Tree {
                     drafts.remove(&key);
                 }
                 drafts.remove_build(token);
+                drop(drafts);
+                self.warn_of_slots(token, patience);
             }
             _ => return Err(Error::new(ErrorKind::ReadOnly, "cannot be removed")),
         }
@@ -459,6 +463,16 @@ impl Tree {
         lock(&self.scratch).clear(&node);
         self.wake();
         Ok(())
+    }
+
+    /// A token was removed: says so if SoftHSM cannot live with those that are left.
+    fn warn_of_slots(&self, removed: &TokenName, patience: Patience) {
+        if let Ok(slots) = self.slots_of_others(removed, patience)
+            && let Err(error) = validate::check_slots(&slots)
+        {
+            self.diagnostics
+                .warning(format!("{removed}: it was removed, and {error}"));
+        }
     }
 
     /// That a directory can go, or be replaced: there is nothing in it, or it is a damaged object, which goes as a whole. Says whether
@@ -484,31 +498,54 @@ impl Tree {
         ))
     }
 
-    /// Removes an object, whether it is in the store by now or not. One that was seen to be damaged has to be that still.
+    /// Removes an object, whether it is in the store by now or not, if it is still what was seen.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotEmpty`] if it is not: somebody else has given it a value meanwhile.
     pub(super) fn remove_object(
         &self,
         token: &TokenName,
         object: &ObjectName,
-        is_damaged: bool,
+        expected: Expected<'_>,
         patience: Patience,
     ) -> Result<()> {
         let key = (token.clone(), ObjectId::Object(object.clone()));
+        let check = |attributes: &Attributes| match expected {
+            Expected::Damaged => Ok(()),
+            Expected::Nothing if attributes.is_empty() => Ok(()),
+            Expected::Whole(seen) if seen == attributes => Ok(()),
+            Expected::Nothing | Expected::Whole(_) => Err(Error::new(
+                ErrorKind::NotEmpty,
+                "somebody has put something into it meanwhile",
+            )),
+        };
         let was_new = self.with_drafts(&key, patience, |drafts| {
-            let is_new = drafts.is_new(&key);
-            if is_new {
-                drafts.remove(&key);
-                drafts.touch(&key);
-            }
-            Ok(is_new)
+            let Some(attributes) = drafts.new_attributes(&key) else {
+                return Ok(false);
+            };
+            check(&attributes)?;
+            drafts.remove(&key);
+            drafts.touch(&key);
+            Ok(true)
         })?;
         if was_new {
             return Ok(());
         }
-        self.ask(token, patience, |token| {
-            if is_damaged {
-                token.replace_damaged(object, None, patience)
-            } else {
-                token.remove(object, patience)
+        let held = lock(&self.drafts)
+            .get(&key)
+            .map(|draft| draft.removed.clone())
+            .unwrap_or_default();
+        self.ask(token, patience, |token| match expected {
+            Expected::Damaged => token.replace_damaged(object, None, patience),
+            Expected::Nothing | Expected::Whole(_) => {
+                let mut check = |stored: Result<&Attributes>| {
+                    let mut visible = stored?.clone();
+                    for (slot, then) in &held {
+                        slot.remove_unchanged(&mut visible, then);
+                    }
+                    check(&visible)
+                };
+                token.remove_if(object, &mut check, patience)
             }
         })?;
         lock(&self.drafts).remove(&key);
@@ -579,6 +616,28 @@ impl Tree {
             self.diagnostics.error(&error);
             error
         })
+    }
+}
+
+/// What was seen of an object that is to be removed.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Expected<'a> {
+    /// It is damaged.
+    Damaged,
+    /// There is nothing in it, for those who see it through the mount.
+    Nothing,
+    /// It holds this.
+    Whole(&'a Attributes),
+}
+
+impl Expected<'_> {
+    /// There is nothing in it, unless it is damaged.
+    pub fn empty(is_damaged: bool) -> Self {
+        if is_damaged {
+            Self::Damaged
+        } else {
+            Self::Nothing
+        }
     }
 }
 

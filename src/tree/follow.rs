@@ -6,16 +6,27 @@ use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use super::draft::Key;
+use super::draft::{Bytes, Key};
 use super::handle::{Handle, HandleId, Place, Writer};
 use super::name::{self, Name};
 use super::node::{Ino, Node};
-use super::scratch::ScratchId;
+use super::scratch::{Content, ScratchId};
 use super::slot::{Slot, map_key};
 use super::{Tree, lock};
 use crate::error::{ErrorKind, Result};
 use crate::store::Patience;
 use crate::store::attribute::Attributes;
+
+/// A file of a scratch directory that becomes an object, or a map.
+#[derive(Debug)]
+pub(super) struct Published {
+    node: Node,
+    /// The attribute that it is to become.
+    becomes: Node,
+    /// What it held when somebody looked.
+    seen: Vec<u8>,
+    content: Bytes,
+}
 
 impl Tree {
     /// What is open of `node`, and of what is in it, has no name any more: it must not come back when it is closed.
@@ -108,34 +119,55 @@ impl Tree {
         }
     }
 
-    /// The scratch directory `node` has become `target`, an object or a map: who has a file in it open goes on to write into the
-    /// attribute that it is now.
-    pub(super) fn follow_scratch(&self, node: &Node, target: &Node) {
-        let Ok(files) = self.scratch_files(node) else {
-            return;
-        };
+    /// What files there are in the scratch directory `node`, which is to become `target`, an object or a map.
+    pub(super) fn files_below(&self, node: &Node, target: &Node) -> Vec<Published> {
+        let mut files = Vec::new();
+        let mut directories = vec![(node.clone(), target.clone())];
+        let scratch = lock(&self.scratch);
+        while let Some((directory, target)) = directories.pop() {
+            for (name, id) in scratch.names(&directory).into_iter().flatten() {
+                let Name::Attribute(key) = name::parse(name.as_bytes()) else {
+                    continue;
+                };
+                let becomes = match &target {
+                    Node::Object(token, id) => Node::Attribute(token.clone(), id.clone(), key),
+                    Node::Attribute(token, id, map) => {
+                        Node::MapEntry(token.clone(), id.clone(), map.attribute_type, key)
+                    }
+                    _ => continue,
+                };
+                let node = Node::Scratch(*id);
+                match scratch.get(*id).map(|entry| &entry.content) {
+                    Ok(Content::File(content)) => files.push(Published {
+                        node,
+                        becomes,
+                        seen: lock(content).clone(),
+                        content: Arc::clone(content),
+                    }),
+                    Ok(Content::Directory(_)) => directories.push((node, becomes)),
+                    Err(_) => {}
+                }
+            }
+        }
+        files
+    }
+
+    /// Files of a scratch directory have become attributes: who has one of them open goes on to write into that. What somebody has written, and
+    /// closed, since they were looked at is written there too.
+    pub(super) fn follow_published(&self, files: &[Published], patience: Patience) {
         let writers = lock(&self.handles).writers();
         for file in files {
-            let Name::Attribute(key) = name::parse(file.name.as_bytes()) else {
-                continue;
-            };
-            let now = match target {
-                Node::Object(token, id) => Node::Attribute(token.clone(), id.clone(), key),
-                Node::Attribute(token, id, map) => {
-                    Node::MapEntry(token.clone(), id.clone(), map.attribute_type, key)
-                }
-                _ => continue,
-            };
-            if file.content.is_none() {
-                self.follow_scratch(&file.node, &now);
-                continue;
-            }
             for writer in &writers {
                 let is_its = writer.node == file.node
                     || self.committed_as(writer).as_ref() == Some(&file.node);
                 if is_its {
-                    *lock(&writer.place) = Place::Moved(now.clone());
+                    *lock(&writer.place) = Place::Moved(file.becomes.clone());
                 }
+            }
+            let now = lock(&file.content).clone();
+            if now != file.seen {
+                let outcome = self.commit_text(&file.becomes, &now, None, patience);
+                let _ = self.noted_write(&file.becomes, outcome);
             }
         }
     }

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::node::{Ino, Node, ROOT};
-use crate::store::Object;
+use crate::store::{Access, Object};
 
 /// One inode that the kernel knows.
 #[derive(Debug)]
@@ -25,6 +25,8 @@ pub struct Inode {
     pub seen: Option<Arc<Object>>,
     /// When the kernel was last told of it.
     pub told_at: Instant,
+    /// Mode and owner that it was told then, by which it decides who may open it.
+    pub told: Option<Access>,
     /// It was unlinked or replaced while it was open: only who has it open asks for it, and what has its name now has another number.
     pub is_orphan: bool,
     /// How often the number was taken anew while the kernel still knew a directory by it that was removed.
@@ -42,6 +44,7 @@ impl Inode {
             parent,
             seen: None,
             told_at: Instant::now(),
+            told: None,
             is_orphan: false,
             generation: 0,
             is_dead: false,
@@ -150,9 +153,7 @@ impl InodeTable {
             inode.generation += 1;
         }
         inode.tell(seen);
-        if let Some(directory) = self.inodes.get_mut(&parent) {
-            directory.children.insert(ino);
-        }
+        self.put_below(ino, parent);
         if ino != node.number() {
             // It keeps the number when whatever is in its way is gone.
             self.renamed.insert(node.clone(), ino);
@@ -175,16 +176,24 @@ impl InodeTable {
         } else {
             self.renamed.insert(node, ino);
         }
-        if let Some(parent) = parent
-            && let Some(inode) = self.inodes.get_mut(&ino)
+        if let Some(parent) = parent {
+            self.put_below(ino, parent);
+        }
+    }
+
+    /// What is known by this number is in the directory `parent`, and in no other any more.
+    fn put_below(&mut self, ino: Ino, parent: Ino) {
+        let Some(inode) = self.inodes.get_mut(&ino) else {
+            return;
+        };
+        let old = std::mem::replace(&mut inode.parent, parent);
+        if old != parent
+            && let Some(directory) = self.inodes.get_mut(&old)
         {
-            let old = std::mem::replace(&mut inode.parent, parent);
-            if let Some(directory) = self.inodes.get_mut(&old) {
-                directory.children.remove(&ino);
-            }
-            if let Some(directory) = self.inodes.get_mut(&parent) {
-                directory.children.insert(ino);
-            }
+            directory.children.remove(&ino);
+        }
+        if let Some(directory) = self.inodes.get_mut(&parent) {
+            directory.children.insert(ino);
         }
     }
 
@@ -211,15 +220,18 @@ impl InodeTable {
         directory.flat_map(|inode| inode.children.iter().copied())
     }
 
-    /// The known inodes below `ino`, parents before their children, without itself.
+    /// The known inodes below `ino`, parents before their children, without itself. An answer that is overtaken by a rename can put a directory
+    /// for a moment where it was before, which may be below itself by then: each is named once.
     #[must_use]
     pub fn below(&self, ino: Ino) -> Vec<Ino> {
         let mut found = Vec::new();
+        let mut seen = HashSet::from([ino]);
         let mut next = 0;
         let mut directory = ino;
         loop {
             if let Some(inode) = self.inodes.get(&directory) {
-                found.extend(inode.children.iter().copied());
+                let children = inode.children.iter().copied();
+                found.extend(children.filter(|child| seen.insert(*child)));
             }
             match found.get(next) {
                 Some(child) => directory = *child,
@@ -296,5 +308,21 @@ mod tests {
         let mut expected = [labels, log];
         expected.sort_unstable();
         assert_eq!(below, expected);
+    }
+    #[test]
+    fn what_is_in_another_directory_now_is_in_the_old_one_no_more() {
+        let mut table = InodeTable::default();
+        let [a, b] = ["a", "b"].map(|name| table.remember(&token(name), ROOT, None));
+        let log = table.remember(&Node::Log, a, None);
+        table.remember(&Node::Log, b, None);
+        assert!(table.below(a).is_empty());
+        assert_eq!(table.below(b), [log]);
+        table.rebind(log, Node::Log, Some(ROOT));
+        assert!(table.below(b).is_empty());
+        // Two answers, each of which was true once.
+        table.remember(&token("a"), b, None);
+        table.remember(&token("b"), a, None);
+        assert_eq!(table.below(a), [b]);
+        assert_eq!(table.below(b), [a]);
     }
 }

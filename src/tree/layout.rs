@@ -80,6 +80,7 @@ impl Tree {
             size: content.len() as u64,
             ..view::file(&metadata, self.settings.mask)
         };
+        self.check_told(ino, &attributes)?;
         Ok(self.open_handle(Handle::Content(Arc::new(content), attributes)))
     }
 }

@@ -88,9 +88,11 @@ impl Tree {
                 _ => Err(outside()),
             },
             Node::Object(token, id) => match parsed {
-                Name::Attribute(key) if (key.kind == Kind::Map) == is_directory => Ok(
-                    Place::Attribute(Node::Attribute(token.clone(), id.clone(), key)),
-                ),
+                Name::Attribute(key) if (key.kind == Kind::Map) == is_directory => {
+                    self.token(token)?.check_key(key, false)?;
+                    let node = Node::Attribute(token.clone(), id.clone(), key);
+                    Ok(Place::Attribute(node))
+                }
                 Name::Attribute(key) => Err(wrong_kind(key.kind)),
                 Name::Impossible => Err(name::refusal(bytes)),
                 Name::Scratch if !is_directory || is_hidden => Ok(Place::Scratch),
@@ -102,12 +104,12 @@ impl Tree {
                     "there are no attribute maps in attribute maps",
                 )),
                 Name::Attribute(key) if is_directory => Err(wrong_kind(key.kind)),
-                Name::Attribute(key) => Ok(Place::Attribute(Node::MapEntry(
-                    token.clone(),
-                    id.clone(),
-                    map.attribute_type,
-                    key,
-                ))),
+                Name::Attribute(key) => {
+                    self.token(token)?.check_key(key, true)?;
+                    let (token, id) = (token.clone(), id.clone());
+                    let node = Node::MapEntry(token, id, map.attribute_type, key);
+                    Ok(Place::Attribute(node))
+                }
                 Name::Impossible => Err(name::refusal(bytes)),
                 Name::Scratch if !is_directory || is_hidden => Ok(Place::Scratch),
                 Name::Scratch => Err(no_such_directory()),

@@ -3,7 +3,7 @@
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 
-use super::entries::ScratchFile;
+use super::entries::{Expected, ScratchFile};
 use super::name::{self, Name};
 use super::node::Node;
 use super::rename::{End, other_device};
@@ -15,30 +15,56 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::store::attribute::{Attributes, Kind, Value};
 use crate::store::{Access, NewObject, ObjectId, ObjectName, Patience, TokenName, validate};
 
+/// How often a file is committed anew that is written while it is committed.
+const ATTEMPTS: usize = 8;
+
 impl Tree {
-    /// Makes a scratch file, or a scratch directory, the value of an attribute.
-    pub(super) fn publish_scratch(
+    /// Makes a scratch directory an attribute map.
+    pub(super) fn publish_map(
         &self,
         id: ScratchId,
-        kind: FileKind,
         target: &Node,
         patience: Patience,
     ) -> Result<()> {
-        if kind == FileKind::Directory {
-            let entries = self.parse_directory(&Node::Scratch(id), true)?;
-            return self.commit_value(target, &Value::Map(entries), patience);
-        }
-        let (bytes, given) = {
-            let scratch = lock(&self.scratch);
-            let entry = scratch.get(id)?;
-            match &entry.content {
-                Content::File(bytes) => (lock(bytes).clone(), entry.given),
-                Content::Directory(_) => return Err(other_device()),
+        let entries = self.parse_directory(&Node::Scratch(id), true)?;
+        self.commit_map(target, &entries, true, patience)
+    }
+
+    /// Makes a scratch file the value of an attribute. It is no scratch from then on: who has it open goes on to write into the attribute.
+    pub(super) fn publish_file(
+        &self,
+        id: ScratchId,
+        from: End<'_>,
+        target: &Node,
+        patience: Patience,
+    ) -> Result<()> {
+        let mut published: Option<Vec<u8>> = None;
+        for attempt in 0.. {
+            let (bytes, given) = {
+                let mut scratch = lock(&self.scratch);
+                let entry = scratch.get(id)?;
+                let Content::File(content) = &entry.content else {
+                    return Err(other_device());
+                };
+                let now = (lock(content).clone(), entry.given);
+                // Who goes on writing has it open, and commits that when it is closed.
+                if published.as_ref() == Some(&now.0) || attempt == ATTEMPTS {
+                    scratch.commit(from.directory, from.name, target);
+                    return Ok(());
+                }
+                now
+            };
+            let outcome = self.commit_text(target, &bytes, given, patience);
+            if published.is_none() {
+                outcome?;
+                // Whoever has what was there before open does not write over it.
+                self.cut_off(target);
+            } else {
+                // Somebody has written into it, and closed it, while it was being committed. If that is no value the first one stays.
+                let _ = self.noted_write(target, outcome);
             }
-        };
-        self.commit_text(target, &bytes, given, patience)?;
-        // Whoever has what was there before open does not write over it.
-        self.cut_off(target);
+            published = Some(bytes);
+        }
         Ok(())
     }
 
@@ -133,15 +159,37 @@ impl Tree {
         Ok(attributes)
     }
 
-    /// Makes a copy in scratch of what `take_away` removes from its place. What had the name before is there until that is done. Of a
-    /// damaged object the copy is an empty directory, which cannot become an object again.
+    /// Makes a copy in scratch of what `take_away` removes from its place, which is told what of an object was copied. If that is something else by then
+    /// ([`ErrorKind::NotEmpty`]) it is copied again. What had the name before is there until that is done. Of a damaged object the copy is an
+    /// empty directory, which cannot become an object again.
     pub(super) fn move_to_scratch(
         &self,
         (node, is_damaged): (&Node, bool),
         to: End<'_>,
         patience: Patience,
-        take_away: impl FnOnce() -> Result<()>,
+        take_away: impl Fn(Expected<'_>) -> Result<()>,
     ) -> Result<ScratchId> {
+        loop {
+            match self.try_to_move((node, is_damaged), to, patience, &take_away) {
+                Err(error) if error.kind() == ErrorKind::NotEmpty && !is_damaged => {
+                    patience.wait(super::settle::PAUSE, "somebody is changing the object")?;
+                }
+                moved => return moved,
+            }
+        }
+    }
+
+    fn try_to_move(
+        &self,
+        (node, is_damaged): (&Node, bool),
+        to: End<'_>,
+        patience: Patience,
+        take_away: &impl Fn(Expected<'_>) -> Result<()>,
+    ) -> Result<ScratchId> {
+        let seen = match node {
+            Node::Object(token, id) if !is_damaged => Some(self.object(token, id, patience)?),
+            _ => None,
+        };
         // No program makes a name with a newline in it, and no two threads are given the same number.
         let name = format!(".tokenfs\n{}", self.next_number());
         let aside = End {
@@ -157,7 +205,11 @@ impl Tree {
         } else {
             self.copy_to_scratch(node, aside, patience)?
         };
-        if let Err(error) = take_away() {
+        let copied = match &seen {
+            Some(object) => Expected::Whole(&object.attributes),
+            None => Expected::empty(is_damaged),
+        };
+        if let Err(error) = take_away(copied) {
             lock(&self.scratch).remove(aside.directory, aside.name);
             return Err(error);
         }
@@ -211,7 +263,8 @@ impl Tree {
     }
 }
 
-fn access_of(attributes: &super::Attributes) -> Access {
+/// Mode and owner that `stat` says.
+pub(super) fn access_of(attributes: &super::Attributes) -> Access {
     Access {
         mode: attributes.mode,
         uid: attributes.uid,

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::handle::{Handle, HandleId};
 use super::node::{Ino, Node, ROOT};
+use super::publish::access_of;
 use super::{
     Attributes, Entry, FileKind, Listed, Look, NAME_MAX, OpenForWriting, Tree, by_label, lock, view,
 };
@@ -45,7 +46,11 @@ impl Tree {
 
     /// Counts an answer about something in the directory `parent`: the kernel has been told.
     pub fn tell(&self, parent: Ino, look: &Look) {
-        lock(&self.inodes).remember(&look.node, parent, look.seen.clone());
+        let mut inodes = lock(&self.inodes);
+        let ino = inodes.remember(&look.node, parent, look.seen.clone());
+        if let Some(inode) = inodes.get_mut(ino) {
+            inode.told = Some(access_of(&look.entry.attributes));
+        }
     }
 
     /// Takes back `count` answers that named `ino`.
@@ -135,6 +140,7 @@ impl Tree {
         }
         if let Some(inode) = inodes.get_mut(ino) {
             inode.tell(look.seen);
+            inode.told = Some(access_of(&look.entry.attributes));
         }
         drop(inodes);
         Ok(look.entry)
@@ -197,6 +203,7 @@ impl Tree {
         if attributes.kind == FileKind::Directory {
             return Err(Error::new(ErrorKind::IsADirectory, "a directory"));
         }
+        self.check_told(ino, &attributes)?;
         let content = match object {
             None => self.control_file(&node).into_bytes(),
             Some(object) => match self.fresh_content(&node) {
@@ -207,6 +214,22 @@ impl Tree {
             },
         };
         Ok(self.open_handle(Handle::Content(Arc::new(content), attributes)))
+    }
+
+    /// That who may open a file was decided by the mode and the owner that it has now. The kernel goes by those that it remembers; who may
+    /// rename files in the store can give another one that name before it hears of it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Stale`] if it has another owner, or fewer may have it now: the kernel asks for them anew, and decides again.
+    pub(super) fn check_told(&self, ino: Ino, now: &Attributes) -> Result<()> {
+        let Some(told) = lock(&self.inodes).get(ino).and_then(|inode| inode.told) else {
+            return Ok(());
+        };
+        if (told.uid, told.gid) == (now.uid, now.gid) && told.mode & !now.mode & 0o777 == 0 {
+            return Ok(());
+        }
+        let detail = "it has another mode or owner than a moment ago";
+        Err(Error::new(ErrorKind::Stale, detail))
     }
 
     /// Reads at most `size` bytes at `offset`; fewer only at the end.

@@ -4,7 +4,7 @@
 use std::ffi::OsStr;
 
 use super::draft::Key;
-use super::entries::{Caller, exists};
+use super::entries::{Caller, Expected, exists};
 use super::name;
 use super::node::{Ino, Node};
 use super::place::Place;
@@ -107,26 +107,28 @@ impl Tree {
         let buried = target.and_then(|target| self.known_number(&target));
         match (&node, place) {
             (Node::Scratch(id), Place::Attribute(target)) => {
-                self.publish_scratch(*id, kind, &target, patience)?;
                 if kind == FileKind::Directory {
-                    self.follow_scratch(&node, &target);
+                    let files = self.files_below(&node, &target);
+                    self.publish_map(*id, &target, patience)?;
                     lock(&self.scratch).remove(from.directory, from.name);
                     self.rebind(ino, &target, to_parent, patience);
+                    self.follow_published(&files, patience);
                 } else {
-                    // Who has it open goes on to write into the attribute.
-                    lock(&self.scratch).commit(from.directory, from.name, &target);
+                    self.publish_file(*id, from, &target, patience)?;
                 }
             }
             (Node::Scratch(_), Place::Scratch) => {
                 lock(&self.scratch).rename((from.directory, from.name), (to.directory, to.name))?;
+                self.rebind(ino, &node, to_parent, patience);
             }
             (Node::Scratch(id), Place::Object(token, object)) => {
                 self.check_may_write(&token, how.by, patience)?;
+                let target = Node::Object(token.clone(), ObjectId::Object(object.clone()));
+                let files = self.files_below(&node, &target);
                 self.publish_object(*id, (&token, &object), replaces_damaged, patience)?;
-                let target = Node::Object(token, ObjectId::Object(object));
-                self.follow_scratch(&node, &target);
                 lock(&self.scratch).remove(from.directory, from.name);
                 self.rebind(ino, &target, to_parent, patience);
+                self.follow_published(&files, patience);
             }
             (Node::Attribute(..) | Node::MapEntry(..), Place::Attribute(target)) => {
                 if node.object() != target.object() {
@@ -140,7 +142,7 @@ impl Tree {
                     let key = (token.clone(), id.clone());
                     (slot, self.open_in(&key, Some(slot)))
                 });
-                let made = self.move_to_scratch((&node, false), to, patience, || {
+                let made = self.move_to_scratch((&node, false), to, patience, |_| {
                     self.take_out(&node, patience)
                 })?;
                 if let Some((slot, writers)) = open {
@@ -175,8 +177,8 @@ impl Tree {
                 let is_damaged = self.is_damaged(&node, patience)?;
                 let key = (token.clone(), ObjectId::Object(object.clone()));
                 let open = self.open_in(&key, None);
-                let made = self.move_to_scratch((&node, is_damaged), to, patience, || {
-                    self.remove_object(token, object, is_damaged, patience)
+                let made = self.move_to_scratch((&node, is_damaged), to, patience, |copied| {
+                    self.remove_object(token, object, copied, patience)
                 })?;
                 self.moved(&key, |_| Some(super::handle::Place::Gone));
                 self.follow_into_scratch(made, None, &open);
@@ -314,7 +316,7 @@ impl Tree {
         if is_new {
             return Ok(());
         }
-        match self.remove_object(&key.0, object, is_damaged, patience) {
+        match self.remove_object(&key.0, object, Expected::empty(is_damaged), patience) {
             Ok(()) => Ok(()),
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
             Err(error) => Err(error),

@@ -122,7 +122,7 @@ impl Scratch {
             let outside = self.outside.iter();
             let found = outside.filter_map(|(node, names)| Some((node, name_in(names, id)?)));
             if let Some((node, name)) = found.last() {
-                return Some((node, name.join(path)));
+                return Some((node, joined(name, path)));
             }
             let inside = self.entries.iter().filter_map(|(parent, entry)| {
                 let Content::Directory(names) = &entry.content else {
@@ -131,7 +131,7 @@ impl Scratch {
                 Some((*parent, name_in(names, id)?))
             });
             let (parent, name) = inside.last()?;
-            path = name.join(path);
+            path = joined(name, path);
             id = parent;
         }
     }
@@ -285,6 +285,14 @@ impl Scratch {
         };
         self.entries.values().filter_map(file).collect()
     }
+}
+
+/// The path of what is at `path` in the directory `name`, or of that itself.
+fn joined(name: PathBuf, path: PathBuf) -> PathBuf {
+    if path.as_os_str().is_empty() {
+        return name;
+    }
+    name.join(path)
 }
 
 fn gone() -> Error {

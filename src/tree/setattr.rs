@@ -20,6 +20,8 @@ pub struct SetAttributes {
     pub metadata: MetadataChange,
     /// The process that sets it, 0 if it is not known.
     pub pid: u32,
+    /// The user who sets it, if that is to be looked at again: the kernel goes by the owner that it remembers.
+    pub uid: Option<u32>,
 }
 
 impl Tree {
@@ -89,6 +91,13 @@ impl Tree {
         let (metadata, pid) = (&change.metadata, change.pid);
         if *metadata == MetadataChange::default() {
             return Ok(());
+        }
+        let is_owners = metadata.mode.is_some() || metadata.uid.is_some() || metadata.gid.is_some();
+        if let Some(uid) = change.uid.filter(|uid| is_owners && *uid != 0)
+            && self.describe(node, patience)?.0.uid != uid
+        {
+            let detail = "it has another owner than a moment ago";
+            return Err(Error::new(ErrorKind::Stale, detail));
         }
         match node {
             Node::Scratch(id) => {

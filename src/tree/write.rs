@@ -43,7 +43,7 @@ impl Tree {
         patience: Patience,
     ) -> Result<HandleId> {
         let node = self.node(ino)?;
-        let opened = self.open_writer(&node, how, patience);
+        let opened = self.open_writer(&node, Some(ino), how, patience);
         let handle = self.noted_write(&node, opened)?;
         if let Node::Scratch(_) = node {
             lock(&self.handles).opened_by(handle, ino);
@@ -78,6 +78,7 @@ impl Tree {
     pub(super) fn open_writer(
         &self,
         node: &Node,
+        ino: Option<Ino>,
         how: OpenForWriting,
         patience: Patience,
     ) -> Result<HandleId> {
@@ -85,7 +86,7 @@ impl Tree {
         if let Node::Scratch(id) = node {
             let became = lock(&self.scratch).became(*id);
             return match became {
-                Some(attribute) => self.open_writer(&attribute, how, patience),
+                Some(attribute) => self.open_writer(&attribute, None, how, patience),
                 None => self.open_scratch(node, *id, how),
             };
         }
@@ -93,6 +94,9 @@ impl Tree {
         let (attributes, object) = self.noted(self.describe(node, patience))?;
         if attributes.kind == super::FileKind::Directory {
             return Err(Error::new(ErrorKind::IsADirectory, "a directory"));
+        }
+        if let Some(ino) = ino {
+            self.check_told(ino, &attributes)?;
         }
         let content = if how.truncate {
             Vec::new()
@@ -259,9 +263,7 @@ impl Tree {
         };
         let length = lock(&writer.content).len();
         let (start, end) = range(length);
-        if end > LONGEST_VALUE {
-            return Err(too_large());
-        }
+        check_length(end)?;
         self.check_memory(end.saturating_sub(length as u64))?;
         if let Some(node) = &node {
             self.check_disk(node, end)?;
@@ -274,9 +276,7 @@ impl Tree {
         let mut content = lock(&writer.content);
         // Somebody else may have written meanwhile.
         let (start, end) = range(content.len());
-        if end > LONGEST_VALUE {
-            return Err(too_large());
-        }
+        check_length(end)?;
         let (start, end) = (as_index(start), as_index(end));
         let length = content.len();
         // What is overwritten, in case it has to come back.
@@ -360,9 +360,7 @@ impl Tree {
     /// [`ErrorKind::TooLarge`].
     pub(super) fn resize_open(&self, handle: HandleId, size: u64) -> Result<()> {
         let writer = self.writer(handle)?;
-        if size > LONGEST_VALUE {
-            return Err(too_large());
-        }
+        check_length(size)?;
         let present = writer.size();
         self.check_memory(size.saturating_sub(present))?;
         if let Some(node) = self.committed_as(&writer).filter(|_| size > present) {
@@ -402,9 +400,7 @@ impl Tree {
     /// [`ErrorKind::Invalid`] if what is left is no value of its kind; otherwise as [`Tree::flush`].
     pub(super) fn resize(&self, node: &Node, size: u64, patience: Patience) -> Result<()> {
         self.check_writable(node)?;
-        if size > LONGEST_VALUE {
-            return Err(too_large());
-        }
+        check_length(size)?;
         if let Node::Scratch(id) = node {
             let scratch = lock(&self.scratch);
             if let Some(became) = scratch.became(*id) {
@@ -442,9 +438,14 @@ fn as_index(offset: u64) -> usize {
     usize::try_from(offset).unwrap_or(usize::MAX)
 }
 
-fn too_large() -> Error {
-    Error::new(
-        ErrorKind::TooLarge,
-        format!("no value is longer than {LONGEST_VALUE} bytes"),
-    )
+/// That a value of so many bytes is not too long.
+///
+/// # Errors
+/// [`ErrorKind::TooLarge`].
+pub(super) fn check_length(length: u64) -> Result<()> {
+    if length <= LONGEST_VALUE {
+        return Ok(());
+    }
+    let detail = format!("no value is longer than {LONGEST_VALUE} bytes");
+    Err(Error::new(ErrorKind::TooLarge, detail))
 }

@@ -92,6 +92,7 @@ pub fn tool(name: &str) -> Command {
     let package = match name {
         "borg" => "borgbackup",
         "fusermount3" | "mount.fuse3" => "fuse3",
+        "mkfs.ext4" => "e2fsprogs",
         "getfacl" | "setfacl" => "acl",
         "getfattr" | "setfattr" => "attr",
         "p11tool" | "certtool" => "gnutls-bin",

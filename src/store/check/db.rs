@@ -6,7 +6,7 @@ use std::sync::Arc;
 use nix::sys::stat::lstat;
 
 use super::finding::{RESTORE, hash};
-use super::object::{judge, judge_token};
+use super::object::{judge, judge_token, undecided_key};
 use super::slots::Slot;
 use super::{Category, Finding, Look, Remedy};
 use crate::diagnostics::Diagnostics;
@@ -88,7 +88,10 @@ fn database(look: &mut Look<'_>, token: &DbToken) -> Result<()> {
         };
         match token.object(&id, look.patience()) {
             Ok(object) => {
-                let findings = judge(&object.attributes, &[], None);
+                let mut findings = judge(&object.attributes, &[], None);
+                if findings.is_empty() {
+                    findings.extend(undecided_key(&object.attributes));
+                }
                 if findings.is_empty() {
                     continue;
                 }

@@ -8,7 +8,7 @@ use nix::errno::Errno;
 use nix::sys::stat::fstat;
 
 use super::finding::COMPARE;
-use super::object::{Places, judge, judge_order, judge_token, places};
+use super::object::{Places, judge, judge_order, judge_token, places, undecided_key};
 use super::place::{GENERATION, Sort, with};
 use super::slots::Slot;
 use super::{Category, Finding, Look, Remedy, open_file};
@@ -73,8 +73,13 @@ fn object(look: &mut Look<'_>, file: &OsStr, stem: &OsStr) {
     let Some(content) = content(look, file, Some(&lock)) else {
         return;
     };
-    let findings = judge_order(&content.places).into_iter();
-    for finding in findings.chain(judge(&content.attributes, &content.places, content.size)) {
+    let mut findings = judge_order(&content.places);
+    findings.extend(judge(&content.attributes, &content.places, content.size));
+    // What follows the last attribute is in the report already.
+    if findings.is_empty() && content.size.is_some() {
+        findings.extend(undecided_key(&content.attributes));
+    }
+    for finding in findings {
         look.report.found(finding.in_state(&content.stamp), &path);
     }
 }

@@ -219,6 +219,22 @@ pub(super) fn judge(
     findings
 }
 
+/// What is said of a key that does not say whether it is private, if there is nothing else to say of it.
+pub(super) fn undecided_key(attributes: &Attributes) -> Option<Finding> {
+    let is_key = matches!(
+        attributes.ulong(CKA_CLASS),
+        Some(CKO_PRIVATE_KEY | CKO_SECRET_KEY)
+    );
+    if !is_key || attributes.boolean(CKA_PRIVATE).is_some() {
+        return None;
+    }
+    let detail = "a key without CKA_PRIVATE, which SoftHSM takes for private when it looks for it, and not when it uses it, so that it cannot \
+                  use it";
+    let advice =
+        "write true into its CKA_PRIVATE if it was private, or bring it back from a backup";
+    Some(Finding::suspicious(detail).advising(advice))
+}
+
 /// The last attribute that is there, and what follows it in a whole object, if the object is the beginning of a longer one.
 fn cut(attributes: &Attributes) -> Option<(AttributeType, Vec<AttributeType>)> {
     let (last, _) = attributes.iter().last()?;

@@ -1,9 +1,10 @@
 //! Mode, owner and times of a token's directory and of its database, and syncing the directory.
 //!
-//! By path and without following a symbolic link: the database is not opened (`connection`). For a link, glibc finds out with a
+//! By path and without following a symbolic link, be it the database or its directory: the database is not opened (`connection`). For a link, glibc finds out with a
 //! descriptor that is for nothing but its path, whose closing drops no locks.
 
 use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -32,7 +33,8 @@ impl DbToken {
                 let held = self.connection.lock(patience, TAKEN);
                 let _held = held.map_err(|error| error.at(&self.path))?;
                 self.metadata()?;
-                change_access(&self.directory, change)?;
+                let path = &self.directory;
+                change_access(AT_FDCWD, path, path, change)?;
                 change_times(&self.directory, change)
             }
             Target::Object(id) => {
@@ -48,7 +50,10 @@ impl DbToken {
                     gid: change.gid.filter(|gid| *gid != present.st_gid),
                     ..*change
                 };
-                change_access(&self.path, &change)?;
+                let directory = opened(&self.directory, OFlag::O_PATH)?;
+                // While it is being built it has another name.
+                let name = self.path.file_name().map_or(Path::new(""), Path::new);
+                change_access(&directory, name, &self.path, &change)?;
                 match change.mtime {
                     Some(Time::Now) => self.write_update(id, &mut |_| Ok(()), None, patience),
                     Some(Time::At(time)) => {
@@ -76,16 +81,16 @@ impl DbToken {
     }
 }
 
-/// The owner first: changing it can clear bits of the mode.
-fn change_access(path: &Path, change: &MetadataChange) -> Result<()> {
+/// Of `name` in the directory `at`, which is at `path`. The owner first: changing it can clear bits of the mode.
+fn change_access(at: impl AsFd, name: &Path, path: &Path, change: &MetadataChange) -> Result<()> {
     let fail = |what: &'static str| move |errno: Errno| Error::system(what, errno).at(path);
     if change.uid.is_some() || change.gid.is_some() {
         let (uid, gid) = (change.uid.map(Uid::from_raw), change.gid.map(Gid::from_raw));
-        fchownat(AT_FDCWD, path, uid, gid, AtFlags::AT_SYMLINK_NOFOLLOW).map_err(fail("chown"))?;
+        fchownat(&at, name, uid, gid, AtFlags::AT_SYMLINK_NOFOLLOW).map_err(fail("chown"))?;
     }
     if let Some(mode) = change.mode {
         let mode = Mode::from_bits_truncate(mode & 0o7777);
-        fchmodat(AT_FDCWD, path, mode, FchmodatFlags::NoFollowSymlink).map_err(fail("chmod"))?;
+        fchmodat(&at, name, mode, FchmodatFlags::NoFollowSymlink).map_err(fail("chmod"))?;
     }
     Ok(())
 }
@@ -127,12 +132,16 @@ fn since_epoch(time: SystemTime) -> TimeSpec {
     }
 }
 
+/// A directory, and not what a link leads to that somebody has put in its place.
+fn opened(directory: &Path, access: OFlag) -> Result<OwnedFd> {
+    let flags = access | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    open(directory, flags, Mode::empty())
+        .map_err(|errno| Error::system("open", errno).at(directory))
+}
+
 /// Waits until the entries of `directory` survive a power failure.
 pub(super) fn sync_directory(directory: &Path) -> Result<()> {
-    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-    let opened = open(directory, flags, Mode::empty())
-        .map_err(|errno| Error::system("open", errno).at(directory))?;
-    File::from(opened)
+    File::from(opened(directory, OFlag::O_RDONLY)?)
         .sync_all()
         .map_err(|error| Error::io("sync", &error).at(directory))
 }

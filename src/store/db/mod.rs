@@ -55,8 +55,9 @@ use self::uuid::Derived;
 pub(super) use self::write::uuid_of;
 use crate::diagnostics::Diagnostics;
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::attribute::Attributes;
+use crate::store::attribute::{AttributeKey, Attributes};
 use crate::store::layout::{self, LayoutFile};
+use crate::store::validate;
 use crate::store::{
     Access, Backend, Hold, Metadata, MetadataChange, NewObject, Object, ObjectId, ObjectName,
     Options, Patience, Target, Token, TokenName,
@@ -433,8 +434,21 @@ impl Token for DbToken {
         self.write_many(new, made, patience)
     }
 
-    fn remove(&self, name: &ObjectName, patience: Patience) -> Result<()> {
-        self.write_removal(name, patience)
+    fn check_key(&self, key: AttributeKey, in_map: bool) -> Result<()> {
+        validate::check_key(key)?;
+        if in_map {
+            return Ok(());
+        }
+        statements::check_key(key)
+    }
+
+    fn remove_if(
+        &self,
+        name: &ObjectName,
+        check: &mut dyn FnMut(Result<&Attributes>) -> Result<()>,
+        patience: Patience,
+    ) -> Result<()> {
+        self.write_removal(name, check, patience)
     }
 
     fn replace_damaged(

@@ -3,6 +3,8 @@
 //! Assumes a write transaction. Rows are changed as SoftHSM's `DBObject.cpp` changes them: all rows that repeat a type at once,
 //! so that the first one never comes to differ from the others.
 
+use std::collections::BTreeSet;
+
 use rusqlite::types::Value as Cell;
 use rusqlite::{Connection, params};
 
@@ -15,6 +17,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::pkcs11;
 use crate::store::attribute::{AttributeKey, AttributeType, Attributes, Kind, Value};
 use crate::store::crash::point;
+use crate::store::validate;
 
 /// Every table with rows that belong to an object, SoftHSM's unused ones too.
 const CHILDREN: [&str; 7] = [
@@ -107,6 +110,21 @@ fn table(kind: Kind) -> Table {
     }
 }
 
+/// That a database can hold an attribute of this type and kind.
+///
+/// # Errors
+/// [`crate::error::ErrorKind::Invalid`].
+pub(super) fn check_key(key: AttributeKey) -> Result<()> {
+    let some = match key.kind {
+        Kind::Bool => Value::Bool(false),
+        Kind::Ulong => Value::Ulong(0),
+        Kind::Bytes => Value::Bytes(Vec::new()),
+        Kind::Mechs => Value::Mechs(BTreeSet::new()),
+        Kind::Map => Value::Map(Attributes::new()),
+    };
+    cell(key, &some).map(drop)
+}
+
 /// A value as it is stored, if [`super::snapshot`] would make the same of it again.
 fn cell(key: AttributeKey, value: &Value) -> Result<Cell> {
     let refuse = |reason: &str| {
@@ -116,6 +134,7 @@ fn cell(key: AttributeKey, value: &Value) -> Result<Cell> {
         Err(Error::new(ErrorKind::Invalid, detail))
     };
     let mechanisms = key.attribute_type == CKA_ALLOWED_MECHANISMS;
+    validate::check_key(key)?;
     match value {
         Value::Bool(value) => Ok(Cell::Integer(i64::from(*value))),
         Value::Ulong(value) => Ok(Cell::Integer(value.cast_signed())),

@@ -338,8 +338,23 @@ impl DbToken {
         })
     }
 
-    pub(super) fn write_removal(&self, name: &ObjectName, patience: Patience) -> Result<()> {
-        self.write(patience, &mut |work| work.remove(name).map(Some))
+    pub(super) fn write_removal(
+        &self,
+        name: &ObjectName,
+        check: &mut dyn FnMut(Result<&Attributes>) -> Result<()>,
+        patience: Patience,
+    ) -> Result<()> {
+        self.write(patience, &mut |work| {
+            let id = ObjectId::Object(name.clone());
+            let object = work.snapshot.object(&id);
+            check(
+                object
+                    .as_ref()
+                    .map(|object| &object.attributes)
+                    .map_err(Clone::clone),
+            )?;
+            work.remove(name).map(Some)
+        })
     }
 
     pub(super) fn write_replacement(

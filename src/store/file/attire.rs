@@ -183,24 +183,23 @@ pub(super) fn apply(directory: BorrowedFd<'_>, name: &Path, change: &MetadataCha
     Ok(())
 }
 
-/// Changes mode, owner and times of an open directory.
+/// Changes mode, owner and times of an open file or directory.
 ///
 /// # Errors
 /// As [`apply`].
-pub(crate) fn apply_to_directory(directory: impl AsFd, change: &MetadataChange) -> Result<()> {
+pub(crate) fn apply_to_open(file: impl AsFd, change: &MetadataChange) -> Result<()> {
     if change.uid.is_some() || change.gid.is_some() {
         let (uid, gid) = (change.uid.map(Uid::from_raw), change.gid.map(Gid::from_raw));
-        fchown(&directory, uid, gid).map_err(|errno| Error::system("chown", errno))?;
+        fchown(&file, uid, gid).map_err(|errno| Error::system("chown", errno))?;
         point("file.metadata.owned");
     }
     if let Some(mode) = change.mode {
-        fchmod(&directory, Mode::from_bits_truncate(mode & 0o7777))
+        fchmod(&file, Mode::from_bits_truncate(mode & 0o7777))
             .map_err(|errno| Error::system("chmod", errno))?;
         point("file.metadata.moded");
     }
     if let Some((atime, mtime)) = times(change) {
-        futimens(&directory, &atime, &mtime)
-            .map_err(|errno| Error::system("set the time", errno))?;
+        futimens(&file, &atime, &mtime).map_err(|errno| Error::system("set the time", errno))?;
         point("file.metadata.dated");
     }
     Ok(())

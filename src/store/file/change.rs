@@ -11,7 +11,7 @@ use rustix::fs::{RenameFlags, renameat_with};
 use rustix::io::Errno as Refusal;
 
 use super::attire::{
-    access_of, apply_to_directory, copy, set_access, set_access_if_possible, set_mtime,
+    access_of, apply_to_open, copy, set_access, set_access_if_possible, set_mtime,
 };
 use super::departed::Departed;
 use super::encode::encode;
@@ -117,7 +117,7 @@ impl FileToken {
             mtime: Some(Time::At(mtime)),
             ..MetadataChange::default()
         };
-        if let Err(error) = apply_to_directory(self.directory(), &change) {
+        if let Err(error) = apply_to_open(self.directory(), &change) {
             log::debug!("{error}");
         }
     }

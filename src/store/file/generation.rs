@@ -82,7 +82,8 @@ impl Generation {
         point("file.generation.begun");
         lock::lock_exclusive(&generation.0, Patience::at_most(Duration::from_secs(1)))?;
         if generation.read()?.is_none() {
-            generation.write(1)?;
+            // One of that name can have been there before.
+            generation.write(microseconds())?;
         }
         Ok(())
     }

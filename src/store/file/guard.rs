@@ -192,7 +192,9 @@ pub(super) fn stat_regular(directory: BorrowedFd<'_>, name: &Path) -> Result<Fil
         Ok(stat) if is_file(&stat) => Ok(stat),
         Ok(_) => Err(Error::not_found("not a regular file")),
         // No object can have a name that leaves no room for the suffix.
-        Err(Errno::ENAMETOOLONG) => Err(Error::not_found("no such object")),
+        Err(Errno::ENOENT | Errno::ENAMETOOLONG) => {
+            Err(Error::not_found("there is no such object"))
+        }
         Err(errno) => Err(Error::system("stat", errno)),
     }
 }

@@ -7,19 +7,21 @@ use std::sync::PoisonError;
 
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, renameat};
+use nix::sys::stat::fstat;
 use rustix::fs::{AtFlags as LinkFlags, RenameFlags, linkat, renameat_with};
 use rustix::io::Errno as Refusal;
 
 use super::FileToken;
-use super::attire::{access_of, apply, apply_to_directory, set_access, set_mtime};
-use super::change::{check_storable, encode_checked};
-use super::generation::Generation;
+use super::attire::{access_of, apply, apply_to_open, set_access, set_mtime};
+use super::change::{check_storable, encode_checked, following};
+use super::generation::{Generation, microseconds};
 use super::guard::{
     Temporary, Transaction, exists, stat_regular, sync, sync_directory, unlink_if_there,
 };
 use super::names::Names;
-use super::read::open_regular;
+use super::read::{Reading, open_regular, read_locked, settled};
 use crate::error::{Error, ErrorKind, Result};
+use crate::store::attribute::Attributes;
 use crate::store::crash::point;
 use crate::store::{
     MetadataChange, NewObject, ObjectId, ObjectName, Patience, Target, lock, validate,
@@ -36,7 +38,9 @@ impl FileToken {
         let names = Names::of_new(name)?;
         check_storable(&new.attributes)?;
         validate::check(None, &new.attributes)?;
-        let bytes = encode_checked(1, &new.attributes)?;
+        // A SoftHSM that knows another object by that name, of a moment ago, would take this for it if it had the number of that.
+        let generation = following(Some(microseconds()));
+        let bytes = encode_checked(generation, &new.attributes)?;
         let directory = self.directory();
         if exists(directory, names.object()) {
             return Err(already());
@@ -132,28 +136,64 @@ impl FileToken {
         Ok(())
     }
 
-    pub(super) fn unmake(&self, name: &ObjectName, patience: Patience) -> Result<()> {
+    pub(super) fn unmake(
+        &self,
+        name: &ObjectName,
+        check: &mut dyn FnMut(Result<&Attributes>) -> Result<()>,
+        patience: Patience,
+    ) -> Result<()> {
         self.check_writable(patience)?;
         let id = ObjectId::Object(name.clone());
         let names = self.names(&id);
-        let directory = self.directory();
-        let building = self.is_building();
-        let lock_name = names.lock().unwrap_or(Path::new(""));
-        let _transaction = loop {
-            let stat = stat_regular(directory, names.object())?;
-            let transaction = Transaction::take(directory, lock_name, access_of(&stat), patience)?;
-            if !building
-                && let Ok(file) = open_regular(directory, names.object(), OFlag::O_RDONLY)
-                && let Some(left) = self.born.until_grown(&file, Some(&transaction.file))
-            {
-                // SoftHSM would go on making it, and it would be there again.
-                drop(transaction);
-                patience.wait(left, "SoftHSM may still be making this object")?;
-                continue;
-            }
-            break transaction;
-        };
+        let reading = settled(self.is_building(), patience, || {
+            self.attempt_to_unmake(&names, patience)
+        })?;
+        let content = reading.version.content.as_ref();
+        check(
+            content
+                .map(|decoded| &decoded.attributes)
+                .map_err(Clone::clone),
+        )?;
         self.unmake_locked(&id, &names, patience)
+    }
+
+    /// An object, locked to be removed.
+    fn attempt_to_unmake(&self, names: &Names, patience: Patience) -> Result<Option<Reading>> {
+        let directory = self.directory();
+        let lock_name = names.lock().unwrap_or(Path::new(""));
+        let stat = stat_regular(directory, names.object())?;
+        let transaction = Transaction::take(directory, lock_name, access_of(&stat), patience)?;
+        let file = match open_regular(directory, names.object(), OFlag::O_RDONLY) {
+            Ok(file) => file,
+            Err(error) => {
+                if !exists(directory, names.object()) {
+                    transaction.give_up(directory, lock_name);
+                }
+                return Err(error);
+            }
+        };
+        if !self.is_building()
+            && let Some(left) = self.born.until_grown(&file, Some(&transaction.file))
+        {
+            // SoftHSM would go on making it, and it would be there again.
+            drop(transaction);
+            patience.wait(left, "SoftHSM may still be making this object")?;
+            return Ok(None);
+        }
+        let reading = lock::lock_shared(&file, patience)
+            .and_then(|()| read_locked(directory, names.object(), file, None));
+        match reading {
+            Ok(reading) => Ok(reading.map(|mut reading| {
+                reading.transaction = Some(transaction.file);
+                reading
+            })),
+            Err(error) => {
+                if !exists(directory, names.object()) {
+                    transaction.give_up(directory, lock_name);
+                }
+                Err(error)
+            }
+        }
     }
 
     /// Removes an object whose lock is held.
@@ -236,12 +276,12 @@ impl FileToken {
         let id = match target {
             Target::Directory => {
                 let _time = self.directory_time();
-                return apply_to_directory(directory, change);
+                return apply_to_open(directory, change);
             }
             Target::Object(id) => id,
         };
         let names = self.names(id);
-        stat_regular(directory, names.object())?;
+        let stat = stat_regular(directory, names.object())?;
         // Keeps away whoever is about to put another file in its place that looks as this one does now. Where there is no lock
         // file, or none that we may open, the owner may still change what is his.
         let held = match names.lock() {
@@ -262,15 +302,16 @@ impl FileToken {
         };
         apply(directory, names.object(), change)?;
         self.unsynced(names.object());
-        if let Some(name) = names.lock()
-            && held.is_some()
+        // Who may rename files here can have put somebody else's there.
+        if let Some(lock) = held
+            && fstat(&lock).is_ok_and(|lock| lock.st_uid == stat.st_uid && lock.st_size == 0)
         {
             let access = MetadataChange {
                 atime: None,
                 mtime: None,
                 ..*change
             };
-            apply(directory, name, &access)?;
+            apply_to_open(&lock, &access)?;
         }
         self.cache().remove(id);
         Ok(())

@@ -41,7 +41,7 @@ mod replace;
 mod rewrite;
 mod token;
 
-pub(crate) use attire::{apply_to_directory, set_access};
+pub(crate) use attire::{apply_to_open, set_access};
 pub use decode::{Decoded, decode};
 pub use encode::{encode, encoded_length};
 pub(crate) use recover::is_known;

@@ -6,6 +6,7 @@
 //! SoftHSM looks for an object before it takes its lock, and its store makes the file where there is none: one that waits for us with
 //! a change in hand brings the old name back, with all that the object holds. That is looked for, and put in its place.
 
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -17,10 +18,11 @@ use rustix::fs::{RenameFlags, renameat_with};
 use rustix::io::Errno as Refusal;
 
 use super::FileToken;
-use super::attire::{access_of, set_access_if_possible};
+use super::attire::{access_of, set_access_if_possible, set_mtime};
+use super::change::following;
 use super::departed::{AT_ONCE, Departed, Fingerprint};
-use super::generation::Generation;
-use super::guard::{Temporary, Transaction, exists, stat_regular, unlink_if_there};
+use super::generation::{Generation, microseconds};
+use super::guard::{Temporary, Transaction, exists, stat_regular, sync, unlink_if_there};
 use super::make::already;
 use super::names::{Names, TOKEN_STEM};
 use super::read::{Reading, is_named};
@@ -218,6 +220,9 @@ impl FileToken {
         // As young as it is, SoftHSM is not making it.
         self.born.remember(&reading.file);
         Generation::open(directory)?;
+        renew_generation(reading)?;
+        // SoftHSM has not, and what is to be unlinked is on disk.
+        sync(&reading.file)?;
         // Not if the other one was destroyed.
         renameat_with(
             directory,
@@ -276,6 +281,9 @@ impl FileToken {
         if !is_named(directory, names.object(), &reading.stat)? {
             return Err(gone());
         }
+        if !building {
+            renew_generation(reading)?;
+        }
         rename(self, names, target)?;
         point("file.rename.renamed");
         // A sync that has the old name in mind does not find it.
@@ -291,6 +299,31 @@ impl FileToken {
         drop(trace);
         point("file.rename.unmarked");
         Ok(())
+    }
+}
+
+/// Gives an object a generation that none can have had under the name that it is about to get: a SoftHSM that knows another one by that
+/// name would take it for this, and write that over it one day. It is locked exclusively; one write of eight bytes is whole for everybody.
+fn renew_generation(reading: &Reading) -> Result<()> {
+    let Some(present) = reading
+        .version
+        .content
+        .as_ref()
+        .map_or(None, |it| it.generation)
+    else {
+        return Ok(());
+    };
+    let next = following(Some(present.max(microseconds())));
+    reading
+        .file
+        .write_all_at(&next.to_be_bytes(), 0)
+        .map_err(|error| Error::io("write", &error))?;
+    point("file.rename.renewed");
+    // Nobody has changed it.
+    match set_mtime(&reading.file, Some(reading.version.metadata.mtime)) {
+        // Who may write a file and does not own it cannot choose its time.
+        Err(error) if error.kind() == ErrorKind::NotPermitted => Ok(()),
+        dated => dated,
     }
 }
 

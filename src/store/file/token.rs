@@ -375,8 +375,13 @@ impl Token for FileToken {
             .map_err(|error| error.at(self.path_of(&ObjectId::Object(name.clone()))))
     }
 
-    fn remove(&self, name: &ObjectName, patience: Patience) -> Result<()> {
-        self.unmake(name, patience)
+    fn remove_if(
+        &self,
+        name: &ObjectName,
+        check: &mut dyn FnMut(Result<&Attributes>) -> Result<()>,
+        patience: Patience,
+    ) -> Result<()> {
+        self.unmake(name, check, patience)
             .map_err(|error| error.at(self.path_of(&ObjectId::Object(name.clone()))))
     }
 

@@ -164,7 +164,12 @@ impl Token for Remembered {
         self.refuse()
     }
 
-    fn remove(&self, _name: &ObjectName, _patience: Patience) -> Result<()> {
+    fn remove_if(
+        &self,
+        _name: &ObjectName,
+        _check: &mut dyn FnMut(Result<&Attributes>) -> Result<()>,
+        _patience: Patience,
+    ) -> Result<()> {
         self.refuse()
     }
 

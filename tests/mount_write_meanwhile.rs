@@ -1,0 +1,321 @@
+//! What somebody else does between two steps of an operation: between what was looked at and the lock, between a commit and the name, between a
+//! removal and a restore. Each of these lost something once.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
+
+mod mount_common;
+mod support;
+mod write_common;
+
+use std::fs::{self, File};
+use std::io::{Seek, Write};
+use std::path::Path;
+use std::thread;
+use std::time::Duration;
+
+use support::template::{boolean, bytes, ulong};
+use support::*;
+use tokenfs::store::attribute::{Attributes, Value};
+use tokenfs::store::file::{decode, encode};
+use write_common::*;
+
+const OTHER: &str = "11111111-2222-4333-8444-555555555555";
+
+/// What keeps all others from writing an object, as a SoftHSM does that is about to.
+enum Held {
+    File(File, std::path::PathBuf),
+    Db(rusqlite::Connection),
+}
+
+impl Held {
+    fn data_of(bench: &Bench) -> Self {
+        match bench.backend() {
+            Backend::File => {
+                let object = bench.backing(&bench.data);
+                Self::File(exclusively(&object.with_extension("lock")), object)
+            }
+            Backend::Db => {
+                let opened = rusqlite::Connection::open(bench.backing("")).unwrap();
+                opened.execute_batch("begin immediate").unwrap();
+                Self::Db(opened)
+            }
+        }
+    }
+
+    /// What SoftHSM does to the data object before it lets go.
+    fn change(self, attribute_type: u64, value: &Value) {
+        match self {
+            Self::File(_lock, object) => {
+                let decoded = decode(&fs::read(&object).unwrap()).unwrap();
+                let mut attributes: Attributes = decoded.attributes;
+                attributes.insert(attribute_type, value.clone());
+                let next = decoded.generation.unwrap() + 1;
+                fs::write(&object, encode(next, &attributes)).unwrap();
+            }
+            Self::Db(opened) => {
+                let (table, value) = match value {
+                    Value::Bytes(bytes) => ("attribute_binary", bytes.clone()),
+                    // One boolean in it.
+                    Value::Map(_) => {
+                        let mut entry = 0x162_u64.to_ne_bytes().to_vec();
+                        entry.extend(1_u32.to_ne_bytes());
+                        entry.push(1);
+                        ("attribute_array", entry)
+                    }
+                    other => panic!("{other:?}"),
+                };
+                let row: i64 = opened
+                    .query_row(
+                        "select object_id from attribute_integer where type = 0 and value = 0",
+                        [],
+                        |row| row.get(0),
+                    )
+                    .unwrap();
+                let attribute_type = i64::try_from(attribute_type).unwrap();
+                opened
+                    .execute(
+                        &format!("delete from {table} where type = ? and object_id = ?"),
+                        (attribute_type, row),
+                    )
+                    .unwrap();
+                opened
+                    .execute(
+                        &format!("insert into {table} (value, type, object_id) values (?, ?, ?)"),
+                        (value, attribute_type, row),
+                    )
+                    .unwrap();
+                opened.execute_batch("commit").unwrap();
+            }
+        }
+    }
+}
+
+/// Starts `line` while a SoftHSM is about to change the data object, has it do so, and waits for both; the status of the line.
+fn beside(bench: &Bench, line: &str, attribute_type: u64, value: &Value) -> std::process::Output {
+    let held = Held::data_of(bench);
+    let running = bench
+        .shell(line)
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    // By now it has looked, and waits.
+    thread::sleep(Duration::from_millis(400));
+    held.change(attribute_type, value);
+    running.wait_with_output().unwrap()
+}
+
+fn text(text: &str) -> Value {
+    Value::Bytes(text.as_bytes().to_vec())
+}
+
+both_backends! {
+    fn what_softhsm_stores_while_an_object_is_moved_away_goes_with_it(backend) {
+        let bench = Bench::new(backend);
+        // What the mount knows of it is old enough to be believed.
+        bench.quiet("cat $o/*");
+        thread::sleep(Duration::from_millis(200));
+        let moved = beside(&bench, "mv $o .gone", 3, &text("newer"));
+        assert!(moved.status.success(), "{moved:?}");
+        assert_eq!(fs::read(bench.at(".gone/CKA_LABEL")).unwrap(), b"newer");
+        bench.quiet("mv .gone $o");
+        assert_eq!(bench.stored_data("CKA_LABEL").unwrap(), b"newer");
+    }
+
+    fn what_softhsm_stores_while_an_object_is_removed_keeps_it(backend) {
+        let bench = Bench::new(backend);
+        bench.quiet("rm $o/*");
+        let removed = beside(&bench, "rmdir $o", 3, &text("newer"));
+        assert!(String::from_utf8_lossy(&removed.stderr).contains("not empty"), "{removed:?}");
+        bench.settle();
+        assert_eq!(bench.stored_data("CKA_LABEL").unwrap(), b"newer");
+        assert_eq!(bench.stored_data("CKA_CLASS").unwrap(), b"CKO_DATA\n", "all of it is back");
+    }
+
+    fn a_map_that_somebody_else_makes_is_not_replaced_by_an_empty_one(backend) {
+        for line in ["mkdir $o/CKA_WRAP_TEMPLATE", "mkdir $o/.map; mv -T $o/.map $o/CKA_WRAP_TEMPLATE"] {
+            let bench = Bench::new(backend);
+            let mut map = Attributes::new();
+            map.insert(0x162, Value::Bool(true));
+            let made = beside(&bench, line, 0x4000_0211, &Value::Map(map));
+            assert!(!made.status.success(), "`{line}`: {made:?}");
+            assert_eq!(bench.stored_data("CKA_WRAP_TEMPLATE/CKA_EXTRACTABLE").unwrap(), b"true\n", "`{line}`");
+        }
+    }
+
+    fn what_is_written_and_closed_while_its_directory_becomes_an_object_is_not_lost(backend) {
+        let bench = Bench::new(backend);
+        bench.quiet("cp -r $o .new");
+        let mut open = File::options().write(true).open(bench.at(".new/CKA_LABEL")).unwrap();
+        let generation = bench.softhsm.tokendir.join(&bench.token).join("generation");
+        let held = match backend {
+            Backend::File => Held::File(exclusively(&generation), generation),
+            Backend::Db => Held::data_of(&bench),
+        };
+        thread::scope(|scope| {
+            let renaming = scope.spawn(|| fs::rename(bench.at(".new"), bench.at(OTHER)));
+            thread::sleep(Duration::from_millis(300));
+            open.rewind().unwrap();
+            open.set_len(0).unwrap();
+            open.write_all(b"two").unwrap();
+            calls::close(open).unwrap();
+            drop(held);
+            renaming.join().unwrap().unwrap();
+        });
+        bench.settle();
+        assert_eq!(bench.stored(format!("{OTHER}/CKA_LABEL")).unwrap(), b"two");
+    }
+
+    /// It does nothing between the removal and the restore, and so has to see by the object itself that it is another one.
+    fn a_session_takes_no_restored_object_for_the_one_before(backend) {
+        let mut bench = Bench::new(backend);
+        // One that a restore has made before, so that both are first versions.
+        bench.quiet("echo true >$o/CKA_MODIFIABLE; cp -a $o $out/o && rm -r $o && cp -a $out/o $o && sync .");
+        let first = bench.client.find_label("data").unwrap()[0];
+        assert_eq!(bench.client.label(first).unwrap().unwrap(), b"data");
+        bench.quiet("printf restored | tee $out/o/CKA_LABEL >$out/o/CKA_APPLICATION && rm -r $o && cp -a $out/o $o && sync .");
+        // It may say that the object is gone, but not what was in that.
+        let seen = bench.client.label(first);
+        assert!(seen != Ok(Some(b"data".to_vec())), "{seen:?}");
+        assert!(bench.client.find_label("data").unwrap().is_empty());
+        let now = bench.client.find_label("restored").unwrap()[0];
+        bench.client.set_label(now, "set").unwrap();
+        assert_eq!(bench.stored_data("CKA_LABEL").unwrap(), b"set");
+        assert_eq!(bench.stored_data("CKA_APPLICATION").unwrap(), b"restored", "it wrote what was there before");
+        bench.assert_sessions_agree();
+    }
+
+    /// Two of the same kind have the same generation, since SoftHSM has written each as often.
+    fn a_session_takes_no_renamed_object_for_the_one_before(backend) {
+        let mut bench = Bench::new(backend);
+        let of = |label: &str| [ulong(0, 0), boolean(1, true), boolean(2, false), bytes(3, label)];
+        let [a, b] = ["a", "b"].map(|label| bench.client.create(&of(label)).unwrap());
+        for (handle, label) in [(a, "a"), (b, "b")] {
+            assert_eq!(bench.client.label(handle).unwrap().unwrap(), label.as_bytes());
+        }
+        // SoftHSM may be at work on what it has just made.
+        thread::sleep(Duration::from_millis(700));
+        bench.quiet(&format!(
+            "a=$(dirname $(grep -lx a */CKA_LABEL)); b=$(dirname $(grep -lx b */CKA_LABEL)); mv $a {OTHER} && mv $b $a && sync ."
+        ));
+        let now = bench.client.find_label("b").unwrap();
+        assert_eq!(now.len(), 1);
+        bench.client.set_label(now[0], "set").unwrap();
+        bench.assert_sessions_agree();
+        for (label, count) in [("a", 1), ("b", 0), ("set", 1)] {
+            assert_eq!(bench.client.find_label(label).unwrap().len(), count, "{label}");
+        }
+    }
+
+    /// The kernel lets nobody move a directory into itself; what the server knew of the tree was not as careful.
+    fn directories_that_were_in_each_other_in_turn_hang_nobody(backend) {
+        let bench = Bench::new(backend);
+        let line = "mkdir .a .b; mv .a .b/; sleep .1; stat .b/.a >$out/1; mv .b/.a .; mv .b .a/; sleep .1; stat .a/.b >$out/2; rmdir .a/.b";
+        bench.quiet(&format!("timeout 20 bash -euc '{line}'"));
+        bench.quiet("timeout 20 bash -euc 'rmdir .a; printf changed >$o/CKA_LABEL; cat */CKA_* >$out/3 2>&1 || true'");
+        assert_eq!(bench.stored_data("CKA_LABEL").unwrap(), b"changed");
+    }
+
+    fn what_a_backend_cannot_hold_is_refused_when_it_is_made(backend) {
+        let bench = Bench::new(backend);
+        let everywhere = ["0xd44b4601.bytes", "0xd44b4602.bytes"].as_slice();
+        let in_databases = ["CKA_ID.mechs", "CKA_ALLOWED_MECHANISMS.bytes"].as_slice();
+        let names = if backend == Backend::Db { [everywhere, in_databases].concat() } else { everywhere.to_vec() };
+        for name in names {
+            for line in [format!("echo CKM_RSA_PKCS >$o/{name}"), format!("touch $o/{name}"), format!("echo CKM_RSA_PKCS >$o/.x; mv $o/.x $o/{name}")] {
+                let said = bench.fails(&line);
+                assert!(said.contains("Invalid argument") || said.contains("subdirectory of itself"), "`{line}`: {said}");
+            }
+            assert!(bench.log().contains(name), "{}", bench.log());
+            assert!(!bench.of_data(name).exists());
+        }
+        // rsync looks at what happens to its files, and not at what happens to the times of their directory.
+        let said = bench.fails(&format!("cp -r $o $out/o; echo x >$out/o/0xd44b4602.bytes; rsync -a $out/o/ {OTHER}/"));
+        assert!(said.contains("0xd44b4602.bytes"), "{said}");
+        bench.quiet(&format!("rm -rf {OTHER}"));
+        bench.settle();
+    }
+
+    fn tokenfs_umount_says_what_it_could_not_write(backend) {
+        let bench = Bench::new(backend);
+        bench.quiet("rm $o/CKA_PRIVATE");
+        let refused = tokenfs().arg("umount").arg(bench.mount.path()).output().unwrap();
+        let said = String::from_utf8_lossy(&refused.stderr);
+        assert_eq!(refused.status.code(), Some(1), "{said}");
+        let named = said.lines().any(|line| line.contains(&bench.data) && line.contains("the CKA_PRIVATE of an object goes with the whole object only"));
+        assert!(named, "{said}");
+        assert_eq!(bench.stored_data("CKA_PRIVATE").unwrap(), b"false\n");
+        bench.mount.unmount();
+    }
+
+    fn a_private_key_stays_private(backend) {
+        let mut bench = Bench::new(backend);
+        bench.fails("rm $k/CKA_PRIVATE; sync $k");
+        bench.settle();
+        assert_eq!(fs::read(bench.at(&bench.private).join("CKA_PRIVATE")).unwrap(), b"true\n");
+        assert!(bench.log().contains("goes with the whole object only"), "{}", bench.log());
+        let key = bench.handles.2;
+        bench.assert_signs(key);
+        let mut fresh = bench.softhsm.p11();
+        fresh.open("test", Some(PIN)).unwrap();
+        let key = fresh.find_label("private").unwrap()[0];
+        fresh.sign(key, CKM_ECDSA, &[7; 32]).unwrap();
+    }
+
+    fn a_removal_that_softhsm_cannot_live_with_is_said(backend) {
+        let mut bench = Bench::new(backend);
+        bench.client.init_token("second", Some(PIN)).unwrap();
+        eventually(SOON, "the second token", || {
+            fs::read_dir(bench.mount.path()).unwrap().count() == 2
+        });
+        bench.quiet("cd ..; second=$(dirname $(dirname $(grep -l '^second ' */token/CKA_OS_TOKENLABEL))); printf deadbeef00000001 >$second/token/CKA_OS_TOKENSERIAL");
+        // The slot of the other one, and that of the empty one, are refused where a shell looks.
+        let taken = format!("deadbeef{}", &bench.token[bench.token.len() - 8..]);
+        for serial in [&*taken, "deadbeef00000002"] {
+            let said = bench.fails(&format!("cd ..; for t in */token; do printf {serial} >$t/CKA_OS_TOKENSERIAL; done"));
+            assert!(said.contains("Invalid argument"), "{serial}: {said}");
+        }
+        let removed = std::process::Command::new("rm").arg("-r").arg(bench.directory()).output().unwrap();
+        assert!(removed.status.success(), "{removed:?}");
+        let log = bench.log();
+        assert!(log.contains("SoftHSM's empty slot by now") && log.contains(&bench.token), "{log}");
+    }
+}
+
+#[test]
+fn the_lock_file_of_an_object_of_any_name_is_no_foreign_file() {
+    let bench = Bench::new(Backend::File);
+    bench.quiet("mkdir x.object; cp -r $o/. x.object/; sync .");
+    assert!(bench.backing("x.object").exists());
+    bench.mount.unmount();
+    let checked = tokenfs()
+        .arg("check")
+        .env("SOFTHSM2_CONF", &bench.softhsm.conf)
+        .output()
+        .unwrap();
+    assert!(checked.status.success(), "{checked:?}");
+}
+
+#[test]
+fn the_mode_of_a_lock_file_that_is_somebody_elses_is_not_changed() {
+    use std::os::unix::fs::{MetadataExt, PermissionsExt};
+    let bench = Bench::new(Backend::File);
+    let lock = bench.backing(&bench.data).with_extension("lock");
+    let mode = |path: &Path| fs::metadata(path).unwrap().mode() & 0o7777;
+    fs::set_permissions(
+        bench.of_data("CKA_LABEL"),
+        fs::Permissions::from_mode(0o400),
+    )
+    .unwrap();
+    assert_eq!(mode(&lock), 0o400, "its own is changed with it");
+    // Who may rename files in the directory of a token can put there what he likes.
+    std::os::unix::fs::chown(&lock, Some(12345), None).unwrap();
+    fs::set_permissions(
+        bench.of_data("CKA_LABEL"),
+        fs::Permissions::from_mode(0o600),
+    )
+    .unwrap();
+    assert_eq!(
+        (mode(&lock), mode(&bench.backing(&bench.data))),
+        (0o400, 0o600)
+    );
+}
