@@ -42,7 +42,7 @@ pub enum ErrorKind {
     /// A lock stayed taken, or a writer unfinished, for as long as we were prepared to wait.
     Busy,
     /// It cannot be answered without waiting, and the caller did not want to wait ([`crate::store::Patience::Now`]).
-    /// Never shown to a user.
+    /// Shown to a user only where so many wait already that nobody else may.
     WouldBlock,
     /// The request makes no sense: a name or a value that cannot be.
     Invalid,

@@ -141,4 +141,34 @@ both_backends! {
         let gone = |label: &Path| !expected(&softhsm).contains_key(label);
         eventually(Duration::from_secs(10), "what was unlinked is removed", || blocked.iter().all(|label| gone(label)));
     }
+    fn a_mount_ends_soon_however_much_is_locked(backend) {
+        let softhsm = Softhsm::golden(Golden::V2_6_1, backend);
+        let tree = expected(&softhsm);
+        let labels: Vec<_> = tree.keys().filter(|path| path.ends_with("CKA_LABEL") && path.components().count() == 3).collect();
+        let tokens = labels.iter().filter_map(|path| path.iter().next());
+        let token = tokens.max_by_key(|token| labels.iter().filter(|path| path.starts_with(token)).count()).unwrap();
+        let there: Vec<_> = labels.iter().filter(|path| path.starts_with(token)).collect();
+        let mut mount = MountOptions::new().option("lock_wait=2").mount(&softhsm);
+        for label in &there {
+            fs::remove_file(mount.join(label)).unwrap();
+        }
+        let (mut files, mut writer) = (Vec::new(), None);
+        match backend {
+            Backend::File => {
+                let object = |label: &Path| softhsm.tokendir.join(label.parent().unwrap()).with_extension("object");
+                files.extend(there.iter().map(|label| exclusively(&object(label))));
+            }
+            Backend::Db => {
+                let opened = rusqlite::Connection::open(softhsm.tokendir.join(token).join("sqlite3.db")).unwrap();
+                opened.execute_batch("begin exclusive").unwrap();
+                writer = Some(opened);
+            }
+        }
+        let started = Instant::now();
+        mount.kill(nix::sys::signal::Signal::SIGTERM);
+        let took = started.elapsed();
+        println!("{backend}: {} objects were locked, and the mount ended after {took:?}", there.len());
+        assert!(there.len() > 4 && took < Duration::from_secs(8), "{} objects: {took:?}", there.len());
+        drop((files, writer));
+    }
 }

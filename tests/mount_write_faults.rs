@@ -185,6 +185,15 @@ both_backends! {
             while file.write_all(&vec![1; size]).is_ok() && file.sync_data().is_ok() {}
         }
         drop(file);
+        // To the last block that anybody gets.
+        let another = |number| bench.softhsm.tokendir.join(format!("filler-{number}"));
+        let fits = |path: PathBuf| {
+            let mut file = File::create(path)?;
+            file.write_all(&[1; 1024])?;
+            file.sync_data()
+        };
+        let full = (0..1000).find(|number| fits(another(*number)).is_err());
+        assert!(full.is_some(), "it is not full");
         let before = mount_common::expected(&bench.softhsm);
         let copy = "00000000-0000-4000-8000-000000000002";
         for line in ["printf web >$o/CKA_LABEL", "echo false >$o/CKA_MODIFIABLE", &format!("cp -r $o {copy}")] {

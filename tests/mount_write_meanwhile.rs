@@ -227,6 +227,9 @@ both_backends! {
             }
             assert!(bench.log().contains(name), "{}", bench.log());
             assert!(!bench.of_data(name).exists());
+            // Nor does it get in with an object that is whole.
+            bench.fails(&format!("cp -r $o .n; echo CKM_RSA_PKCS >.n/{name}; mv -T .n {OTHER}"));
+            bench.quiet("rm -r .n");
         }
         // rsync looks at what happens to its files, and not at what happens to the times of their directory.
         let said = bench.fails(&format!("cp -r $o $out/o; echo x >$out/o/0xd44b4602.bytes; rsync -a $out/o/ {OTHER}/"));

@@ -42,7 +42,10 @@ pub fn start(tree: &Arc<Tree>) -> Result<Settling> {
                     next = Some(next.map_or(again, |next| next.min(again)));
                 }
                 for task in tasks {
-                    attended.wait(task, |tree, task, patience| tree.attend(task, patience));
+                    // If there is no thread for it, it is given out again when another one has ended.
+                    if !attended.begin(|tree| tree.attend(task)) {
+                        log::debug!("no thread for what is due");
+                    }
                 }
                 settled.wait_for_work(next);
             }

@@ -76,7 +76,7 @@ impl Waiting {
         let Some(slot) = Slot::take(&self.count, self.most) else {
             // It is refused, or answered after all if what it would have waited for has come.
             tree.diagnostics()
-                .warning("too many others are waiting for locks already");
+                .warning("too many requests are waiting for locks already");
             return answer(&tree, reply, Patience::Now);
         };
         let limit = tree.store().options().lock_wait;
@@ -91,6 +91,21 @@ impl Waiting {
             let error = Error::io("start a thread for a request that has to wait", &error);
             self.tree.diagnostics().error(&error);
         }
+    }
+
+    /// Has a thread of its own do something, if one is to be had; whether that is so.
+    pub fn begin(&self, work: impl FnOnce(&Tree) + Send + 'static) -> bool {
+        let Some(slot) = Slot::take(&self.count, self.most) else {
+            return false;
+        };
+        let tree = Arc::clone(&self.tree);
+        thread::Builder::new()
+            .name("tokenfs-due".to_owned())
+            .spawn(move || {
+                let _slot = slot;
+                work(&tree);
+            })
+            .is_ok()
     }
 
     /// Waits until no request is waiting any more, but for `limit` at most: what is being written is written to its end before the

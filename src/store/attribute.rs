@@ -39,6 +39,18 @@ pub enum Value {
 }
 
 impl Value {
+    /// Some value of a kind.
+    #[must_use]
+    pub fn some_of(kind: Kind) -> Self {
+        match kind {
+            Kind::Bool => Self::Bool(false),
+            Kind::Ulong => Self::Ulong(0),
+            Kind::Bytes => Self::Bytes(Vec::new()),
+            Kind::Mechs => Self::Mechs(BTreeSet::new()),
+            Kind::Map => Self::Map(Attributes::new()),
+        }
+    }
+
     /// The kind of this value.
     #[must_use]
     pub fn kind(&self) -> Kind {

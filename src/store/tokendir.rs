@@ -21,8 +21,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use nix::dir::Dir;
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, open};
-use nix::sys::stat::{FileStat, Mode, fstat, fstatat, stat};
-use nix::sys::statfs::{EXT4_SUPER_MAGIC, fstatfs};
+use nix::sys::stat::{FileStat, Mode, fstat, fstatat, major, minor, stat};
 use nix::sys::statvfs::{Statvfs, fstatvfs};
 
 use super::db::DbToken;
@@ -173,17 +172,26 @@ impl Store {
         }
     }
 
-    /// How many blocks of what `stat` calls free the file system of the store gives to nobody. ext4 keeps some back that not even root gets
-    /// (`reserved_clusters` in `Documentation/admin-guide/ext4.rst`: 2 % or 4096, whichever is less).
+    /// How many blocks of what `statvfs` calls free the file system of the store gives to nobody, not even to root: those that ext4 keeps back
+    /// (`reserved_clusters` in `Documentation/ABI/testing/sysfs-fs-ext4`).
     #[must_use]
-    pub fn kept_back(&self, stat: &Statvfs) -> u64 {
+    pub fn kept_back(&self) -> u64 {
         let Source::Directory(directory) = &self.source else {
             return 0;
         };
-        match fstatfs(directory) {
-            Ok(of) if of.filesystem_type() == EXT4_SUPER_MAGIC => (stat.blocks() / 50).min(4096),
-            _ => 0,
-        }
+        let Ok(stat) = fstat(directory) else {
+            return 0;
+        };
+        let (major, minor) = (major(stat.st_dev), minor(stat.st_dev));
+        let device = std::fs::read_link(format!("/sys/dev/block/{major}:{minor}"));
+        let kept = device.ok().and_then(|device| {
+            let name = device.file_name()?;
+            let file = Path::new("/sys/fs/ext4")
+                .join(name)
+                .join("reserved_clusters");
+            std::fs::read_to_string(file).ok()?.trim().parse().ok()
+        });
+        kept.unwrap_or(0)
     }
 
     /// The names of the tokens, in ascending order.

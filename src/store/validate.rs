@@ -5,6 +5,9 @@
 //! and two tokens may not fall into one slot ("Attributes of a token"). So no such value is written.
 
 use super::attribute::{AttributeKey, AttributeType, Attributes, Value};
+use super::db::times::CKA_TOKENFS_TIMES;
+use super::db::uuid::CKA_TOKENFS_UUID;
+use super::file::CKA_TOKENFS_FILLER;
 use crate::error::{Error, ErrorKind, Result};
 use crate::pkcs11;
 
@@ -24,7 +27,7 @@ const BLOCK: usize = 16;
 pub const SERIAL: usize = 16;
 
 /// The types of the rows and attributes that tokenfs itself puts into a store (`docs/store-format.md`).
-const OWN: [AttributeType; 2] = [0x8000_0000 | 0x544b_4601, 0x8000_0000 | 0x544b_4602];
+const OWN: [AttributeType; 3] = [CKA_TOKENFS_UUID, CKA_TOKENFS_TIMES, CKA_TOKENFS_FILLER];
 
 /// Checks that an attribute can be of this type: none of tokenfs's own is, in either backend, or it could not be moved to the other one.
 ///

@@ -90,9 +90,8 @@ impl Tree {
         let stat = self.store.statvfs()?;
         let block = stat.fragment_size().max(1);
         let blocks = match self.settings.uid {
-            0 => stat
-                .blocks_free()
-                .saturating_sub(self.store.kept_back(&stat)),
+            0 if stat.blocks_free().saturating_mul(block) > 4 * NEARLY_FULL => stat.blocks_free(),
+            0 => stat.blocks_free().saturating_sub(self.store.kept_back()),
             _ => stat.blocks_available(),
         };
         // A file system that does not say how large it is has no blocks, and one that does not count files none of them.

@@ -67,13 +67,13 @@ impl Tree {
         loop {
             {
                 let mut gates = lock(&self.gates);
-                let gate = gates.0.entry(token.clone()).or_default();
-                if !gate.publishing {
-                    gate.publishing = true;
+                // One at a time: each asks all others which slot they are in.
+                if !gates.0.values().any(|gate| gate.publishing) {
+                    gates.0.entry(token.clone()).or_default().publishing = true;
                     break;
                 }
             }
-            patience.wait(PAUSE, "the token is being published")?;
+            patience.wait(PAUSE, "a token is being published")?;
         }
         let outcome = loop {
             let inside = lock(&self.gates).0.get(token).map_or(0, |gate| gate.inside);

@@ -378,8 +378,8 @@ impl Tree {
     pub(super) fn noted_write<T>(&self, node: &Node, outcome: Result<T>) -> Result<T> {
         outcome.map_err(|error| {
             // What is named in the words of the tree is in the log already.
-            if error.kind() == ErrorKind::WouldBlock || error.path().is_some_and(Path::is_relative)
-            {
+            let is_ordinary = matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Stale);
+            if is_ordinary || error.path().is_some_and(Path::is_relative) {
                 return error;
             }
             // Which attribute, and in which file of the store.

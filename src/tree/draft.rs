@@ -164,6 +164,11 @@ impl Draft {
         }
     }
 
+    /// Whether it has been left alone for long enough to be written.
+    pub fn is_due(&self, now: Instant) -> bool {
+        self.due().is_some_and(|due| due <= now)
+    }
+
     /// When it is to be written, if it is left alone until then.
     fn due(&self) -> Option<Instant> {
         if self.busy {

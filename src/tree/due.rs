@@ -1,12 +1,13 @@
 //! When what the mount shows becomes what the store has.
 //!
 //! What has been left alone for long enough is due. [`Tree::due`] hands it out as tasks, each of which can wait for a lock for as long as it
-//! likes: whoever does them ([`Tree::attend`]) does so at the same time, so that one object's lock holds up no other object. At the end of
-//! the mount [`Tree::finish`] does everything. How each is done is in [`super::settle`].
+//! likes: whoever does them ([`Tree::attend`]) does so at the same time, so that one object's lock holds up no other object. What shares a
+//! lock, as all of a database does, is one task. At the end of the mount [`Tree::finish`] does everything. How each is done is in
+//! [`super::settle`].
 //!
-//! A task is handed out once, until it is dropped.
+//! A task is handed out once, until it is dropped; what was not done is handed out again.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -15,10 +16,17 @@ use super::draft::{Key, New};
 use super::node::Node;
 use super::settle::Finished;
 use super::{Tree, lock};
-use crate::store::{ObjectName, Patience, TokenName};
+use crate::error::ErrorKind;
+use crate::store::{Backend, ObjectName, Patience, TokenName};
 
 /// How many objects are written at once at the end of a mount.
 const AT_ONCE: usize = 64;
+
+/// How long each waits at least for the locks that it shares with what is written at the same time, however short `lock_wait` is.
+const AT_LEAST: Duration = Duration::from_secs(1);
+
+/// How long one waits for a lock that another one has waited for in vain.
+const BRIEFLY: Duration = Duration::from_millis(20);
 
 /// What there is to do.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -27,92 +35,147 @@ pub(super) enum What {
     LookAfter(TokenName, ObjectName),
     /// An object is new, or something in it was unlinked.
     Write(Key),
-    /// Objects of a token that is being built, one after the other, and then that token itself.
-    Build(TokenName),
+    /// The same of objects of one token, one after the other, since they share a lock; and then that token itself, if it is being built.
+    WriteAll(TokenName),
 }
 
-/// What is handed out and not done yet.
-pub(super) type Tasks = Arc<Mutex<HashSet<What>>>;
+/// What is to be handed out, and what is handed out and not done yet.
+#[derive(Debug, Default)]
+pub(super) struct Tasks {
+    taken: HashSet<What>,
+    returned: HashSet<(TokenName, ObjectName)>,
+}
 
 /// Something that is due. As long as it is there nobody else is given the same.
 #[derive(Debug)]
 pub struct Task {
     what: What,
-    tasks: Tasks,
-    /// Of a token that is being built: which of its objects are due, and whether it is to be published.
+    all: Arc<Mutex<Tasks>>,
+    /// Of [`What::WriteAll`]: which objects are due, and whether the token is to be published.
     objects: Vec<Key>,
     is_finished: bool,
+    is_done: bool,
 }
 
 impl Task {
     /// Takes on what nobody else has taken on.
-    fn take(tasks: &Tasks, what: What) -> Option<Self> {
-        lock(tasks).insert(what.clone()).then(|| Self {
+    fn take(all: &Arc<Mutex<Tasks>>, what: What) -> Option<Self> {
+        lock(all).taken.insert(what.clone()).then(|| Self {
             what,
-            tasks: Arc::clone(tasks),
+            all: Arc::clone(all),
             objects: Vec::new(),
             is_finished: false,
+            is_done: false,
         })
     }
 }
 
 impl Drop for Task {
     fn drop(&mut self) {
-        lock(&self.tasks).remove(&self.what);
+        let mut all = lock(&self.all);
+        all.taken.remove(&self.what);
+        // Nobody else would know of it; what is to be written is due until it is.
+        if let What::LookAfter(token, object) = &self.what
+            && !self.is_done
+        {
+            all.returned.insert((token.clone(), object.clone()));
+        }
     }
 }
 
 impl Tree {
+    /// SoftHSM may have brought back an object, or overwritten a change of it: who can wait sees to it.
+    pub(super) fn is_to_be_looked_after(&self, token: &TokenName, object: &ObjectName) {
+        lock(&self.tasks)
+            .returned
+            .insert((token.clone(), object.clone()));
+        self.wake();
+    }
+
     /// What is due, and when the next thing will be that is not.
     pub fn due(&self) -> (Vec<Task>, Option<Instant>) {
         let take = |what| Task::take(&self.tasks, what);
-        let returned = std::mem::take(&mut *lock(&self.returned));
-        let mut tasks = Vec::new();
-        for (token, object) in returned {
-            match take(What::LookAfter(token.clone(), object.clone())) {
-                Some(task) => tasks.push(task),
-                // It is being looked after, and something has happened to it since that began.
-                None => lock(&self.returned).push((token, object)),
+        let returned: Vec<_> = {
+            let mut all = lock(&self.tasks);
+            let Tasks { taken, returned } = &mut *all;
+            // Something has happened to it since somebody has begun to look after it.
+            let is_free = |(token, object): &(TokenName, ObjectName)| {
+                !taken.contains(&What::LookAfter(token.clone(), object.clone()))
+            };
+            returned.extract_if(is_free).collect()
+        };
+        let looks = returned
+            .into_iter()
+            .filter_map(|(token, object)| take(What::LookAfter(token, object)));
+        let mut tasks: Vec<Task> = looks.collect();
+        let drafts = lock(&self.drafts);
+        let (keys, finished, next) = drafts.due(Instant::now());
+        drop(drafts);
+        let mut together: BTreeMap<TokenName, Vec<Key>> = BTreeMap::new();
+        for token in &finished {
+            together.entry(token.clone()).or_default();
+        }
+        for key in keys {
+            if self.share_a_lock(&key.0) {
+                together.entry(key.0.clone()).or_default().push(key);
+            } else {
+                tasks.extend(take(What::Write(key)));
             }
         }
-        let drafts = lock(&self.drafts);
-        let (mut keys, finished, next) = drafts.due(Instant::now());
-        let building = drafts.builds();
-        drop(drafts);
-        for token in building {
-            let objects: Vec<Key> = keys.extract_if(.., |key| key.0 == token).collect();
+        for (token, objects) in together {
             let is_finished = finished.contains(&token);
-            if !is_finished && objects.is_empty() {
-                continue;
-            }
-            if let Some(mut task) = take(What::Build(token)) {
+            if let Some(mut task) = take(What::WriteAll(token)) {
                 (task.objects, task.is_finished) = (objects, is_finished);
                 tasks.push(task);
             }
         }
-        tasks.extend(keys.into_iter().filter_map(|key| take(What::Write(key))));
         (tasks, next)
     }
 
+    /// Whether the objects of a token are written one after the other: those of a database, and of a token that has to wait for them.
+    fn share_a_lock(&self, token: &TokenName) -> bool {
+        self.store.is_building(token)
+            || self
+                .token(token)
+                .is_ok_and(|token| token.backend() == Backend::Db)
+    }
+
+    /// Writes objects that share a lock. What has been waited for in vain is not waited for again for each of them.
+    fn write_in_turn(&self, keys: &[Key], finished: Finished) {
+        let mut patience = None;
+        for key in keys {
+            let patient = patience.map_or_else(|| self.patience(), Patience::at_most);
+            match self.write_draft(key, finished, patient) {
+                Err(error) if error.kind() == ErrorKind::Busy => patience = Some(BRIEFLY),
+                _ => patience = None,
+            }
+        }
+    }
+
+    /// How long each thing that is due waits.
+    fn patience(&self) -> Patience {
+        Patience::at_most(self.store.options().lock_wait.max(AT_LEAST))
+    }
+
     /// Does what is due. What fails is in the log, and is due again in a while.
-    pub fn attend(&self, task: Task, patience: Patience) {
+    pub fn attend(&self, mut task: Task) {
         match &task.what {
             What::LookAfter(token, object) => {
+                let patience = self.patience();
                 let seen_to = self.ask(token, patience, |token| token.look_after(object, patience));
                 let _ = self.noted(seen_to);
             }
             What::Write(key) => {
-                let _ = self.write_draft(key, Finished::Assumed, patience);
+                let _ = self.write_draft(key, Finished::LeftAlone, self.patience());
             }
-            What::Build(token) => {
-                for key in &task.objects {
-                    let _ = self.write_draft(key, Finished::Assumed, patience);
-                }
+            What::WriteAll(token) => {
+                self.write_in_turn(&task.objects, Finished::LeftAlone);
                 if task.is_finished {
-                    let _ = self.publish(token, patience);
+                    let _ = self.publish(token, self.patience());
                 }
             }
         }
+        task.is_done = true;
         drop(task);
         // It may be due again.
         self.wake();
@@ -125,7 +188,7 @@ impl Tree {
             return next;
         }
         for task in tasks {
-            self.attend(task, Patience::at_most(self.store.options().lock_wait));
+            self.attend(task);
         }
         // That took a while, in which more may have become due.
         Some(Instant::now())
@@ -151,8 +214,7 @@ impl Tree {
 
     /// Writes everything that is not in the store yet: the mount ends. What cannot be written is lost, and is in the log.
     pub fn finish(&self) {
-        let limit = self.store.options().lock_wait;
-        let patience = Patience::at_most(limit);
+        let patience = self.patience();
         for token in self.store.tokens().unwrap_or_default() {
             if let Ok(token) = self.store.token(&token) {
                 token.look_after_all(patience);
@@ -160,15 +222,21 @@ impl Tree {
         }
         let mut keys = lock(&self.drafts).keys(None);
         keys.retain(|key| self.is_to_be_written(key));
-        for keys in keys.chunks(AT_ONCE) {
-            let write = |key| {
-                let _ = self.write_draft(key, Finished::Ended, Patience::at_most(limit));
-            };
+        let (shared, own): (Vec<Key>, Vec<Key>) =
+            keys.into_iter().partition(|key| self.share_a_lock(&key.0));
+        let mut turns: BTreeMap<TokenName, Vec<Key>> = BTreeMap::new();
+        for key in shared {
+            turns.entry(key.0.clone()).or_default().push(key);
+        }
+        let mut turns: Vec<Vec<Key>> = turns.into_values().collect();
+        turns.extend(own.into_iter().map(|key| vec![key]));
+        for turns in turns.chunks(AT_ONCE) {
             thread::scope(|scope| {
-                for key in keys {
+                for keys in turns {
                     let thread = thread::Builder::new().name("tokenfs-finish".to_owned());
-                    if thread.spawn_scoped(scope, move || write(key)).is_err() {
-                        write(key);
+                    let write = || self.write_in_turn(keys, Finished::Ended);
+                    if thread.spawn_scoped(scope, write).is_err() {
+                        write();
                     }
                 }
             });
@@ -176,12 +244,12 @@ impl Tree {
         let tokens = lock(&self.drafts).builds();
         for token in tokens {
             let outcome = if self.is_token(&token) {
-                self.publish(&token, Patience::at_most(limit))
+                self.publish(&token, self.patience())
             } else {
                 self.diagnostics.warning(format!(
                     "{token}: a directory without the attributes of a token was left in the root; it is removed with all that is in it"
                 ));
-                self.store.abandon_token(&token, Patience::at_most(limit))
+                self.store.abandon_token(&token, self.patience())
             };
             if let Err(error) = outcome {
                 self.diagnostics.error(&error);

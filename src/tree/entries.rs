@@ -170,7 +170,10 @@ impl Tree {
         };
         let object = self.object(token, id, patience)?;
         // That there is room for it: the map, and no other kind of the same type.
-        slot.set(&mut object.attributes.clone(), placeholder(slot.key.kind))?;
+        slot.set(
+            &mut object.attributes.clone(),
+            Value::some_of(slot.key.kind),
+        )?;
         self.check_entries()?;
         let bytes: Bytes = Arc::new(Mutex::new(Vec::new()));
         {
@@ -498,58 +501,57 @@ impl Tree {
         ))
     }
 
-    /// Removes an object, whether it is in the store by now or not, if it is still what was seen.
+    /// Removes an object, whether it is in the store by now or not, if it is what is expected; returns what it held in the mount.
     ///
     /// # Errors
-    /// [`ErrorKind::NotEmpty`] if it is not: somebody else has given it a value meanwhile.
+    /// [`ErrorKind::NotEmpty`] if it is something else: somebody has given it a value since it was looked at.
     pub(super) fn remove_object(
         &self,
         token: &TokenName,
         object: &ObjectName,
-        expected: Expected<'_>,
+        expected: Expected,
         patience: Patience,
-    ) -> Result<()> {
+    ) -> Result<Attributes> {
         let key = (token.clone(), ObjectId::Object(object.clone()));
         let check = |attributes: &Attributes| match expected {
-            Expected::Damaged => Ok(()),
-            Expected::Nothing if attributes.is_empty() => Ok(()),
-            Expected::Whole(seen) if seen == attributes => Ok(()),
-            Expected::Nothing | Expected::Whole(_) => Err(Error::new(
+            Expected::Nothing if !attributes.is_empty() => Err(Error::new(
                 ErrorKind::NotEmpty,
                 "somebody has put something into it meanwhile",
             )),
+            _ => Ok(()),
         };
         let was_new = self.with_drafts(&key, patience, |drafts| {
             let Some(attributes) = drafts.new_attributes(&key) else {
-                return Ok(false);
+                return Ok(None);
             };
             check(&attributes)?;
             drafts.remove(&key);
             drafts.touch(&key);
-            Ok(true)
+            Ok(Some(attributes))
         })?;
-        if was_new {
-            return Ok(());
+        if let Some(attributes) = was_new {
+            return Ok(attributes);
         }
         let held = lock(&self.drafts)
             .get(&key)
             .map(|draft| draft.removed.clone())
             .unwrap_or_default();
+        let mut last = Attributes::new();
         self.ask(token, patience, |token| match expected {
             Expected::Damaged => token.replace_damaged(object, None, patience),
-            Expected::Nothing | Expected::Whole(_) => {
+            Expected::Nothing | Expected::Anything => {
                 let mut check = |stored: Result<&Attributes>| {
-                    let mut visible = stored?.clone();
+                    last = stored?.clone();
                     for (slot, then) in &held {
-                        slot.remove_unchanged(&mut visible, then);
+                        slot.remove_unchanged(&mut last, then);
                     }
-                    check(&visible)
+                    check(&last)
                 };
                 token.remove_if(object, &mut check, patience)
             }
         })?;
         lock(&self.drafts).remove(&key);
-        Ok(())
+        Ok(last)
     }
 
     /// The directory of a token's own attributes is gone from the mount; from the store only with the token.
@@ -621,16 +623,16 @@ impl Tree {
 
 /// What was seen of an object that is to be removed.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Expected<'a> {
+pub(super) enum Expected {
     /// It is damaged.
     Damaged,
     /// There is nothing in it, for those who see it through the mount.
     Nothing,
-    /// It holds this.
-    Whole(&'a Attributes),
+    /// Whatever it holds.
+    Anything,
 }
 
-impl Expected<'_> {
+impl Expected {
     /// There is nothing in it, unless it is damaged.
     pub fn empty(is_damaged: bool) -> Self {
         if is_damaged {
@@ -638,17 +640,6 @@ impl Expected<'_> {
         } else {
             Self::Nothing
         }
-    }
-}
-
-/// Some value of a kind.
-fn placeholder(kind: Kind) -> Value {
-    match kind {
-        Kind::Bool => Value::Bool(false),
-        Kind::Ulong => Value::Ulong(0),
-        Kind::Bytes => Value::Bytes(Vec::new()),
-        Kind::Mechs => Value::Mechs(std::collections::BTreeSet::new()),
-        Kind::Map => Value::Map(Attributes::new()),
     }
 }
 

@@ -154,7 +154,7 @@ impl Tree {
 
     /// Files of a scratch directory have become attributes: who has one of them open goes on to write into that. What somebody has written, and
     /// closed, since they were looked at is written there too.
-    pub(super) fn follow_published(&self, files: &[Published], patience: Patience) {
+    pub(super) fn follow_published(&self, files: &[Published]) {
         let writers = lock(&self.handles).writers();
         for file in files {
             for writer in &writers {
@@ -166,6 +166,8 @@ impl Tree {
             }
             let now = lock(&file.content).clone();
             if now != file.seen {
+                // It is closed already, and cannot be asked for again.
+                let patience = Patience::at_most(self.store.options().lock_wait);
                 let outcome = self.commit_text(&file.becomes, &now, None, patience);
                 let _ = self.noted_write(&file.becomes, outcome);
             }

@@ -57,7 +57,7 @@ use crate::diagnostics::Diagnostics;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::attribute::Kind;
 use crate::store::watch::Coverage;
-use crate::store::{Object, ObjectName, Store, Token, TokenName};
+use crate::store::{Object, Store, Token, TokenName};
 
 use draft::Drafts;
 pub use due::Task;
@@ -189,10 +189,8 @@ pub struct Tree {
     budget: Mutex<budget::Budget>,
     gates: Mutex<building::Gates>,
     listener: OnceLock<Listener>,
-    /// Objects that SoftHSM has brought back.
-    returned: Mutex<Vec<(TokenName, ObjectName)>>,
-    /// What somebody is doing of what was due.
-    tasks: due::Tasks,
+    /// What is to be looked after, and what somebody is doing of what was due.
+    tasks: Arc<Mutex<due::Tasks>>,
     /// Files whose last descriptor is closed and whose content is still being committed, and how long that may take.
     closing: Mutex<HashMap<Node, Instant>>,
     /// Whether there may be something to settle, and the signal for it.
@@ -221,8 +219,7 @@ impl Tree {
             budget: Mutex::default(),
             gates: Mutex::default(),
             listener: OnceLock::new(),
-            returned: Mutex::default(),
-            tasks: due::Tasks::default(),
+            tasks: Arc::default(),
             closing: Mutex::default(),
             work: (Mutex::default(), Condvar::new()),
             changes: AtomicU64::new(0),

@@ -3,7 +3,7 @@
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 
-use super::entries::{Expected, ScratchFile};
+use super::entries::ScratchFile;
 use super::name::{self, Name};
 use super::node::Node;
 use super::rename::{End, other_device};
@@ -26,7 +26,8 @@ impl Tree {
         target: &Node,
         patience: Patience,
     ) -> Result<()> {
-        let entries = self.parse_directory(&Node::Scratch(id), true)?;
+        let token = target.token().ok_or_else(other_device)?;
+        let entries = self.parse_directory(token, &Node::Scratch(id), true)?;
         self.commit_map(target, &entries, true, patience)
     }
 
@@ -47,8 +48,11 @@ impl Tree {
                     return Err(other_device());
                 };
                 let now = (lock(content).clone(), entry.given);
-                // Who goes on writing has it open, and commits that when it is closed.
-                if published.as_ref() == Some(&now.0) || attempt == ATTEMPTS {
+                if attempt == ATTEMPTS {
+                    let detail = "somebody writes into it all the while";
+                    return Err(Error::new(ErrorKind::Busy, detail));
+                }
+                if published.as_ref() == Some(&now.0) {
                     scratch.commit(from.directory, from.name, target);
                     return Ok(());
                 }
@@ -59,9 +63,12 @@ impl Tree {
                 outcome?;
                 // Whoever has what was there before open does not write over it.
                 self.cut_off(target);
-            } else {
+            } else if let Err(error) = outcome {
                 // Somebody has written into it, and closed it, while it was being committed. If that is no value the first one stays.
-                let _ = self.noted_write(target, outcome);
+                if error.kind() != ErrorKind::Invalid {
+                    return Err(error);
+                }
+                let _ = self.noted_write::<()>(target, Err(error));
             }
             published = Some(bytes);
         }
@@ -77,7 +84,7 @@ impl Tree {
         patience: Patience,
     ) -> Result<()> {
         let node = Node::Scratch(id);
-        let attributes = self.parse_directory(&node, false)?;
+        let attributes = self.parse_directory(token, &node, false)?;
         validate::check_finished(None, &attributes)?;
         let (access, mtime) = {
             let scratch = lock(&self.scratch);
@@ -118,7 +125,8 @@ impl Tree {
     }
 
     /// The attributes that the files in a scratch directory are.
-    fn parse_directory(&self, node: &Node, is_map: bool) -> Result<Attributes> {
+    fn parse_directory(&self, token: &TokenName, node: &Node, is_map: bool) -> Result<Attributes> {
+        let opened = self.token(token)?;
         let mut attributes = Attributes::new();
         let files = self.scratch_files(node)?;
         // What others depend on comes first: CKA_PARAMETER_SET is spelled by the CKA_KEY_TYPE beside it.
@@ -138,13 +146,14 @@ impl Tree {
                 if depends != with_context {
                     continue;
                 }
+                opened.check_key(key, is_map)?;
                 let slot = Slot { map: None, key };
                 let value = match content {
                     Some(content) if key.kind != Kind::Map => {
                         text::parse(key, content, Context::of(&attributes))?
                     }
                     None if key.kind == Kind::Map && !is_map => {
-                        Value::Map(self.parse_directory(child, true)?)
+                        Value::Map(self.parse_directory(token, child, true)?)
                     }
                     _ => {
                         return Err(Error::new(
@@ -159,32 +168,15 @@ impl Tree {
         Ok(attributes)
     }
 
-    /// Makes a copy in scratch of what `take_away` removes from its place, which is told what of an object was copied. If that is something else by then
-    /// ([`ErrorKind::NotEmpty`]) it is copied again. What had the name before is there until that is done. Of a damaged object the copy is an
-    /// empty directory, which cannot become an object again.
+    /// Makes a copy in scratch of what `take_away` removes from its place, which says what an object held when it went: if that is something else by then
+    /// the copy is that. What had the name before is there until that is done. Of a damaged object the copy is an empty directory, which
+    /// cannot become an object again.
     pub(super) fn move_to_scratch(
         &self,
         (node, is_damaged): (&Node, bool),
         to: End<'_>,
         patience: Patience,
-        take_away: impl Fn(Expected<'_>) -> Result<()>,
-    ) -> Result<ScratchId> {
-        loop {
-            match self.try_to_move((node, is_damaged), to, patience, &take_away) {
-                Err(error) if error.kind() == ErrorKind::NotEmpty && !is_damaged => {
-                    patience.wait(super::settle::PAUSE, "somebody is changing the object")?;
-                }
-                moved => return moved,
-            }
-        }
-    }
-
-    fn try_to_move(
-        &self,
-        (node, is_damaged): (&Node, bool),
-        to: End<'_>,
-        patience: Patience,
-        take_away: &impl Fn(Expected<'_>) -> Result<()>,
+        take_away: impl FnOnce() -> Result<Option<Attributes>>,
     ) -> Result<ScratchId> {
         let seen = match node {
             Node::Object(token, id) if !is_damaged => Some(self.object(token, id, patience)?),
@@ -205,16 +197,47 @@ impl Tree {
         } else {
             self.copy_to_scratch(node, aside, patience)?
         };
-        let copied = match &seen {
-            Some(object) => Expected::Whole(&object.attributes),
-            None => Expected::empty(is_damaged),
+        let last = match take_away() {
+            Ok(last) => last,
+            Err(error) => {
+                lock(&self.scratch).remove(aside.directory, aside.name);
+                return Err(error);
+            }
         };
-        if let Err(error) = take_away(copied) {
-            lock(&self.scratch).remove(aside.directory, aside.name);
-            return Err(error);
+        if let (Some(last), Some(seen)) = (last, seen)
+            && last != seen.attributes
+        {
+            let access = access_of(&view::file(&seen.metadata, self.settings.mask));
+            self.refill(made, &last, access)?;
         }
         lock(&self.scratch).rename((aside.directory, aside.name), (to.directory, to.name))?;
         Ok(made)
+    }
+
+    /// Puts the files of these attributes into a scratch directory, in the place of all that is in it.
+    fn refill(&self, directory: ScratchId, attributes: &Attributes, access: Access) -> Result<()> {
+        let node = Node::Scratch(directory);
+        let context = Context::of(attributes);
+        let mut scratch = lock(&self.scratch);
+        let names: Vec<_> = scratch.names(&node).into_iter().flatten().collect();
+        let names: Vec<_> = names.into_iter().map(|(name, _)| name.clone()).collect();
+        for name in names {
+            scratch.remove(&node, &name);
+        }
+        let in_directory = scratch.get(directory)?.access;
+        drop(scratch);
+        for (key, value) in attributes.iter() {
+            let name = name::file_name(key);
+            let name = OsStr::new(&*name);
+            if let Value::Map(entries) = value {
+                let made = lock(&self.scratch).make(&node, name, None, in_directory)?;
+                self.refill(made, entries, access)?;
+            } else {
+                let content = text::render(key.attribute_type, value, context)?.into_owned();
+                lock(&self.scratch).make(&node, name, Some(content), access)?;
+            }
+        }
+        Ok(())
     }
 
     /// A copy in scratch of an attribute, a map or an object, with the mode and owner that it has.

@@ -112,7 +112,7 @@ impl Tree {
                     self.publish_map(*id, &target, patience)?;
                     lock(&self.scratch).remove(from.directory, from.name);
                     self.rebind(ino, &target, to_parent, patience);
-                    self.follow_published(&files, patience);
+                    self.follow_published(&files);
                 } else {
                     self.publish_file(*id, from, &target, patience)?;
                 }
@@ -128,7 +128,7 @@ impl Tree {
                 self.publish_object(*id, (&token, &object), replaces_damaged, patience)?;
                 lock(&self.scratch).remove(from.directory, from.name);
                 self.rebind(ino, &target, to_parent, patience);
-                self.follow_published(&files, patience);
+                self.follow_published(&files);
             }
             (Node::Attribute(..) | Node::MapEntry(..), Place::Attribute(target)) => {
                 if node.object() != target.object() {
@@ -142,8 +142,8 @@ impl Tree {
                     let key = (token.clone(), id.clone());
                     (slot, self.open_in(&key, Some(slot)))
                 });
-                let made = self.move_to_scratch((&node, false), to, patience, |_| {
-                    self.take_out(&node, patience)
+                let made = self.move_to_scratch((&node, false), to, patience, || {
+                    self.take_out(&node, patience).map(|()| None)
                 })?;
                 if let Some((slot, writers)) = open {
                     self.follow_into_scratch(made, Some(slot), &writers);
@@ -177,8 +177,14 @@ impl Tree {
                 let is_damaged = self.is_damaged(&node, patience)?;
                 let key = (token.clone(), ObjectId::Object(object.clone()));
                 let open = self.open_in(&key, None);
-                let made = self.move_to_scratch((&node, is_damaged), to, patience, |copied| {
-                    self.remove_object(token, object, copied, patience)
+                let made = self.move_to_scratch((&node, is_damaged), to, patience, || {
+                    let expected = if is_damaged {
+                        Expected::Damaged
+                    } else {
+                        Expected::Anything
+                    };
+                    self.remove_object(token, object, expected, patience)
+                        .map(Some)
                 })?;
                 self.moved(&key, |_| Some(super::handle::Place::Gone));
                 self.follow_into_scratch(made, None, &open);
@@ -317,7 +323,7 @@ impl Tree {
             return Ok(());
         }
         match self.remove_object(&key.0, object, Expected::empty(is_damaged), patience) {
-            Ok(()) => Ok(()),
+            Ok(_) => Ok(()),
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
             Err(error) => Err(error),
         }

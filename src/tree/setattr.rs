@@ -41,6 +41,7 @@ impl Tree {
         if self.is_orphan(ino) {
             return self.set_orphan(ino, handle, change, patience);
         }
+        self.check_still_theirs(ino, &node, change, patience)?;
         let outcome = self.set(&node, handle, change, patience);
         let outcome = match (outcome, handle) {
             // It is open and unlinked: nobody will ever see what was set.
@@ -52,6 +53,34 @@ impl Tree {
         match handle {
             Some(handle) => self.open_attributes(ino, handle, patience),
             None => self.attributes(ino, patience),
+        }
+    }
+
+    /// That who may set mode and owner was decided by the owner that it has now, as in [`Tree::check_told`]. Root may in any case.
+    fn check_still_theirs(
+        &self,
+        ino: Ino,
+        node: &Node,
+        change: &SetAttributes,
+        patience: Patience,
+    ) -> Result<()> {
+        let metadata = &change.metadata;
+        let is_owners = metadata.mode.is_some() || metadata.uid.is_some() || metadata.gid.is_some();
+        if !is_owners || change.uid.is_none_or(|uid| uid == 0) {
+            return Ok(());
+        }
+        let told = lock(&self.inodes).get(ino).and_then(|inode| inode.told);
+        let Some(told) = told else {
+            return Ok(());
+        };
+        match self.describe(node, patience) {
+            Ok((now, _)) if now.uid != told.uid => {
+                let detail = "it has another owner than a moment ago";
+                Err(Error::new(ErrorKind::Stale, detail))
+            }
+            Err(error) if error.kind() == ErrorKind::WouldBlock => Err(error),
+            // What else is wrong is found out by what is done.
+            _ => Ok(()),
         }
     }
 
@@ -91,13 +120,6 @@ impl Tree {
         let (metadata, pid) = (&change.metadata, change.pid);
         if *metadata == MetadataChange::default() {
             return Ok(());
-        }
-        let is_owners = metadata.mode.is_some() || metadata.uid.is_some() || metadata.gid.is_some();
-        if let Some(uid) = change.uid.filter(|uid| is_owners && *uid != 0)
-            && self.describe(node, patience)?.0.uid != uid
-        {
-            let detail = "it has another owner than a moment ago";
-            return Err(Error::new(ErrorKind::Stale, detail));
         }
         match node {
             Node::Scratch(id) => {

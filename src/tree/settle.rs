@@ -4,7 +4,7 @@
 //! is held for as long. A token that is being built is published when all that is in it is finished. [`super::due`] says when it is time for
 //! what nobody has said so of.
 
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use super::draft::{Build, Draft, Drafts, Key, New};
 use super::handle::HandleId;
@@ -26,8 +26,10 @@ pub(super) const PAUSE: Duration = Duration::from_millis(1);
 pub(super) enum Finished {
     /// Whoever made it has said so: its times were set, or it was synced.
     Said,
-    /// Nobody has: it has been left alone, or all that is pending is written.
+    /// Nobody has, and all that is pending is written.
     Assumed,
+    /// Nobody has, and it has been left alone.
+    LeftAlone,
     /// The mount ends: what there is of it is written, or lost.
     Ended,
 }
@@ -69,6 +71,10 @@ impl Tree {
             let Some(draft) = drafts.get_mut(key) else {
                 return Ok(None);
             };
+            // It may be another one by now, or somebody may have gone on with it.
+            if finished == Finished::LeftAlone && !draft.is_due(Instant::now()) {
+                return Ok(None);
+            }
             draft.busy = true;
             Ok(Some(draft.clone()))
         })?;
@@ -150,7 +156,7 @@ impl Tree {
                 ),
             ));
         }
-        if finished == Finished::Assumed
+        if matches!(finished, Finished::Assumed | Finished::LeftAlone)
             && let Some(lacks) = new.lacks()
         {
             return Err(Error::new(

@@ -145,8 +145,7 @@ impl Tree {
             return;
         };
         if opened.look_after(object, Patience::Now).is_err() {
-            lock(&self.returned).push((token.clone(), object.clone()));
-            self.wake();
+            self.is_to_be_looked_after(token, object);
         }
     }
 

@@ -187,11 +187,13 @@ pub(super) fn strangers(look: &mut Look<'_>) {
         let is_object = entry.stem(OBJECT_SUFFIX).is_some();
         let bytes = name.as_bytes();
         let ending = OBJECT_SUFFIX.as_bytes();
-        let is_lock = entry.stem(LOCK_SUFFIX).is_some_and(|stem| {
-            let object = with(stem, OBJECT_SUFFIX);
-            look.entries.iter().any(|entry| entry.name == object)
-        });
-        if !is_object && !is_lock && bytes.windows(ending.len()).any(|part| part == ending) {
+        let is_lock = || {
+            entry.stem(LOCK_SUFFIX).is_some_and(|stem| {
+                let object = with(stem, OBJECT_SUFFIX);
+                look.entries.iter().any(|entry| entry.name == object)
+            })
+        };
+        if !is_object && bytes.windows(ending.len()).any(|part| part == ending) && !is_lock() {
             let detail =
                 "this looks like a copy of an object, or a part of one; SoftHSM ignores it";
             let finding = Finding::new(Category::Foreign, detail).advising(MOVE);

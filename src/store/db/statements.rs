@@ -3,8 +3,6 @@
 //! Assumes a write transaction. Rows are changed as SoftHSM's `DBObject.cpp` changes them: all rows that repeat a type at once,
 //! so that the first one never comes to differ from the others.
 
-use std::collections::BTreeSet;
-
 use rusqlite::types::Value as Cell;
 use rusqlite::{Connection, params};
 
@@ -115,14 +113,7 @@ fn table(kind: Kind) -> Table {
 /// # Errors
 /// [`crate::error::ErrorKind::Invalid`].
 pub(super) fn check_key(key: AttributeKey) -> Result<()> {
-    let some = match key.kind {
-        Kind::Bool => Value::Bool(false),
-        Kind::Ulong => Value::Ulong(0),
-        Kind::Bytes => Value::Bytes(Vec::new()),
-        Kind::Mechs => Value::Mechs(BTreeSet::new()),
-        Kind::Map => Value::Map(Attributes::new()),
-    };
-    cell(key, &some).map(drop)
+    cell(key, &Value::some_of(key.kind)).map(drop)
 }
 
 /// A value as it is stored, if [`super::snapshot`] would make the same of it again.

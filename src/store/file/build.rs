@@ -15,7 +15,7 @@ use rustix::fs::{RenameFlags, renameat_with};
 
 use super::attire::{access_of, create_flags, set_access};
 use super::encode::encode;
-use super::generation::Generation;
+use super::generation::{Generation, microseconds};
 use super::guard::{Temporary, stat_regular, sync, sync_directory};
 use super::read::open_regular;
 use super::{FileToken, TOKEN_LOCK, TOKEN_OBJECT};
@@ -50,7 +50,8 @@ impl FileToken {
             point("file.build.made");
             set_access(&own.file, files)?;
             point("file.build.dressed");
-            own.write(&encode(1, &Attributes::new()))?;
+            // One of that name can have been there before.
+            own.write(&encode(microseconds(), &Attributes::new()))?;
             point("file.build.written");
             own.keep();
             Ok(())

@@ -302,16 +302,22 @@ impl FileToken {
         };
         apply(directory, names.object(), change)?;
         self.unsynced(names.object());
-        // Who may rename files here can have put somebody else's there.
-        if let Some(lock) = held
-            && fstat(&lock).is_ok_and(|lock| lock.st_uid == stat.st_uid && lock.st_size == 0)
-        {
-            let access = MetadataChange {
-                atime: None,
-                mtime: None,
-                ..*change
-            };
-            apply_to_open(&lock, &access)?;
+        let access = MetadataChange {
+            atime: None,
+            mtime: None,
+            ..*change
+        };
+        if let Some(lock) = held.filter(|_| access != MetadataChange::default()) {
+            // Who may rename files here can have put somebody else's there.
+            let found = fstat(&lock).map_err(|errno| Error::system("stat", errno))?;
+            if found.st_uid == stat.st_uid && found.st_size == 0 {
+                apply_to_open(&lock, &access)?;
+            } else if let Some(name) = names.lock() {
+                self.diagnostics.warning(format!(
+                    "{}: this lock file has another owner than its object, or something in it, and is left as it is: chown it, or remove it and run tokenfs check --repair",
+                    self.path.join(name).display()
+                ));
+            }
         }
         self.cache().remove(id);
         Ok(())

@@ -202,6 +202,7 @@ fn a_token_that_is_being_built_is_none_before_it_is_published() {
     assert!(u64::from_be_bytes(generation) > 1 << 40);
     let own = token.object(&ObjectId::Token, soon()).unwrap();
     assert_eq!(own.attributes.bytes(LABEL), Some(&b"label"[..]));
+    assert!(own.generation.unwrap() > 1 << 40);
     assert_eq!(own.metadata.mode, 0o640);
     assert!(token.publish().is_err());
 }

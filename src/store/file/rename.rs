@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::renameat;
-use nix::sys::stat::FileStat;
+use nix::sys::stat::{FileStat, fstat};
 use rustix::fs::{RenameFlags, renameat_with};
 use rustix::io::Errno as Refusal;
 
@@ -62,12 +62,15 @@ impl FileToken {
         let order = (from < to, &stat);
         let (reading, transaction) = self.lock_both(&names, &target, order, None, patience)?;
         let departed = self.arrive(to);
-        if let Err(error) = self.give_name_locked(&names, &target, &reading, patience) {
-            self.arrive_not(to, departed);
-            self.leave(&target, transaction);
-            return Err(error);
-        }
-        let became = Some((to.clone(), reading.stat));
+        let stat = match self.give_name_locked(&names, &target, &reading, patience) {
+            Ok(stat) => stat,
+            Err(error) => {
+                self.arrive_not(to, departed);
+                self.leave(&target, transaction);
+                return Err(error);
+            }
+        };
+        let became = Some((to.clone(), stat));
         self.set_awaited(from, true);
         let last = Fingerprint::of_version(&reading.version);
         self.depart(from, last, became, false);
@@ -129,12 +132,15 @@ impl FileToken {
         let order = (from < to, base);
         let locked = self.lock_both(&names, &target, order, Some(departed), patience);
         let carried = locked.and_then(|(reading, transaction)| {
-            if let Err(error) = self.carry_over(&names, &target, &reading, (departed, base)) {
-                self.leave(&target, transaction);
-                return Err(error);
-            }
+            let stat = match self.carry_over(&names, &target, &reading, (departed, base)) {
+                Ok(stat) => stat,
+                Err(error) => {
+                    self.leave(&target, transaction);
+                    return Err(error);
+                }
+            };
             // It may come once more.
-            let became = Some((to.clone(), reading.stat));
+            let became = Some((to.clone(), stat));
             let last = Fingerprint::of_version(&reading.version);
             self.depart(from, last, became, true);
             let told = self.raise_generation(patience);
@@ -196,7 +202,7 @@ impl FileToken {
         target: &Names,
         reading: &Reading,
         (departed, base): (&Departed, &FileStat),
-    ) -> Result<()> {
+    ) -> Result<FileStat> {
         let directory = self.directory();
         reading.version.content.as_ref().map_err(Clone::clone)?;
         if !departed.is_resumed_by(&reading.version) {
@@ -220,7 +226,7 @@ impl FileToken {
         // As young as it is, SoftHSM is not making it.
         self.born.remember(&reading.file);
         Generation::open(directory)?;
-        renew_generation(reading)?;
+        let stat = renew_generation(reading)?;
         // SoftHSM has not, and what is to be unlinked is on disk.
         sync(&reading.file)?;
         // Not if the other one was destroyed.
@@ -234,7 +240,7 @@ impl FileToken {
         .map_err(|errno| Error::system("exchange", Errno::from_raw(errno.raw_os_error())))?;
         unlink_if_there(directory, names.object())?;
         self.unsynced(target.object());
-        Ok(())
+        Ok(stat)
     }
 
     /// Removes the lock file of a name that no object has any more.
@@ -262,7 +268,7 @@ impl FileToken {
         target: &Names,
         reading: &Reading,
         patience: Patience,
-    ) -> Result<()> {
+    ) -> Result<FileStat> {
         let directory = self.directory();
         let building = self.is_building();
         self.clear_temporary(target, patience)?;
@@ -281,9 +287,11 @@ impl FileToken {
         if !is_named(directory, names.object(), &reading.stat)? {
             return Err(gone());
         }
-        if !building {
-            renew_generation(reading)?;
-        }
+        let stat = if building {
+            reading.stat
+        } else {
+            renew_generation(reading)?
+        };
         rename(self, names, target)?;
         point("file.rename.renamed");
         // A sync that has the old name in mind does not find it.
@@ -298,20 +306,18 @@ impl FileToken {
         point("file.rename.told");
         drop(trace);
         point("file.rename.unmarked");
-        Ok(())
+        Ok(stat)
     }
 }
 
 /// Gives an object a generation that none can have had under the name that it is about to get: a SoftHSM that knows another one by that
 /// name would take it for this, and write that over it one day. It is locked exclusively; one write of eight bytes is whole for everybody.
-fn renew_generation(reading: &Reading) -> Result<()> {
-    let Some(present) = reading
-        .version
-        .content
-        .as_ref()
-        .map_or(None, |it| it.generation)
-    else {
-        return Ok(());
+/// Says what `stat` does afterwards.
+fn renew_generation(reading: &Reading) -> Result<FileStat> {
+    let stat = || fstat(&reading.file).map_err(|errno| Error::system("stat", errno));
+    let content = reading.version.content.as_ref();
+    let Some(present) = content.map_or(None, |decoded| decoded.generation) else {
+        return stat();
     };
     let next = following(Some(present.max(microseconds())));
     reading
@@ -322,8 +328,8 @@ fn renew_generation(reading: &Reading) -> Result<()> {
     // Nobody has changed it.
     match set_mtime(&reading.file, Some(reading.version.metadata.mtime)) {
         // Who may write a file and does not own it cannot choose its time.
-        Err(error) if error.kind() == ErrorKind::NotPermitted => Ok(()),
-        dated => dated,
+        Err(error) if error.kind() != ErrorKind::NotPermitted => Err(error),
+        _ => stat(),
     }
 }
 
