@@ -409,6 +409,44 @@ both_backends! {
         bench.assert_sessions_agree();
     }
 
+    /// An error of a step that only cleans up is none of the rename's; one that comes before leaves everything as it was.
+    fn an_object_is_in_one_place_whatever_fails(backend) {
+        let bench = Bench::new(backend);
+        let label = bench.stored_data("CKA_LABEL").unwrap();
+        let other = "11111111-2222-4333-8444-555555555555";
+        let (mut failed, mut done) = (0, 0);
+        for call in ["unlink", "unlinkat", "renameat", "renameat2", "pwrite64", "fsync", "fdatasync", "linkat", "write"] {
+            for when in ["1", "2", "3", "1+"] {
+                for (to, is_scratch) in [(".gone", true), (other, false)] {
+                    let what = format!("{backend}: EIO in {call}, time {when}, of a rename to {to}");
+                    let injection = Injection::new(&bench, call, &format!("error=EIO:when={when}"));
+                    let renamed = errno(fs::rename(bench.at(&bench.data), bench.at(to)));
+                    drop(injection);
+                    eventually(SOON, "both to be seen again", || {
+                        fs::metadata(bench.at(&bench.data)).is_ok() != fs::metadata(bench.at(to)).is_ok()
+                    });
+                    assert_eq!(renamed != 0, bench.has(&bench.data), "{what}: {renamed}\n{}", bench.log());
+                    assert_eq!(renamed == 0 && !is_scratch, bench.has(other), "{what}: {renamed}\n{}", bench.log());
+                    if renamed == 0 {
+                        done += 1;
+                        assert_eq!(fs::read(bench.at(to).join("CKA_LABEL")).unwrap(), label, "{what}");
+                        fs::rename(bench.at(to), bench.at(&bench.data)).unwrap();
+                    } else {
+                        failed += 1;
+                        assert_eq!(fs::read(bench.of_data("CKA_LABEL")).unwrap(), label, "{what}");
+                    }
+                }
+            }
+        }
+        println!("{backend}: {failed} renames failed, {done} were done all the same");
+        assert!(failed > 3 && done > 3);
+        let Bench { mount, softhsm, .. } = bench;
+        mount.unmount();
+        Mount::new(&softhsm).unmount();
+        let left = leftovers(&softhsm.tokendir);
+        assert!(left.is_empty(), "{left:?}");
+    }
+
     fn an_error_of_the_disk_comes_through(backend) {
         let mut bench = Bench::new(backend);
         let old = bench.stored_data("CKA_LABEL").unwrap();

@@ -165,6 +165,107 @@ both_backends! {
         assert_eq!(bench.stored(format!("{OTHER}/CKA_LABEL")).unwrap(), b"two");
     }
 
+    fn who_opens_a_file_while_its_object_is_moved_away_and_back_writes_into_it(backend) {
+        let bench = Bench::new(backend);
+        let over = std::sync::atomic::AtomicBool::new(false);
+        let (from, to, file) = (bench.at(&bench.data), bench.at(".gone"), bench.of_data("CKA_APPLICATION"));
+        let (mut kept, mut moved) = (0, 0);
+        thread::scope(|scope| {
+            let moving = scope.spawn(|| {
+                let mut moved = 0;
+                while !over.load(std::sync::atomic::Ordering::Relaxed) {
+                    fs::rename(&from, &to).unwrap();
+                    fs::rename(&to, &from).unwrap();
+                    moved += 1;
+                }
+                moved
+            });
+            let end = std::time::Instant::now() + lasting(4, 30);
+            for number in 0.. {
+                if std::time::Instant::now() > end {
+                    break;
+                }
+                // It is somewhere else just now, or has come back since it was opened.
+                let Ok(mut open) = File::options().write(true).truncate(true).open(&file) else { continue };
+                let text = format!("{number}");
+                if open.write_all(text.as_bytes()).is_err() {
+                    continue;
+                }
+                thread::sleep(Duration::from_millis(number % 10));
+                if calls::close(open).is_err() {
+                    continue;
+                }
+                let mut seen = fs::read(&file);
+                while seen.is_err() {
+                    seen = fs::read(&file);
+                }
+                if seen.unwrap() != text.as_bytes() {
+                    over.store(true, std::sync::atomic::Ordering::Relaxed);
+                    panic!("{number} was written and closed, and is not there");
+                }
+                kept += 1;
+            }
+            over.store(true, std::sync::atomic::Ordering::Relaxed);
+            moved = moving.join().unwrap();
+        });
+        println!("{backend}: {kept} values were kept beside {moved} moves");
+        assert!(kept > 20 && moved > 20, "{kept} {moved}");
+    }
+
+    fn a_descriptor_of_what_is_renamed_over_is_good_to_the_end(backend) {
+        let bench = Bench::new(backend);
+        let over = std::sync::atomic::AtomicBool::new(false);
+        let file = bench.of_data("CKA_VALUE");
+        let is_over = || over.load(std::sync::atomic::Ordering::Relaxed);
+        thread::scope(|scope| {
+            let renaming = scope.spawn(|| {
+                while !is_over() {
+                    fs::write(bench.of_data(".t"), [b'B'; 5000]).unwrap();
+                    fs::rename(bench.of_data(".t"), &file).unwrap();
+                }
+            });
+            let reading = scope.spawn(|| {
+                while !is_over() {
+                    let seen = fs::read(&file).unwrap();
+                    assert!(seen == [b'B'; 5000] || seen == [b'C'; 3000] || seen == b"value", "{}", seen.len());
+                }
+            });
+            let end = std::time::Instant::now() + lasting(3, 30);
+            let mut rounds = 0;
+            let mut write = || -> std::io::Result<()> {
+                while std::time::Instant::now() < end {
+                    let mut open = File::options().write(true).open(&file)?;
+                    open.write_all(&[b'C'; 3000])?;
+                    open.set_len(3000)?;
+                    open.metadata()?;
+                    calls::close(open)?;
+                    rounds += 1;
+                }
+                Ok(())
+            };
+            let written = write();
+            over.store(true, std::sync::atomic::Ordering::Relaxed);
+            renaming.join().unwrap();
+            reading.join().unwrap();
+            written.unwrap();
+            println!("{backend}: {rounds} rounds");
+        });
+    }
+
+    /// An editor's swap file, while it edits.
+    fn scratch_goes_along_with_its_object(backend) {
+        let bench = Bench::new(backend);
+        bench.quiet("printf swap >$k/.CKA_LABEL.swp; mkdir $k/.d; printf deep >$k/.d/f; printf map >$k/CKA_UNWRAP_TEMPLATE/.m");
+        let mut at = bench.private.clone();
+        for to in [OTHER, ".gone", OTHER, ".gone", &*bench.private.clone()] {
+            bench.quiet(&format!("mv {at} {to}"));
+            at = to.to_owned();
+            bench.quiet(&format!("test \"$(cat {at}/.CKA_LABEL.swp {at}/.d/f {at}/CKA_UNWRAP_TEMPLATE/.m)\" = swapdeepmap"));
+        }
+        bench.settle();
+        assert_eq!(bench.log(), "");
+    }
+
     /// It does nothing between the removal and the restore, and so has to see by the object itself that it is another one.
     fn a_session_takes_no_restored_object_for_the_one_before(backend) {
         let mut bench = Bench::new(backend);
@@ -236,6 +337,25 @@ both_backends! {
         assert!(said.contains("0xd44b4602.bytes"), "{said}");
         bench.quiet(&format!("rm -rf {OTHER}"));
         bench.settle();
+    }
+
+    /// It is no token yet, and SoftHSM does not count it.
+    fn a_token_that_is_pending_is_in_no_slot(backend) {
+        let mut bench = Bench::new(backend);
+        bench.client.init_token("second", Some(PIN)).unwrap();
+        eventually(SOON, "the second token", || fs::read_dir(bench.mount.path()).unwrap().count() == 2);
+        bench.quiet("mkdir -p ../pending/token; printf pending >../pending/token/CKA_OS_TOKENLABEL; printf 1037 >../pending/token/CKA_OS_TOKENFLAGS; sleep .5");
+        for (serial, is_well) in [("0000000000000002", false), ("0000000000000003", true), ("zzzz", true)] {
+            let line = format!("printf {serial} >token/CKA_OS_TOKENSERIAL");
+            if is_well {
+                bench.quiet(&line);
+            } else {
+                assert!(bench.fails(&line).contains("Invalid argument"), "{serial}");
+            }
+            let mut fresh = bench.softhsm.p11();
+            fresh.open("second", Some(PIN)).unwrap();
+        }
+        bench.quiet("rm -r ../pending");
     }
 
     fn tokenfs_umount_says_what_it_could_not_write(backend) {

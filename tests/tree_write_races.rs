@@ -757,6 +757,31 @@ fn what_is_unlinked_while_something_is_refused_for_it_is_gone() {
 }
 
 #[test]
+fn what_could_not_be_written_to_its_end_is_no_value_until_it_is() {
+    use tokenfs::error::ErrorKind::TooLarge;
+    let f = fixture();
+    let label = f.find(f.object, "CKA_LABEL");
+    let open = f.open(label);
+    f.tree.write(open, 0, b"newer").unwrap();
+    let refused = f.tree.write(open, 64 << 20, b"x").unwrap_err();
+    assert_eq!(refused.kind(), TooLarge);
+    f.tree.write(open, 1, b"ZZ").unwrap();
+    assert_eq!(f.tree.flush(open, patient()).unwrap_err().kind(), TooLarge);
+    assert_eq!(labels(&f), (true, false));
+    // What is missing is cut off.
+    let cut = SetAttributes {
+        size: Some(0),
+        ..SetAttributes::default()
+    };
+    f.tree
+        .set_attributes(label, Some(open), &cut, patient())
+        .unwrap();
+    f.tree.write(open, 0, b"new").unwrap();
+    f.close(open);
+    assert_eq!(labels(&f), (true, true));
+}
+
+#[test]
 fn what_is_written_and_closed_while_it_is_renamed_is_not_lost() {
     let f = fixture();
     f.put(f.object, ".x", b"one");

@@ -316,7 +316,8 @@ impl Store {
     ) -> Result<Vec<u64>> {
         let mut slots = Vec::new();
         for other in self.tokens()? {
-            if other == *name {
+            // One that is being built is none yet, and looks itself when it becomes one.
+            if other == *name || self.is_building(&other) {
                 continue;
             }
             match own(&other) {
@@ -324,7 +325,9 @@ impl Store {
                     let serial = object.attributes.bytes(CKA_OS_TOKENSERIAL);
                     slots.push(slot_id(serial.unwrap_or_default()));
                 }
-                Err(error) if error.kind() == ErrorKind::WouldBlock => return Err(error),
+                Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Busy) => {
+                    return Err(error);
+                }
                 Err(_) => {}
             }
         }

@@ -102,6 +102,16 @@ impl Tree {
             Node::Scratch(id) => self.commit_to_scratch(*id, &text, state.mtime),
             _ => self.commit(&node, &text, state.mtime, patience),
         };
+        let is_gone = matches!(&outcome, Err(error) if error.kind() == ErrorKind::NotFound);
+        if is_gone && self.committed_as(writer).as_ref() != Some(&node) {
+            // It has become something else between the two.
+            return self.commit_content(writer, patience);
+        }
+        let outcome = match (&node, outcome) {
+            // It was removed, and needs none.
+            (Node::Scratch(_), Err(error)) if error.kind() == ErrorKind::NotFound => Ok(()),
+            (_, outcome) => outcome,
+        };
         if !matches!(&outcome, Err(error) if error.kind() == ErrorKind::WouldBlock) {
             let mut now = lock(&writer.state);
             if now.version == state.version {

@@ -74,10 +74,10 @@ impl Tree {
         })
     }
 
-    /// Makes `text` the content of a scratch file, unless that is gone by now.
+    /// Makes `text` the content of a scratch file.
     ///
     /// # Errors
-    /// [`ErrorKind::NoSpace`] beyond the limit for what is in memory.
+    /// [`ErrorKind::NotFound`] if that is gone by now; [`ErrorKind::NoSpace`] beyond the limit for what is in memory.
     pub(super) fn commit_to_scratch(
         &self,
         id: ScratchId,
@@ -90,9 +90,7 @@ impl Tree {
         | Text::First(bytes)) = text;
         self.check_memory(bytes.len() as u64)?;
         let mut scratch = lock(&self.scratch);
-        let Ok(entry) = scratch.get_mut(id) else {
-            return Ok(());
-        };
+        let entry = scratch.get_mut(id)?;
         let Content::File(content) = &entry.content else {
             return Ok(());
         };

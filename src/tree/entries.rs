@@ -11,9 +11,10 @@ use super::place::Place;
 use super::scratch::Content;
 use super::slot::Slot;
 use super::write::OpenForWriting;
+use super::write::Scratched;
 use super::{Entry, FileKind, HandleId, Tree, lock};
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::attribute::{Attributes, Kind, Value};
+use crate::store::attribute::{Attributes, Value};
 use crate::store::{Access, Backend, ObjectId, ObjectName, Patience, TokenName, validate};
 
 /// Who makes something: it belongs to them.
@@ -25,6 +26,23 @@ pub struct Caller {
     pub gid: u32,
     /// Their process, 0 if it is not known.
     pub pid: u32,
+}
+
+impl Caller {
+    /// Whether it is in a group: by its own, or by one of its others, which the kernel does not say. They are those of the process (`proc(5)`,
+    /// "status"), if that can be seen from here.
+    pub(super) fn is_in(self, gid: u32) -> bool {
+        if self.gid == gid {
+            return true;
+        }
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid));
+        let status = status.unwrap_or_default();
+        let groups = status.lines().find_map(|line| line.strip_prefix("Groups:"));
+        groups
+            .unwrap_or_default()
+            .split_whitespace()
+            .any(|group| group.parse() == Ok(gid))
+    }
 }
 
 /// How a file is created.
@@ -71,7 +89,7 @@ impl Tree {
     }
 
     /// That what `access` says can be made by this process: only root gives files away.
-    fn check_owner(&self, access: Access) -> Result<()> {
+    pub(super) fn check_owner(&self, access: Access) -> Result<()> {
         if self.settings.uid != 0 && access.uid != self.settings.uid {
             return Err(Error::new(
                 ErrorKind::NotPermitted,
@@ -154,7 +172,9 @@ impl Tree {
                 let access = self.access(directory, how.mode, 0o666, caller, patience)?;
                 let made = lock(&self.scratch).make(directory, name, Some(Vec::new()), access)?;
                 let node = Node::Scratch(made);
-                let handle = self.open_scratch(&node, made, how.open)?;
+                let Scratched::Opened(handle) = self.open_scratch(&node, made, how.open)? else {
+                    return Err(Error::not_found("it has been renamed already"));
+                };
                 Ok((node, handle, true))
             }
             Place::Object(..) | Place::Own(_) | Place::Token(_) => {
@@ -362,6 +382,7 @@ impl Tree {
             lock(&self.scratch).remove(directory, name);
         } else {
             self.take_out(&node, patience)?;
+            self.cut_off(&node);
         }
         self.orphan(known);
         Ok(())
@@ -403,7 +424,6 @@ impl Tree {
             drafts.tidy(&key);
             Ok(())
         })?;
-        self.cut_off(node);
         self.wake();
         Ok(())
     }
@@ -443,7 +463,11 @@ impl Tree {
         let is_damaged = self.check_empty(&node, by, patience)?;
         match &node {
             Node::Scratch(_) => lock(&self.scratch).remove(directory, name),
-            Node::Attribute(..) => self.take_out(&node, patience)?,
+            Node::Attribute(..) => {
+                self.take_out(&node, patience)?;
+                self.cut_off(&node);
+                self.cut_off(&node);
+            }
             Node::Object(token, ObjectId::Token) => self.remove_own(token),
             Node::Object(token, ObjectId::Object(object)) => {
                 self.remove_object(token, object, Expected::empty(is_damaged), patience)?;

@@ -51,7 +51,8 @@ impl Tree {
                 _ => None,
             };
             if let Some(now) = now {
-                if now == Place::Gone && !matches!(writer.node, Node::Scratch(_)) {
+                let is_away = matches!(now, Place::Gone | Place::Moved(Node::Scratch(_)));
+                if is_away && !matches!(writer.node, Node::Scratch(_)) {
                     self.count_writers(&node, |writers| writers.saturating_sub(1));
                 }
                 *lock(&writer.place) = now;
@@ -86,37 +87,21 @@ impl Tree {
         lock(&self.inodes).bury(ino);
     }
 
-    /// What files of the object `key` are open for writing, and in which place: all, or those of an attribute or an attribute map.
-    pub(super) fn open_in(&self, key: &Key, moved: Option<Slot>) -> Vec<(Arc<Writer>, Slot)> {
-        let writers = lock(&self.handles).writers();
-        let placed = writers.into_iter().filter_map(|writer| {
-            let node = self.committed_as(&writer)?;
-            let (token, id, slot) = Slot::of(&node)?;
-            let is_there = (token, id) == (&key.0, &key.1)
-                && moved.is_none_or(|moved| slot == moved || slot.is_in(moved));
-            is_there.then_some((writer, slot))
-        });
-        placed.collect()
-    }
-
-    /// The object, or what was at `moved` in it, has become the scratch `made`: who has a file of it open goes on to write into that.
-    pub(super) fn follow_into_scratch(
-        &self,
-        made: ScratchId,
-        moved: Option<Slot>,
-        writers: &[(Arc<Writer>, Slot)],
-    ) {
-        for (writer, slot) in writers {
-            let file = (moved != Some(*slot)).then_some(slot.key);
+    /// The object `key`, or what was at `moved` in it, has become the scratch `made`: who has a file of it open goes on to write into that. Whoever
+    /// has opened it until now is among them, and who opens it from now on does not find it.
+    pub(super) fn follow_into_scratch(&self, key: &Key, moved: Option<Slot>, made: ScratchId) {
+        self.moved(key, |slot| {
+            if moved.is_some_and(|moved| slot != moved && !slot.is_in(moved)) {
+                return None;
+            }
+            let file = (moved != Some(slot)).then_some(slot.key);
             let map = slot.map.filter(|_| moved.is_none()).map(map_key);
             let scratch = lock(&self.scratch);
             let found = map.into_iter().chain(file).try_fold(made, |id, key| {
                 scratch.find(&Node::Scratch(id), OsStr::new(&*name::file_name(key)))
             });
-            if let Some(found) = found {
-                *lock(&writer.place) = Place::Moved(Node::Scratch(found));
-            }
-        }
+            Some(found.map_or(Place::Gone, |id| Place::Moved(Node::Scratch(id))))
+        });
     }
 
     /// What files there are in the scratch directory `node`, which is to become `target`, an object or a map.
@@ -152,8 +137,8 @@ impl Tree {
         files
     }
 
-    /// Files of a scratch directory have become attributes: who has one of them open goes on to write into that. What somebody has written, and
-    /// closed, since they were looked at is written there too.
+    /// Files of a scratch directory have become attributes: who has one of them open goes on to write into that. Before they go, so that
+    /// nobody writes into nothing.
     pub(super) fn follow_published(&self, files: &[Published]) {
         let writers = lock(&self.handles).writers();
         for file in files {
@@ -164,6 +149,12 @@ impl Tree {
                     *lock(&writer.place) = Place::Moved(file.becomes.clone());
                 }
             }
+        }
+    }
+
+    /// They are gone: what somebody has written into one of them, and closed, since they were looked at is written into its attribute too.
+    pub(super) fn commit_late(&self, files: &[Published]) {
+        for file in files {
             let now = lock(&file.content).clone();
             if now != file.seen {
                 // It is closed already, and cannot be asked for again.

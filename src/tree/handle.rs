@@ -79,6 +79,8 @@ pub(super) struct State {
     pub appended: Option<usize>,
     /// A write was refused and nothing was written since: there is nothing to commit, not even that the file was emptied for it.
     pub refused: bool,
+    /// Where a write failed for lack of room: until that place is written, or cut off, there is no value.
+    pub gap: Option<u64>,
     /// Why what was written last was not committed.
     pub error: Option<Error>,
     /// The time that the file was given since the last write.
@@ -99,9 +101,10 @@ impl State {
     }
 
     /// Not all that was to be written could be: what could is a part of it, and no value that anybody meant.
-    pub fn failed(&mut self, error: Error) {
+    pub fn failed(&mut self, error: Error, at: u64) {
         *self = Self {
             refused: true,
+            gap: Some(self.gap.map_or(at, |gap| gap.min(at))),
             error: Some(error),
             committing: self.committing,
             version: self.version + 1,
@@ -113,6 +116,7 @@ impl State {
     pub fn committed(&mut self, refused: bool) {
         *self = Self {
             refused,
+            gap: self.gap,
             error: self.error.take().filter(|_| refused),
             committing: self.committing,
             version: self.version,

@@ -12,7 +12,7 @@ use super::slot::Slot;
 use super::text::{self, Context};
 use super::{FileKind, Tree, lock, view};
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::attribute::{Attributes, Kind, Value};
+use crate::store::attribute::{AttributeKey, Attributes, Kind, Value};
 use crate::store::{Access, NewObject, ObjectId, ObjectName, Patience, TokenName, validate};
 
 /// How often a file is committed anew that is written while it is committed.
@@ -122,6 +122,29 @@ impl Tree {
         // An empty directory that was just made there is replaced.
         lock(&self.drafts).remove(&key);
         Ok(())
+    }
+
+    /// What is in the scratch directory `node` and is no attribute stays scratch, in the object that it becomes.
+    pub(super) fn keep_scratch_of(&self, node: &Node, target: &Node) {
+        let Node::Object(token, id) = target else {
+            return;
+        };
+        let is_scratch = |name: &OsStr| matches!(name::parse(name.as_bytes()), Name::Scratch);
+        let mut scratch = lock(&self.scratch);
+        let maps: Vec<(AttributeKey, ScratchId)> = scratch
+            .names(node)
+            .into_iter()
+            .flatten()
+            .filter_map(|(name, id)| match name::parse(name.as_bytes()) {
+                Name::Attribute(key) if key.kind == Kind::Map => Some((key, *id)),
+                _ => None,
+            })
+            .collect();
+        scratch.move_all(node, target, is_scratch);
+        for (map, of) in maps {
+            let target = Node::Attribute(token.clone(), id.clone(), map);
+            scratch.move_all(&Node::Scratch(of), &target, is_scratch);
+        }
     }
 
     /// The attributes that the files in a scratch directory are.

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use super::handle::{Handle, HandleId};
 use super::node::{Ino, Node, ROOT};
 use super::publish::access_of;
+use super::write::Scratched;
 use super::{
     Attributes, Entry, FileKind, Listed, Look, NAME_MAX, OpenForWriting, Tree, by_label, lock, view,
 };
@@ -189,9 +190,15 @@ impl Tree {
     /// # Errors
     /// [`ErrorKind::IsADirectory`]; [`ErrorKind::NotFound`] if it is gone by now, and what the store fails with.
     pub fn open(&self, ino: Ino, patience: Patience) -> Result<HandleId> {
-        let node = self.node(ino)?;
-        if let Node::Scratch(id) = &node {
-            return self.open_scratch(&node, *id, OpenForWriting::default());
+        let mut node = self.node(ino)?;
+        if let Node::Scratch(id) = node {
+            match self.open_scratch(&node, id, OpenForWriting::default())? {
+                Scratched::Opened(handle) => {
+                    lock(&self.handles).opened_by(handle, ino);
+                    return Ok(handle);
+                }
+                Scratched::Became(attribute) => node = attribute,
+            }
         }
         if let Node::FileInLayout(token, file) = &node {
             let opened = self.open_in_layout(ino, token, file, patience);

@@ -8,12 +8,12 @@ use super::entries::{Caller, Expected, exists};
 use super::name;
 use super::node::{Ino, Node};
 use super::place::Place;
-use super::slot::Slot;
+use super::slot::{Slot, map_key};
 use super::text::Context;
 use super::{FileKind, Tree, lock, text, view};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::attribute::{Attributes, Value};
-use crate::store::{Backend, ObjectId, ObjectName, Patience, TokenName};
+use crate::store::{Access, Backend, ObjectId, ObjectName, Patience, TokenName};
 
 /// What `renameat2(2)` was asked for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -110,9 +110,10 @@ impl Tree {
                 if kind == FileKind::Directory {
                     let files = self.files_below(&node, &target);
                     self.publish_map(*id, &target, patience)?;
+                    self.follow_published(&files);
                     lock(&self.scratch).remove(from.directory, from.name);
                     self.rebind(ino, &target, to_parent, patience);
-                    self.follow_published(&files);
+                    self.commit_late(&files);
                 } else {
                     self.publish_file(*id, from, &target, patience)?;
                 }
@@ -126,9 +127,11 @@ impl Tree {
                 let target = Node::Object(token.clone(), ObjectId::Object(object.clone()));
                 let files = self.files_below(&node, &target);
                 self.publish_object(*id, (&token, &object), replaces_damaged, patience)?;
+                self.follow_published(&files);
+                self.keep_scratch_of(&node, &target);
                 lock(&self.scratch).remove(from.directory, from.name);
                 self.rebind(ino, &target, to_parent, patience);
-                self.follow_published(&files);
+                self.commit_late(&files);
             }
             (Node::Attribute(..) | Node::MapEntry(..), Place::Attribute(target)) => {
                 if node.object() != target.object() {
@@ -138,15 +141,12 @@ impl Tree {
                 self.rebind(ino, &target, to_parent, patience);
             }
             (Node::Attribute(..) | Node::MapEntry(..), Place::Scratch) => {
-                let open = Slot::of(&node).map(|(token, id, slot)| {
-                    let key = (token.clone(), id.clone());
-                    (slot, self.open_in(&key, Some(slot)))
-                });
                 let made = self.move_to_scratch((&node, false), to, patience, || {
                     self.take_out(&node, patience).map(|()| None)
                 })?;
-                if let Some((slot, writers)) = open {
-                    self.follow_into_scratch(made, Some(slot), &writers);
+                if let Some((token, id, slot)) = Slot::of(&node) {
+                    let key = (token.clone(), id.clone());
+                    self.follow_into_scratch(&key, Some(slot), made);
                 }
                 lock(&self.scratch).clear(&node);
                 self.rebind(ino, &Node::Scratch(made), to_parent, patience);
@@ -164,7 +164,13 @@ impl Tree {
                     let now = slot.node(token, &to_id);
                     Some(super::handle::Place::Moved(now))
                 });
-                lock(&self.scratch).clear_object(&(token.clone(), id.clone()));
+                let key = (token.clone(), id.clone());
+                lock(&self.scratch).move_along(&key, |_, map| {
+                    Some(match map {
+                        Some(map) => Node::Attribute(token.clone(), to_id.clone(), map_key(map)),
+                        None => Node::Object(token.clone(), to_id.clone()),
+                    })
+                });
                 let target = Node::Object(to_token, ObjectId::Object(to_object));
                 self.rebind(ino, &target, to_parent, patience);
             }
@@ -176,7 +182,15 @@ impl Tree {
                 self.check_may_write(token, how.by, patience)?;
                 let is_damaged = self.is_damaged(&node, patience)?;
                 let key = (token.clone(), ObjectId::Object(object.clone()));
-                let open = self.open_in(&key, None);
+                // Who may not put it back as it was does not take it away.
+                if self.token(token)?.backend() == Backend::File {
+                    let metadata = self.object_metadata(token, &key.1, patience)?;
+                    self.check_owner(Access {
+                        mode: metadata.mode,
+                        uid: metadata.uid,
+                        gid: metadata.gid,
+                    })?;
+                }
                 let made = self.move_to_scratch((&node, is_damaged), to, patience, || {
                     let expected = if is_damaged {
                         Expected::Damaged
@@ -186,9 +200,15 @@ impl Tree {
                     self.remove_object(token, object, expected, patience)
                         .map(Some)
                 })?;
-                self.moved(&key, |_| Some(super::handle::Place::Gone));
-                self.follow_into_scratch(made, None, &open);
-                lock(&self.scratch).clear_object(&key);
+                self.follow_into_scratch(&key, None, made);
+                lock(&self.scratch).move_along(&key, |scratch, map| {
+                    let Some(map) = map else {
+                        return Some(Node::Scratch(made));
+                    };
+                    let name = name::file_name(map_key(map));
+                    let map = scratch.find(&Node::Scratch(made), OsStr::new(&*name))?;
+                    Some(Node::Scratch(map))
+                });
                 self.rebind(ino, &Node::Scratch(made), to_parent, patience);
             }
             // mv(1) copies what has to be copied.
@@ -232,7 +252,7 @@ impl Tree {
         let mode = database.mode & !self.settings.mask;
         let may = if caller.uid == database.uid {
             mode & 0o200 != 0
-        } else if caller.gid == database.gid {
+        } else if caller.is_in(database.gid) {
             mode & 0o020 != 0
         } else {
             mode & 0o002 != 0

@@ -15,6 +15,7 @@ use super::node::Node;
 use super::{Attributes, FileKind, lock};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::Access;
+use crate::store::attribute::AttributeType;
 
 /// How many scratch files and directories there may be.
 const MOST_ENTRIES: usize = 100_000;
@@ -238,12 +239,38 @@ impl Scratch {
         }
     }
 
-    /// Takes away all that is in the directory of an object, and in its maps, which are gone.
-    pub fn clear_object(&mut self, (token, id): &super::draft::Key) {
+    /// What is in the directory of an object, and in its maps, goes along when that becomes another directory: `place` says which its own, or
+    /// that of a map, is then.
+    pub fn move_along(
+        &mut self,
+        (token, id): &Key,
+        place: impl Fn(&Self, Option<AttributeType>) -> Option<Node>,
+    ) {
         let of = |directory: &&Node| directory.object() == Some((token, id));
         let directories: Vec<Node> = self.outside.keys().filter(of).cloned().collect();
         for directory in directories {
-            self.clear(&directory);
+            let map = match &directory {
+                Node::Attribute(_, _, map) => Some(map.attribute_type),
+                _ => None,
+            };
+            match place(self, map) {
+                Some(to) => self.move_all(&directory, &to, |_| true),
+                None => self.clear(&directory),
+            }
+        }
+    }
+
+    /// Gives what is in a directory, and `wanted` by its name, the same names in another one.
+    pub fn move_all(&mut self, from: &Node, to: &Node, wanted: impl Fn(&OsStr) -> bool) {
+        let names: Vec<OsString> = self
+            .names(from)
+            .into_iter()
+            .flatten()
+            .map(|(name, _)| name.clone())
+            .collect();
+        for name in names.iter().filter(|name| wanted(name)) {
+            // It fails only if one of the two is gone, and then so is what was in it.
+            let _ = self.rename((from, name), (to, name));
         }
     }
 

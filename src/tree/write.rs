@@ -30,6 +30,14 @@ pub struct OpenForWriting {
     pub append: bool,
 }
 
+/// What came of opening a scratch file.
+#[derive(Debug)]
+pub(super) enum Scratched {
+    Opened(HandleId),
+    /// It has been renamed to this attribute, which is to be opened.
+    Became(Node),
+}
+
 impl Tree {
     /// Opens a file for writing, and perhaps for reading. Nothing reaches the store before [`Tree::flush`].
     ///
@@ -45,9 +53,8 @@ impl Tree {
         let node = self.node(ino)?;
         let opened = self.open_writer(&node, Some(ino), how, patience);
         let handle = self.noted_write(&node, opened)?;
-        if let Node::Scratch(_) = node {
-            lock(&self.handles).opened_by(handle, ino);
-        }
+        // Under which it may be asked about when its name is that of another one.
+        lock(&self.handles).opened_by(handle, ino);
         Ok(handle)
     }
 
@@ -84,10 +91,9 @@ impl Tree {
     ) -> Result<HandleId> {
         self.check_writable(node)?;
         if let Node::Scratch(id) = node {
-            let became = lock(&self.scratch).became(*id);
-            return match became {
-                Some(attribute) => self.open_writer(&attribute, None, how, patience),
-                None => self.open_scratch(node, *id, how),
+            return match self.open_scratch(node, *id, how)? {
+                Scratched::Opened(handle) => Ok(handle),
+                Scratched::Became(attribute) => self.open_writer(&attribute, None, how, patience),
             };
         }
         self.wait_until_closed(node, patience)?;
@@ -162,14 +168,21 @@ impl Tree {
         drafts.touch(key);
     }
 
+    /// Opens a scratch file, if it is one still.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`], [`ErrorKind::IsADirectory`].
     pub(super) fn open_scratch(
         &self,
         node: &Node,
         id: ScratchId,
         how: OpenForWriting,
-    ) -> Result<HandleId> {
+    ) -> Result<Scratched> {
         let (bytes, attributes, counted) = {
             let scratch = lock(&self.scratch);
+            if let Some(attribute) = scratch.became(id) {
+                return Ok(Scratched::Became(attribute));
+            }
             let entry = scratch.get(id)?;
             match &entry.content {
                 Content::File(bytes) => {
@@ -190,7 +203,7 @@ impl Tree {
         if how.truncate {
             lock(&bytes).clear();
         }
-        Ok(self.open_handle(Handle::Shared(Arc::new(Writer {
+        let handle = self.open_handle(Handle::Shared(Arc::new(Writer {
             node: node.clone(),
             attributes,
             append: how.append,
@@ -199,7 +212,17 @@ impl Tree {
             place: Mutex::default(),
             user: AtomicU32::new(0),
             counted,
-        }))))
+        })));
+        let is_gone = {
+            let scratch = lock(&self.scratch);
+            scratch.became(id).is_none() && scratch.get(id).is_err()
+        };
+        if is_gone {
+            // With its directory, which has become an object meanwhile: who followed it there knew nothing of this descriptor.
+            self.discard(handle);
+            return Err(Error::not_found("it is no scratch any more"));
+        }
+        Ok(Scratched::Opened(handle))
     }
 
     /// The content of a file that was created and has no value yet.
@@ -234,7 +257,8 @@ impl Tree {
             && matches!(error.kind(), ErrorKind::NoSpace | ErrorKind::TooLarge)
             && let Some(node) = self.committed_as(&writer)
         {
-            lock(&writer.state).failed(error.clone());
+            let at = if writer.append { writer.size() } else { offset };
+            lock(&writer.state).failed(error.clone(), at);
             self.note_unwritten(&node);
         }
         outcome
@@ -303,6 +327,13 @@ impl Tree {
         // Both at once: a flush in another thread must not see the one without the other.
         let mut state = lock(&writer.state);
         drop(content);
+        if let Some(gap) = state.gap {
+            state.version += 1;
+            if !(start as u64..end as u64).contains(&gap) {
+                return Ok(());
+            }
+            state.gap = None;
+        }
         state.refused = false;
         state.error = None;
         state.appended = if !writer.append || state.resized {
@@ -368,11 +399,16 @@ impl Tree {
         }
         let size = as_index(size);
         let mut content = lock(&writer.content);
-        if content.len() == size {
+        let mut state = lock(&writer.state);
+        if state.gap.is_some_and(|gap| size as u64 <= gap) {
+            // What could not be written is cut off.
+            state.gap = None;
+            state.refused = false;
+            state.error = None;
+        } else if content.len() == size {
             return Ok(());
         }
         content.resize(size, 0);
-        let mut state = lock(&writer.state);
         drop(content);
         state.resized = true;
         state.appended = None;

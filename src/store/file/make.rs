@@ -249,20 +249,31 @@ impl FileToken {
             return Err(error);
         }
         point("file.remove.told");
+        // It is gone. What cannot be cleared away now is a leftover, as after a crash, and no reason to believe that it is there.
         if names.fit() {
-            unlink_if_there(directory, names.next())?;
+            self.clear_away(names.next());
             point("file.remove.unlinked");
-            unlink_if_there(directory, names.journal())?;
+            self.clear_away(names.journal());
             point("file.remove.unjournalled");
         }
         if let ObjectId::Object(name) = id {
             self.depart(name, last, None, false);
         }
-        unlink_if_there(directory, lock_name)?;
+        self.clear_away(lock_name);
         point("file.remove.done");
         self.changes().forget(id);
         self.cache().remove(id);
         Ok(())
+    }
+
+    /// Unlinks what is left of an object that is gone.
+    pub(super) fn clear_away(&self, name: &Path) {
+        if let Err(error) = unlink_if_there(self.directory(), name) {
+            let error = error.at(self.path.join(name));
+            self.diagnostics.warning(format!(
+                "{error}: it is left of an object that is gone, and goes with the next mount"
+            ));
+        }
     }
 
     pub(super) fn change_metadata(
