@@ -252,6 +252,59 @@ both_backends! {
         });
     }
 
+    fn a_pending_object_that_is_renamed_while_it_is_edited_is_written(backend) {
+        let bench = Bench::new(backend);
+        let new = "22222222-2222-4222-8222-222222222222";
+        bench.quiet(&format!("mkdir {new}; cd {new}; echo CKO_DATA >CKA_CLASS; echo true >CKA_TOKEN; echo false >CKA_PRIVATE"));
+        let scratch = File::create(bench.at(new).join(".s")).unwrap();
+        let attribute = File::create(bench.at(new).join("CKA_LABEL")).unwrap();
+        bench.quiet(&format!("mv {new} {OTHER}; mv {OTHER}/CKA_TOKEN {OTHER}/.t; mv {OTHER}/.t {OTHER}/CKA_TOKEN"));
+        thread::sleep(HELD);
+        assert!(!bench.has(OTHER), "a file in it is open for writing");
+        drop(scratch);
+        thread::sleep(HELD);
+        assert!(!bench.has(OTHER), "another file in it is open for writing");
+        drop(attribute);
+        eventually(SOON, "it to be written", || bench.has(OTHER));
+    }
+
+    fn what_is_made_while_its_object_or_directory_is_moved_is_not_lost(backend) {
+        let bench = Bench::new(backend);
+        // Into a scratch directory that becomes an object.
+        bench.quiet("cp -r $o .new");
+        let generation = bench.softhsm.tokendir.join(&bench.token).join("generation");
+        let held = match backend {
+            Backend::File => Held::File(exclusively(&generation), generation),
+            Backend::Db => Held::data_of(&bench),
+        };
+        thread::scope(|scope| {
+            let renaming = scope.spawn(|| fs::rename(bench.at(".new"), bench.at(OTHER)));
+            thread::sleep(Duration::from_millis(300));
+            fs::write(bench.at(".new/CKA_ID"), "made").unwrap();
+            drop(held);
+            renaming.join().unwrap().unwrap();
+        });
+        bench.settle();
+        assert_eq!(bench.stored(format!("{OTHER}/CKA_ID")).unwrap(), b"made");
+        // Into an object that becomes scratch.
+        let held = Held::data_of(&bench);
+        thread::scope(|scope| {
+            let renaming = scope.spawn(|| fs::rename(bench.at(&bench.data), bench.at(".gone")));
+            thread::sleep(Duration::from_millis(300));
+            let made = File::create(bench.of_data("CKA_ID"));
+            if let Ok(mut made) = made {
+                made.write_all(b"late").unwrap();
+                drop(held);
+                renaming.join().unwrap().unwrap();
+                calls::close(made).unwrap();
+                assert_eq!(fs::read(bench.at(".gone/CKA_ID")).unwrap(), b"late");
+            } else {
+                drop(held);
+                renaming.join().unwrap().unwrap();
+            }
+        });
+    }
+
     /// An editor's swap file, while it edits.
     fn scratch_goes_along_with_its_object(backend) {
         let bench = Bench::new(backend);

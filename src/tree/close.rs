@@ -1,7 +1,7 @@
 //! Descriptors that are closed: what was written through them becomes the value.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::commit::Text;
 use super::handle::{Handle, HandleId, State, Writer};
@@ -11,6 +11,9 @@ use super::text::Context;
 use super::{Tree, lock, text};
 use crate::error::{ErrorKind, Result};
 use crate::store::Patience;
+
+/// How long it takes at most from the end of a rename to its being known where the files that are open are now.
+const RENAMED: Duration = Duration::from_millis(5);
 
 impl Tree {
     /// A descriptor is closed, perhaps not the last one of its file: what was written since the last time is committed.
@@ -103,6 +106,18 @@ impl Tree {
             _ => self.commit(&node, &text, state.mtime, patience),
         };
         let is_gone = matches!(&outcome, Err(error) if error.kind() == ErrorKind::NotFound);
+        if is_gone && let Some((token, id)) = node.object() {
+            // It may be that of a rename which has not said so yet.
+            let key = (token.clone(), id.clone());
+            self.with_drafts(&key, patience, |_| Ok(()))?;
+            std::thread::sleep(RENAMED);
+        }
+        let has_moved = self.committed_as(writer).as_ref() != Some(&node);
+        // What was appended is in what was moved, or is not: it is not appended twice.
+        let is_late = outcome.is_ok() && has_moved && state.appended.is_none();
+        if is_late && self.committed_as(writer).is_some() {
+            return self.commit_content(writer, patience);
+        }
         if is_gone && self.committed_as(writer).as_ref() != Some(&node) {
             // It has become something else between the two.
             return self.commit_content(writer, patience);
@@ -151,7 +166,11 @@ impl Tree {
         }
         lock(&self.closing).remove(&writer.node);
         lock(&self.handles).remove(handle);
-        self.uncount(&writer);
+        self.touch_object(
+            &self
+                .committed_as(&writer)
+                .unwrap_or_else(|| writer.node.clone()),
+        );
         self.wake();
         outcome
     }

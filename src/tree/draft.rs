@@ -6,7 +6,7 @@
 //!
 //! Knows nothing of the store. Contract: `docs/tree.md`, "Writing".
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -51,8 +51,6 @@ pub(super) struct New {
     /// What was to be written into it and could not, for lack of space: whoever copies it may not care, and it would be a part of what was
     /// meant.
     pub unwritten: BTreeSet<Slot>,
-    /// Descriptors that are open for writing in it.
-    pub writers: usize,
     /// The processes that have made its directory, or given that a time: one of them says when it is finished.
     pub makers: BTreeSet<u32>,
 }
@@ -165,12 +163,12 @@ impl Draft {
     }
 
     /// Whether it has been left alone for long enough to be written.
-    pub fn is_due(&self, now: Instant) -> bool {
-        self.due().is_some_and(|due| due <= now)
+    pub fn is_due(&self, now: Instant, is_open: bool) -> bool {
+        self.due(is_open).is_some_and(|due| due <= now)
     }
 
-    /// When it is to be written, if it is left alone until then.
-    fn due(&self) -> Option<Instant> {
+    /// When it is to be written, if it is left alone until then. Something in it can be open for writing.
+    fn due(&self, is_open: bool) -> Option<Instant> {
         if self.busy {
             return None;
         }
@@ -183,7 +181,7 @@ impl Draft {
                     return None;
                 }
                 let wait = if is_undecided { UNDECIDED } else { LEFT_ALONE };
-                (has(pkcs11::CKA_CLASS) && new.writers == 0).then_some(self.touched + wait)
+                (has(pkcs11::CKA_CLASS) && !is_open).then_some(self.touched + wait)
             }
             None if self.gone => Some(self.touched + HALF_REMOVED),
             None => {
@@ -522,8 +520,12 @@ impl Drafts {
         self.times.remove(token)
     }
 
-    /// What is due by now; and when the next thing will be.
-    pub fn due(&self, now: Instant) -> (Vec<Key>, Vec<TokenName>, Option<Instant>) {
+    /// What is due by now, if something is `open` for writing in those objects; and when the next thing will be.
+    pub fn due(
+        &self,
+        now: Instant,
+        open: &HashSet<Key>,
+    ) -> (Vec<Key>, Vec<TokenName>, Option<Instant>) {
         let mut next: Option<Instant> = None;
         let mut keys = Vec::new();
         let mut tokens = Vec::new();
@@ -535,7 +537,7 @@ impl Drafts {
             }
         };
         for (key, draft) in &self.objects {
-            if let Some(due) = draft.due() {
+            if let Some(due) = draft.due(open.contains(key)) {
                 sort(due, &mut || keys.push(key.clone()));
             }
         }

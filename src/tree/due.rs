@@ -108,9 +108,8 @@ impl Tree {
             .into_iter()
             .filter_map(|(token, object)| take(What::LookAfter(token, object)));
         let mut tasks: Vec<Task> = looks.collect();
-        let drafts = lock(&self.drafts);
-        let (keys, finished, next) = drafts.due(Instant::now());
-        drop(drafts);
+        let open = self.open_objects();
+        let (keys, finished, next) = lock(&self.drafts).due(Instant::now(), &open);
         let mut together: BTreeMap<TokenName, Vec<Key>> = BTreeMap::new();
         for token in &finished {
             together.entry(token.clone()).or_default();

@@ -15,7 +15,7 @@ use super::write::Scratched;
 use super::{Entry, FileKind, HandleId, Tree, lock};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::attribute::{Attributes, Value};
-use crate::store::{Access, Backend, ObjectId, ObjectName, Patience, TokenName, validate};
+use crate::store::{Access, Backend, ObjectId, ObjectName, Patience, TokenName};
 
 /// Who makes something: it belongs to them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -347,7 +347,6 @@ impl Tree {
             access,
             mtime: None,
             unwritten: BTreeSet::new(),
-            writers: 0,
             makers: BTreeSet::from([caller.pid]),
         };
         self.check_entries()?;
@@ -355,239 +354,6 @@ impl Tree {
         lock(&self.drafts).insert_new(key, new);
         self.wake();
         Ok(())
-    }
-
-    /// Removes a file. An attribute of an object in the store is gone from the mount at once, and from the store when the object
-    /// has been left alone for a moment.
-    ///
-    /// # Errors
-    /// [`ErrorKind::NotFound`]; [`ErrorKind::IsADirectory`]; [`ErrorKind::ReadOnly`] below `.tokenfs`.
-    pub fn unlink(&self, parent: Ino, name: &OsStr, patience: Patience) -> Result<()> {
-        let directory = self.node(parent)?;
-        let outcome = self.unlink_in(&directory, name, patience);
-        self.noted_entry(&directory, name, outcome)
-    }
-
-    fn unlink_in(&self, directory: &Node, name: &OsStr, patience: Patience) -> Result<()> {
-        self.check_writable(directory)?;
-        let Some((node, kind)) = self.existing(directory, name, patience)? else {
-            return Err(Error::not_found("no such file or directory"));
-        };
-        self.check_writable(&node)?;
-        if kind == FileKind::Directory {
-            return Err(Error::new(ErrorKind::IsADirectory, "a directory"));
-        }
-        let known = self.open_numbers(&node);
-        if let Node::Scratch(_) = node {
-            lock(&self.scratch).remove(directory, name);
-        } else {
-            self.take_out(&node, patience)?;
-            self.cut_off(&node);
-        }
-        self.orphan(known);
-        Ok(())
-    }
-
-    /// Takes a value out of its object: held back if the store has it.
-    pub(super) fn take_out(&self, node: &Node, patience: Patience) -> Result<()> {
-        let Some((token, id, slot)) = Slot::of(node) else {
-            return Err(Error::new(ErrorKind::Invalid, "not an attribute"));
-        };
-        let key = (token.clone(), id.clone());
-        let then = match self.stored(token, id, patience) {
-            Ok(object) => object.attributes.clone(),
-            // It is new, or gone by now.
-            Err(error) if error.kind() == ErrorKind::NotFound => Attributes::new(),
-            Err(error) => return Err(error),
-        };
-        self.with_drafts(&key, patience, |drafts| {
-            let draft = drafts.entry(&key);
-            let was_fresh = draft.fresh.remove(&slot).is_some();
-            draft.fresh.retain(|held, _| !held.is_in(slot));
-            // What is on its way there is to go again when it has come.
-            let was_committing = draft.committing.remove(&slot).is_some();
-            draft.committing.retain(|held, _| !held.is_in(slot));
-            match &mut draft.new {
-                Some(new) => {
-                    slot.remove(&mut new.attributes);
-                    new.unwritten.remove(&slot);
-                }
-                // What was unlinked before it was created again is held already.
-                None if was_fresh && !was_committing => {}
-                None => {
-                    draft.removed.retain(|held, _| !held.is_in(slot));
-                    draft.removed.insert(slot, then.clone());
-                    draft.given = None;
-                }
-            }
-            drafts.touch(&key);
-            drafts.tidy(&key);
-            Ok(())
-        })?;
-        self.wake();
-        Ok(())
-    }
-
-    /// Removes an empty directory, or a damaged object, whose content nobody can list. An object goes from the store as a whole. `by` is
-    /// who asks, as in [`RenameHow`](super::RenameHow).
-    ///
-    /// # Errors
-    /// [`ErrorKind::NotEmpty`]; [`ErrorKind::NotFound`]; [`ErrorKind::NotADirectory`]; what the store fails with.
-    pub fn remove_dir(
-        &self,
-        parent: Ino,
-        name: &OsStr,
-        by: Option<Caller>,
-        patience: Patience,
-    ) -> Result<()> {
-        let directory = self.node(parent)?;
-        let outcome = self.remove_dir_in(&directory, name, by, patience);
-        self.noted_entry(&directory, name, outcome)
-    }
-
-    fn remove_dir_in(
-        &self,
-        directory: &Node,
-        name: &OsStr,
-        by: Option<Caller>,
-        patience: Patience,
-    ) -> Result<()> {
-        self.check_writable(directory)?;
-        let Some((node, kind)) = self.existing(directory, name, patience)? else {
-            return Err(Error::not_found("no such file or directory"));
-        };
-        self.check_writable(&node)?;
-        if kind != FileKind::Directory {
-            return Err(Error::new(ErrorKind::NotADirectory, "not a directory"));
-        }
-        let is_damaged = self.check_empty(&node, by, patience)?;
-        match &node {
-            Node::Scratch(_) => lock(&self.scratch).remove(directory, name),
-            Node::Attribute(..) => {
-                self.take_out(&node, patience)?;
-                self.cut_off(&node);
-                self.cut_off(&node);
-            }
-            Node::Object(token, ObjectId::Token) => self.remove_own(token),
-            Node::Object(token, ObjectId::Object(object)) => {
-                self.remove_object(token, object, Expected::empty(is_damaged), patience)?;
-            }
-            Node::Token(token) => {
-                self.end_building(token, patience, || self.store.remove_token(token, patience))?;
-                let mut drafts = lock(&self.drafts);
-                for key in drafts.keys(Some(token)) {
-                    drafts.remove(&key);
-                }
-                drafts.remove_build(token);
-                drop(drafts);
-                self.warn_of_slots(token, patience);
-            }
-            _ => return Err(Error::new(ErrorKind::ReadOnly, "cannot be removed")),
-        }
-        if let Some(ino) = self.known_number(&node) {
-            self.bury(ino);
-        }
-        lock(&self.scratch).clear(&node);
-        self.wake();
-        Ok(())
-    }
-
-    /// A token was removed: says so if SoftHSM cannot live with those that are left.
-    fn warn_of_slots(&self, removed: &TokenName, patience: Patience) {
-        if let Ok(slots) = self.slots_of_others(removed, patience)
-            && let Err(error) = validate::check_slots(&slots)
-        {
-            self.diagnostics
-                .warning(format!("{removed}: it was removed, and {error}"));
-        }
-    }
-
-    /// That a directory can go, or be replaced: there is nothing in it, or it is a damaged object, which goes as a whole. Says whether
-    /// it is that.
-    pub(super) fn check_empty(
-        &self,
-        node: &Node,
-        by: Option<Caller>,
-        patience: Patience,
-    ) -> Result<bool> {
-        if self.is_damaged(node, patience)? {
-            if let Some(token) = node.token() {
-                self.check_may_write(token, by, patience)?;
-            }
-            return Ok(true);
-        }
-        if self.children(node, patience)?.is_empty() {
-            return Ok(false);
-        }
-        Err(Error::new(
-            ErrorKind::NotEmpty,
-            "there is something in it still",
-        ))
-    }
-
-    /// Removes an object, whether it is in the store by now or not, if it is what is expected; returns what it held in the mount.
-    ///
-    /// # Errors
-    /// [`ErrorKind::NotEmpty`] if it is something else: somebody has given it a value since it was looked at.
-    pub(super) fn remove_object(
-        &self,
-        token: &TokenName,
-        object: &ObjectName,
-        expected: Expected,
-        patience: Patience,
-    ) -> Result<Attributes> {
-        let key = (token.clone(), ObjectId::Object(object.clone()));
-        let check = |attributes: &Attributes| match expected {
-            Expected::Nothing if !attributes.is_empty() => Err(Error::new(
-                ErrorKind::NotEmpty,
-                "somebody has put something into it meanwhile",
-            )),
-            _ => Ok(()),
-        };
-        let was_new = self.with_drafts(&key, patience, |drafts| {
-            let Some(attributes) = drafts.new_attributes(&key) else {
-                return Ok(None);
-            };
-            check(&attributes)?;
-            drafts.remove(&key);
-            drafts.touch(&key);
-            Ok(Some(attributes))
-        })?;
-        if let Some(attributes) = was_new {
-            return Ok(attributes);
-        }
-        let held = lock(&self.drafts)
-            .get(&key)
-            .map(|draft| draft.removed.clone())
-            .unwrap_or_default();
-        let mut last = Attributes::new();
-        self.ask(token, patience, |token| match expected {
-            Expected::Damaged => token.replace_damaged(object, None, patience),
-            Expected::Nothing | Expected::Anything => {
-                let mut check = |stored: Result<&Attributes>| {
-                    last = stored?.clone();
-                    for (slot, then) in &held {
-                        slot.remove_unchanged(&mut last, then);
-                    }
-                    check(&last)
-                };
-                token.remove_if(object, &mut check, patience)
-            }
-        })?;
-        lock(&self.drafts).remove(&key);
-        Ok(last)
-    }
-
-    /// The directory of a token's own attributes is gone from the mount; from the store only with the token.
-    fn remove_own(&self, token: &TokenName) {
-        let mut drafts = lock(&self.drafts);
-        if let Some(build) = drafts.build_mut(token) {
-            build.has_own = false;
-            return;
-        }
-        let key = (token.clone(), ObjectId::Token);
-        drafts.entry(&key).gone = true;
-        drafts.touch(&key);
     }
 
     /// The files in a scratch directory with their content, and the directories in it.
@@ -642,28 +408,6 @@ impl Tree {
             self.diagnostics.error(&error);
             error
         })
-    }
-}
-
-/// What was seen of an object that is to be removed.
-#[derive(Clone, Copy, Debug)]
-pub(super) enum Expected {
-    /// It is damaged.
-    Damaged,
-    /// There is nothing in it, for those who see it through the mount.
-    Nothing,
-    /// Whatever it holds.
-    Anything,
-}
-
-impl Expected {
-    /// There is nothing in it, unless it is damaged.
-    pub fn empty(is_damaged: bool) -> Self {
-        if is_damaged {
-            Self::Damaged
-        } else {
-            Self::Nothing
-        }
     }
 }
 

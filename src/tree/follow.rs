@@ -10,12 +10,14 @@ use super::draft::{Bytes, Key};
 use super::handle::{Handle, HandleId, Place, Writer};
 use super::name::{self, Name};
 use super::node::{Ino, Node};
-use super::scratch::{Content, ScratchId};
+use super::publish::keep_scratch_of;
+use super::rename::End;
+use super::scratch::{Content, Scratch, ScratchId};
 use super::slot::{Slot, map_key};
 use super::{Tree, lock};
 use crate::error::{ErrorKind, Result};
 use crate::store::Patience;
-use crate::store::attribute::Attributes;
+use crate::store::attribute::{Attributes, Kind};
 
 /// A file of a scratch directory that becomes an object, or a map.
 #[derive(Debug)]
@@ -51,10 +53,6 @@ impl Tree {
                 _ => None,
             };
             if let Some(now) = now {
-                let is_away = matches!(now, Place::Gone | Place::Moved(Node::Scratch(_)));
-                if is_away && !matches!(writer.node, Node::Scratch(_)) {
-                    self.count_writers(&node, |writers| writers.saturating_sub(1));
-                }
                 *lock(&writer.place) = now;
             }
         }
@@ -96,9 +94,11 @@ impl Tree {
             }
             let file = (moved != Some(slot)).then_some(slot.key);
             let map = slot.map.filter(|_| moved.is_none()).map(map_key);
-            let scratch = lock(&self.scratch);
+            let mut scratch = lock(&self.scratch);
             let found = map.into_iter().chain(file).try_fold(made, |id, key| {
-                scratch.find(&Node::Scratch(id), OsStr::new(&*name::file_name(key)))
+                let (directory, name) = (Node::Scratch(id), name::file_name(key));
+                // It was made after the copy was.
+                scratch.find_or_make(&directory, OsStr::new(&*name), key.kind == Kind::Map)
             });
             Some(found.map_or(Place::Gone, |id| Place::Moved(Node::Scratch(id))))
         });
@@ -106,35 +106,36 @@ impl Tree {
 
     /// What files there are in the scratch directory `node`, which is to become `target`, an object or a map.
     pub(super) fn files_below(&self, node: &Node, target: &Node) -> Vec<Published> {
-        let mut files = Vec::new();
-        let mut directories = vec![(node.clone(), target.clone())];
-        let scratch = lock(&self.scratch);
-        while let Some((directory, target)) = directories.pop() {
-            for (name, id) in scratch.names(&directory).into_iter().flatten() {
-                let Name::Attribute(key) = name::parse(name.as_bytes()) else {
-                    continue;
-                };
-                let becomes = match &target {
-                    Node::Object(token, id) => Node::Attribute(token.clone(), id.clone(), key),
-                    Node::Attribute(token, id, map) => {
-                        Node::MapEntry(token.clone(), id.clone(), map.attribute_type, key)
-                    }
-                    _ => continue,
-                };
-                let node = Node::Scratch(*id);
-                match scratch.get(*id).map(|entry| &entry.content) {
-                    Ok(Content::File(content)) => files.push(Published {
-                        node,
-                        becomes,
-                        seen: lock(content).clone(),
-                        content: Arc::clone(content),
-                    }),
-                    Ok(Content::Directory(_)) => directories.push((node, becomes)),
-                    Err(_) => {}
-                }
+        files_of(&lock(&self.scratch), node, target)
+    }
+
+    /// The scratch directory `node` has become `target`, and is no scratch any more: who has a file of it open goes on to write into the attribute
+    /// that this is now, and what somebody has written there since the `files` were looked at is written into that, too.
+    pub(super) fn end_scratch(
+        &self,
+        (node, from): (&Node, End<'_>),
+        target: &Node,
+        files: &[Published],
+    ) {
+        // Before they go, so that nobody writes into nothing.
+        self.follow_published(files);
+        let last = {
+            let mut scratch = lock(&self.scratch);
+            let last = files_of(&scratch, node, target);
+            if let Node::Object(..) = target {
+                keep_scratch_of(&mut scratch, node, target);
+            }
+            scratch.remove(from.directory, from.name);
+            last
+        };
+        // And who has opened one, or made it, meanwhile.
+        self.follow_published(&last);
+        for file in &last {
+            let seen = files.iter().find(|seen| seen.node == file.node);
+            if seen.is_none_or(|seen| seen.seen != file.seen) || *lock(&file.content) != file.seen {
+                self.commit_late(file);
             }
         }
-        files
     }
 
     /// Files of a scratch directory have become attributes: who has one of them open goes on to write into that. Before they go, so that
@@ -152,17 +153,24 @@ impl Tree {
         }
     }
 
-    /// They are gone: what somebody has written into one of them, and closed, since they were looked at is written into its attribute too.
-    pub(super) fn commit_late(&self, files: &[Published]) {
-        for file in files {
-            let now = lock(&file.content).clone();
-            if now != file.seen {
-                // It is closed already, and cannot be asked for again.
-                let patience = Patience::at_most(self.store.options().lock_wait);
-                let outcome = self.commit_text(&file.becomes, &now, None, patience);
-                let _ = self.noted_write(&file.becomes, outcome);
-            }
+    /// What somebody has written into a file, and closed, since it was looked at is written into its attribute too. Who is at it still does so
+    /// himself.
+    fn commit_late(&self, file: &Published) {
+        let writers = lock(&self.handles).writers();
+        let is_at_it = writers.iter().any(|writer| {
+            let state = lock(&writer.state);
+            let is_busy = state.written || state.committing;
+            drop(state);
+            is_busy && self.committed_as(writer).as_ref() == Some(&file.becomes)
+        });
+        if is_at_it {
+            return;
         }
+        let now = lock(&file.content).clone();
+        // It is closed already, and cannot be asked for again.
+        let patience = Patience::at_most(self.store.options().lock_wait);
+        let outcome = self.commit_text(&file.becomes, &now, None, patience);
+        let _ = self.noted_write(&file.becomes, outcome);
     }
 
     /// The attribute that a writer's content is to become, if it is to become one; or the scratch that this has been renamed to.
@@ -184,20 +192,9 @@ impl Tree {
     pub(super) fn discard(&self, handle: HandleId) {
         let removed = lock(&self.handles).remove(handle);
         if let Some(Handle::Writer(writer) | Handle::Shared(writer)) = removed {
-            self.uncount(&writer);
+            self.touch_object(&writer.node);
         }
         self.wake();
-    }
-
-    pub(super) fn uncount(&self, writer: &Writer) {
-        if let Some(key) = &writer.counted {
-            self.count(key, |writers| writers.saturating_sub(1));
-        }
-        if !matches!(writer.node, Node::Scratch(_))
-            && let Some(node) = self.committed_as(writer)
-        {
-            self.count_writers(&node, |writers| writers.saturating_sub(1));
-        }
     }
 
     /// Changes an object of the store. Where what was unlinked and is held back stands in the way, it goes in the same step: for whoever
@@ -247,4 +244,36 @@ impl Tree {
         }
         Ok(())
     }
+}
+
+/// What files there are in the scratch directory `node`, each with the attribute that it becomes.
+fn files_of(scratch: &Scratch, node: &Node, target: &Node) -> Vec<Published> {
+    let mut files = Vec::new();
+    let mut directories = vec![(node.clone(), target.clone())];
+    while let Some((directory, target)) = directories.pop() {
+        for (name, id) in scratch.names(&directory).into_iter().flatten() {
+            let Name::Attribute(key) = name::parse(name.as_bytes()) else {
+                continue;
+            };
+            let becomes = match &target {
+                Node::Object(token, id) => Node::Attribute(token.clone(), id.clone(), key),
+                Node::Attribute(token, id, map) => {
+                    Node::MapEntry(token.clone(), id.clone(), map.attribute_type, key)
+                }
+                _ => continue,
+            };
+            let node = Node::Scratch(*id);
+            match scratch.get(*id).map(|entry| &entry.content) {
+                Ok(Content::File(content)) => files.push(Published {
+                    node,
+                    becomes,
+                    seen: lock(content).clone(),
+                    content: Arc::clone(content),
+                }),
+                Ok(Content::Directory(_)) => directories.push((node, becomes)),
+                Err(_) => {}
+            }
+        }
+    }
+    files
 }

@@ -5,7 +5,7 @@ use std::sync::atomic::AtomicU32;
 use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
 
-use super::draft::{Bytes, Key};
+use super::draft::Bytes;
 use super::node::Node;
 use super::{Attributes, Ino, Listed, lock};
 use crate::error::{Error, Result};
@@ -42,8 +42,6 @@ pub(super) struct Writer {
     pub state: Mutex<State>,
     /// The process that wrote through it last, or opened it.
     pub user: AtomicU32,
-    /// The object that it was counted in: for scratch, the one in whose directory it was.
-    pub counted: Option<Key>,
     /// What has become of the file since it was opened.
     pub place: Mutex<Place>,
 }

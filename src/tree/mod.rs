@@ -8,7 +8,7 @@
 //! `object` has objects as the mount shows them, `read` the operations that read, and `stale` what becomes of answers when the store changes.
 //!
 //! Writing: `write` has the descriptors, `early` what can be told of a text by then, `close` what becomes of them, `commit` how a value
-//! gets into its object, `follow` what an open file follows; `place`, `entries`, `rename`, `publish` and `setattr` have what is made, removed, renamed and set; `draft` and `scratch` hold what the store does not
+//! gets into its object, `follow` what an open file follows; `place`, `entries`, `remove`, `rename`, `publish` and `setattr` have what is made, removed, renamed and set; `draft` and `scratch` hold what the store does not
 //! have, `due` says when it is time to write that, `settle` writes it, `dates` has the times that attributes have beside the store's, and `building` keeps others off a token at the moment that it is published.
 //!
 //! Locks: each table (inodes, handles, labels, drafts, dates, scratch, gates, files that are being closed) has one. None is held while the store is asked, and
@@ -36,6 +36,7 @@ mod object;
 mod place;
 mod publish;
 mod read;
+mod remove;
 mod rename;
 mod scratch;
 mod setattr;

@@ -7,7 +7,7 @@ use super::entries::ScratchFile;
 use super::name::{self, Name};
 use super::node::Node;
 use super::rename::{End, other_device};
-use super::scratch::{Content, ScratchId};
+use super::scratch::{Content, Scratch, ScratchId};
 use super::slot::Slot;
 use super::text::{self, Context};
 use super::{FileKind, Tree, lock, view};
@@ -124,29 +124,6 @@ impl Tree {
         Ok(())
     }
 
-    /// What is in the scratch directory `node` and is no attribute stays scratch, in the object that it becomes.
-    pub(super) fn keep_scratch_of(&self, node: &Node, target: &Node) {
-        let Node::Object(token, id) = target else {
-            return;
-        };
-        let is_scratch = |name: &OsStr| matches!(name::parse(name.as_bytes()), Name::Scratch);
-        let mut scratch = lock(&self.scratch);
-        let maps: Vec<(AttributeKey, ScratchId)> = scratch
-            .names(node)
-            .into_iter()
-            .flatten()
-            .filter_map(|(name, id)| match name::parse(name.as_bytes()) {
-                Name::Attribute(key) if key.kind == Kind::Map => Some((key, *id)),
-                _ => None,
-            })
-            .collect();
-        scratch.move_all(node, target, is_scratch);
-        for (map, of) in maps {
-            let target = Node::Attribute(token.clone(), id.clone(), map);
-            scratch.move_all(&Node::Scratch(of), &target, is_scratch);
-        }
-    }
-
     /// The attributes that the files in a scratch directory are.
     fn parse_directory(&self, token: &TokenName, node: &Node, is_map: bool) -> Result<Attributes> {
         let opened = self.token(token)?;
@@ -253,11 +230,11 @@ impl Tree {
             let name = name::file_name(key);
             let name = OsStr::new(&*name);
             if let Value::Map(entries) = value {
-                let made = lock(&self.scratch).make(&node, name, None, in_directory)?;
+                let made = lock(&self.scratch).put(&node, name, None, in_directory)?;
                 self.refill(made, entries, access)?;
             } else {
                 let content = text::render(key.attribute_type, value, context)?.into_owned();
-                lock(&self.scratch).make(&node, name, Some(content), access)?;
+                lock(&self.scratch).put(&node, name, Some(content), access)?;
             }
         }
         Ok(())
@@ -315,5 +292,27 @@ pub(super) fn access_of(attributes: &super::Attributes) -> Access {
         mode: attributes.mode,
         uid: attributes.uid,
         gid: attributes.gid,
+    }
+}
+
+/// What is in the scratch directory `node` and is no attribute stays scratch, in the object that it becomes.
+pub(super) fn keep_scratch_of(scratch: &mut Scratch, node: &Node, target: &Node) {
+    let Node::Object(token, id) = target else {
+        return;
+    };
+    let is_scratch = |name: &OsStr| matches!(name::parse(name.as_bytes()), Name::Scratch);
+    let maps: Vec<(AttributeKey, ScratchId)> = scratch
+        .names(node)
+        .into_iter()
+        .flatten()
+        .filter_map(|(name, id)| match name::parse(name.as_bytes()) {
+            Name::Attribute(key) if key.kind == Kind::Map => Some((key, *id)),
+            _ => None,
+        })
+        .collect();
+    scratch.move_all(node, target, is_scratch);
+    for (map, of) in maps {
+        let target = Node::Attribute(token.clone(), id.clone(), map);
+        scratch.move_all(&Node::Scratch(of), &target, is_scratch);
     }
 }

@@ -4,10 +4,11 @@
 use std::ffi::OsStr;
 
 use super::draft::Key;
-use super::entries::{Caller, Expected, exists};
+use super::entries::{Caller, exists};
 use super::name;
 use super::node::{Ino, Node};
 use super::place::Place;
+use super::remove::Expected;
 use super::slot::{Slot, map_key};
 use super::text::Context;
 use super::{FileKind, Tree, lock, text, view};
@@ -110,10 +111,8 @@ impl Tree {
                 if kind == FileKind::Directory {
                     let files = self.files_below(&node, &target);
                     self.publish_map(*id, &target, patience)?;
-                    self.follow_published(&files);
-                    lock(&self.scratch).remove(from.directory, from.name);
+                    self.end_scratch((&node, from), &target, &files);
                     self.rebind(ino, &target, to_parent, patience);
-                    self.commit_late(&files);
                 } else {
                     self.publish_file(*id, from, &target, patience)?;
                 }
@@ -127,11 +126,8 @@ impl Tree {
                 let target = Node::Object(token.clone(), ObjectId::Object(object.clone()));
                 let files = self.files_below(&node, &target);
                 self.publish_object(*id, (&token, &object), replaces_damaged, patience)?;
-                self.follow_published(&files);
-                self.keep_scratch_of(&node, &target);
-                lock(&self.scratch).remove(from.directory, from.name);
+                self.end_scratch((&node, from), &target, &files);
                 self.rebind(ino, &target, to_parent, patience);
-                self.commit_late(&files);
             }
             (Node::Attribute(..) | Node::MapEntry(..), Place::Attribute(target)) => {
                 if node.object() != target.object() {
@@ -141,6 +137,7 @@ impl Tree {
                 self.rebind(ino, &target, to_parent, patience);
             }
             (Node::Attribute(..) | Node::MapEntry(..), Place::Scratch) => {
+                self.wait_for_commits(&node, patience)?;
                 let made = self.move_to_scratch((&node, false), to, patience, || {
                     self.take_out(&node, patience).map(|()| None)
                 })?;
@@ -362,6 +359,7 @@ impl Tree {
                 "the file has no value yet, so it cannot be renamed",
             ));
         }
+        self.wait_for_commits(from, patience)?;
         self.replacing_all(&[from, to], None, patience, &mut |attributes| {
             // The text that it has at this moment, whatever it was when somebody looked last.
             let context = |slot: Slot, attributes: &Attributes| {

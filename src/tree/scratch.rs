@@ -161,6 +161,43 @@ impl Scratch {
         if self.entries.len() >= MOST_ENTRIES {
             return Err(full());
         }
+        self.put(directory, name, content, access)
+    }
+
+    /// What is called `name` in a directory, which is made there if there is nothing, empty and with the mode and owner of the directory.
+    pub fn find_or_make(
+        &mut self,
+        directory: &Node,
+        name: &OsStr,
+        is_directory: bool,
+    ) -> Option<ScratchId> {
+        if let Some(found) = self.find(directory, name) {
+            return Some(found);
+        }
+        let Node::Scratch(id) = directory else {
+            return None;
+        };
+        let access = self.get(*id).ok()?.access;
+        let mode = if is_directory { 0o777 } else { 0o666 };
+        let access = Access {
+            mode: access.mode & mode,
+            ..access
+        };
+        let content = (!is_directory).then(Vec::new);
+        self.put(directory, name, content, access).ok()
+    }
+
+    /// The same as [`Scratch::make`] whatever the limit, for what was in the store and is in no other place by now.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] if the directory is gone.
+    pub fn put(
+        &mut self,
+        directory: &Node,
+        name: &OsStr,
+        content: Option<Vec<u8>>,
+        access: Access,
+    ) -> Result<ScratchId> {
         self.last += 1;
         let id = ScratchId(self.last);
         self.names_mut(directory)?.insert(name.to_os_string(), id);

@@ -67,12 +67,13 @@ impl Tree {
         finished: Finished,
         patience: Patience,
     ) -> Result<()> {
+        let is_open = finished == Finished::LeftAlone && self.open_objects().contains(key);
         let draft = self.with_drafts(key, patience, |drafts| {
             let Some(draft) = drafts.get_mut(key) else {
                 return Ok(None);
             };
             // It may be another one by now, or somebody may have gone on with it.
-            if finished == Finished::LeftAlone && !draft.is_due(Instant::now()) {
+            if finished == Finished::LeftAlone && !draft.is_due(Instant::now(), is_open) {
                 return Ok(None);
             }
             draft.busy = true;

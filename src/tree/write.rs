@@ -4,6 +4,7 @@
 //! first flush after a write commits; a flush with nothing written commits nothing (a shell's `echo x > f` duplicates its descriptor and
 //! closes the first one before it writes); truncation alone is committed with the last close.
 
+use std::collections::HashSet;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
@@ -131,7 +132,7 @@ impl Tree {
         content: Bytes,
         resized: bool,
     ) -> HandleId {
-        self.count_writers(&node, |writers| writers + 1);
+        self.touch_object(&node);
         let attributes = super::Attributes {
             ino: lock(&self.inodes).number(&node),
             ..attributes
@@ -148,24 +149,36 @@ impl Tree {
             state: Mutex::new(state),
             place: Mutex::default(),
             user: AtomicU32::new(0),
-            counted: None,
         };
         self.open_handle(Handle::Writer(Arc::new(writer)))
     }
 
-    pub(super) fn count_writers(&self, node: &Node, count: impl Fn(usize) -> usize) {
-        if let Some((token, id, _)) = Slot::of(node) {
-            self.count(&(token.clone(), id.clone()), count);
+    /// Somebody opens or closes a file of an object: that is not left alone.
+    pub(super) fn touch_object(&self, node: &Node) {
+        if let Some(key) = self.object_of(node) {
+            lock(&self.drafts).touch(&key);
         }
     }
 
-    /// Counts who has a file open for writing in a new object, which is not finished as long as that is so.
-    pub(super) fn count(&self, key: &Key, count: impl Fn(usize) -> usize) {
-        let mut drafts = lock(&self.drafts);
-        if let Some(new) = drafts.get_mut(key).and_then(|draft| draft.new.as_mut()) {
-            new.writers = count(new.writers);
+    /// The object that a file is in, or, of scratch, in whose directory it is.
+    fn object_of(&self, node: &Node) -> Option<Key> {
+        match node {
+            Node::Scratch(id) => lock(&self.scratch).get(*id).ok()?.object.clone(),
+            node => node.object().map(|(token, id)| (token.clone(), id.clone())),
         }
-        drafts.touch(key);
+    }
+
+    /// The objects in which something is open for writing.
+    pub(super) fn open_objects(&self) -> HashSet<Key> {
+        let writers = lock(&self.handles).writers();
+        let of = |writer: &Arc<Writer>| match (self.committed_as(writer), &writer.node) {
+            (Some(node), _) => self.object_of(&node),
+            // What is scratch still.
+            (None, node @ Node::Scratch(_)) => self.object_of(node),
+            // It has been removed or replaced.
+            (None, _) => None,
+        };
+        writers.iter().filter_map(of).collect()
     }
 
     /// Opens a scratch file, if it is one still.
@@ -178,16 +191,14 @@ impl Tree {
         id: ScratchId,
         how: OpenForWriting,
     ) -> Result<Scratched> {
-        let (bytes, attributes, counted) = {
+        let (bytes, attributes) = {
             let scratch = lock(&self.scratch);
             if let Some(attribute) = scratch.became(id) {
                 return Ok(Scratched::Became(attribute));
             }
             let entry = scratch.get(id)?;
             match &entry.content {
-                Content::File(bytes) => {
-                    (Arc::clone(bytes), entry.attributes(), entry.object.clone())
-                }
+                Content::File(bytes) => (Arc::clone(bytes), entry.attributes()),
                 Content::Directory(_) => {
                     return Err(Error::new(ErrorKind::IsADirectory, "a directory"));
                 }
@@ -197,12 +208,8 @@ impl Tree {
             ino: lock(&self.inodes).number(node),
             ..attributes
         };
-        if let Some(key) = &counted {
-            self.count(key, |writers| writers + 1);
-        }
-        if how.truncate {
-            lock(&bytes).clear();
-        }
+        self.touch_object(node);
+        let content = Arc::clone(&bytes);
         let handle = self.open_handle(Handle::Shared(Arc::new(Writer {
             node: node.clone(),
             attributes,
@@ -211,7 +218,6 @@ impl Tree {
             state: Mutex::default(),
             place: Mutex::default(),
             user: AtomicU32::new(0),
-            counted,
         })));
         let is_gone = {
             let scratch = lock(&self.scratch);
@@ -221,6 +227,9 @@ impl Tree {
             // With its directory, which has become an object meanwhile: who followed it there knew nothing of this descriptor.
             self.discard(handle);
             return Err(Error::not_found("it is no scratch any more"));
+        }
+        if how.truncate {
+            lock(&content).clear();
         }
         Ok(Scratched::Opened(handle))
     }
