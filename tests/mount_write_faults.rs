@@ -447,6 +447,35 @@ both_backends! {
         assert!(left.is_empty(), "{left:?}");
     }
 
+    fn a_token_that_is_gone_is_gone_whatever_is_left_of_it(backend) {
+        let mut bench = Bench::new(backend);
+        bench.client.init_token("second", Some(PIN)).unwrap();
+        let injection = Injection::new(&bench, "unlinkat", "error=EIO:when=3+");
+        let removed = std::process::Command::new("rm").arg("-r").arg(bench.directory()).output().unwrap();
+        drop(injection);
+        let marker = if backend == Backend::File { "token.object" } else { "sqlite3.db" };
+        let is_there = bench.softhsm.tokendir.join(&bench.token).join(marker).exists();
+        assert_eq!(removed.status.success(), !is_there, "{removed:?}\n{}", bench.log());
+        let Bench { mount, softhsm, .. } = bench;
+        mount.unmount();
+        Mount::new(&softhsm).unmount();
+        assert_eq!(softhsm.token_directories().len() == 2, is_there);
+        assert!(leftovers(&softhsm.tokendir).is_empty());
+    }
+
+    fn what_fails_for_a_moment_leaves_the_old_value(backend) {
+        let bench = Bench::new(backend);
+        let old = bench.stored_data("CKA_VALUE").unwrap();
+        for when in ["1", "2", "3"] {
+            let injection = Injection::new(&bench, "fstatfs", &format!("error=EIO:when={when}"));
+            let failed = write(&bench.of_data("CKA_VALUE"), b"newer");
+            drop(injection);
+            let stored = bench.stored_data("CKA_VALUE").unwrap();
+            assert_eq!(stored, if failed == 0 { b"newer".to_vec() } else { old.clone() }, "{backend}: time {when}: {failed}");
+            assert_errno(write(&bench.of_data("CKA_VALUE"), &old), &[0], "afterwards", &bench);
+        }
+    }
+
     fn an_error_of_the_disk_comes_through(backend) {
         let mut bench = Bench::new(backend);
         let old = bench.stored_data("CKA_LABEL").unwrap();

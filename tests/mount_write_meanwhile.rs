@@ -252,6 +252,46 @@ both_backends! {
         });
     }
 
+    fn what_is_closed_while_its_object_is_renamed_is_kept(backend) {
+        let bench = Bench::new(backend);
+        let mut at = bench.data.clone();
+        for round in 0..60 {
+            let next = format!("22222222-2222-4222-8222-{round:012}");
+            let mut open = File::options().write(true).truncate(true).open(bench.at(&at).join("CKA_LABEL")).unwrap();
+            open.write_all(next.as_bytes()).unwrap();
+            thread::scope(|scope| {
+                let renaming = scope.spawn(|| {
+                    if round % 2 == 0 {
+                        fs::rename(bench.at(&at), bench.at(".g")).unwrap();
+                        fs::rename(bench.at(".g"), bench.at(&next)).unwrap();
+                    } else {
+                        fs::rename(bench.at(&at), bench.at(&next)).unwrap();
+                    }
+                });
+                calls::close(open).unwrap();
+                renaming.join().unwrap();
+            });
+            let label = fs::read(bench.at(&next).join("CKA_LABEL")).unwrap();
+            assert_eq!(String::from_utf8_lossy(&label), next);
+            at = next;
+        }
+        assert_eq!(bench.log(), "");
+    }
+
+    fn what_waits_to_be_removed_is_not_put_back_meanwhile(backend) {
+        let bench = Bench::new(backend);
+        bench.quiet("rm $o/*");
+        let held = Held::data_of(&bench);
+        let removing = bench.shell("rmdir $o").spawn().unwrap();
+        // Longer than it takes to be put back for having been left alone.
+        thread::sleep(Duration::from_millis(2500));
+        drop(held);
+        assert!(removing.wait_with_output().unwrap().status.success());
+        thread::sleep(HELD);
+        assert!(!bench.has(&bench.data));
+        assert_eq!(bench.log(), "");
+    }
+
     fn a_pending_object_that_is_renamed_while_it_is_edited_is_written(backend) {
         let bench = Bench::new(backend);
         let new = "22222222-2222-4222-8222-222222222222";

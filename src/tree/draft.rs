@@ -113,6 +113,8 @@ pub(super) struct Draft {
     pub gone: bool,
     /// A thread is writing it to the store.
     pub busy: bool,
+    /// So many are removing it, or something in it: what they wait for does not make it left alone.
+    pub attended: usize,
     touched: Instant,
     not_before: Option<Instant>,
 }
@@ -128,6 +130,7 @@ impl Draft {
             given: None,
             gone: false,
             busy: false,
+            attended: 0,
             touched: Instant::now(),
             not_before: None,
         }
@@ -169,7 +172,7 @@ impl Draft {
 
     /// When it is to be written, if it is left alone until then. Something in it can be open for writing.
     fn due(&self, is_open: bool) -> Option<Instant> {
-        if self.busy {
+        if self.busy || self.new.is_none() && self.attended > 0 {
             return None;
         }
         let due = match &self.new {

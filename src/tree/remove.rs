@@ -3,6 +3,7 @@
 
 use std::ffi::OsStr;
 
+use super::draft::Key;
 use super::entries::Caller;
 use super::node::{Ino, Node};
 use super::slot::Slot;
@@ -33,6 +34,39 @@ impl Expected {
     }
 }
 
+/// Somebody is removing an object, or something in it, and may have to wait for that: what he has unlinked before is not put back meanwhile for
+/// having been left alone.
+struct Attending<'a> {
+    tree: &'a Tree,
+    key: Key,
+    /// Which draft it is, if there is one.
+    number: Option<u64>,
+}
+
+impl<'a> Attending<'a> {
+    fn begin(tree: &'a Tree, key: Key) -> Self {
+        let number = lock(&tree.drafts).get_mut(&key).map(|draft| {
+            draft.attended += 1;
+            draft.number
+        });
+        Self { tree, key, number }
+    }
+}
+
+impl Drop for Attending<'_> {
+    fn drop(&mut self) {
+        let mut drafts = lock(&self.tree.drafts);
+        if let Some(draft) = drafts.get_mut(&self.key)
+            && self.number == Some(draft.number)
+        {
+            draft.attended = draft.attended.saturating_sub(1);
+        }
+        drafts.touch(&self.key);
+        drop(drafts);
+        self.tree.wake();
+    }
+}
+
 impl Tree {
     /// Removes a file. An attribute of an object in the store is gone from the mount at once, and from the store when the object
     /// has been left alone for a moment.
@@ -41,6 +75,8 @@ impl Tree {
     /// [`ErrorKind::NotFound`]; [`ErrorKind::IsADirectory`]; [`ErrorKind::ReadOnly`] below `.tokenfs`.
     pub fn unlink(&self, parent: Ino, name: &OsStr, patience: Patience) -> Result<()> {
         let directory = self.node(parent)?;
+        let key = directory.object();
+        let _at_it = key.map(|(token, id)| Attending::begin(self, (token.clone(), id.clone())));
         let outcome = self.unlink_in(&directory, name, patience);
         self.noted_entry(&directory, name, outcome)
     }
@@ -118,6 +154,16 @@ impl Tree {
         patience: Patience,
     ) -> Result<()> {
         let directory = self.node(parent)?;
+        let key = match &directory {
+            Node::Token(token) => {
+                let object = ObjectName::new(name);
+                object.map(|object| (token.clone(), ObjectId::Object(object)))
+            }
+            other => other
+                .object()
+                .map(|(token, id)| (token.clone(), id.clone())),
+        };
+        let _at_it = key.map(|key| Attending::begin(self, key));
         let outcome = self.remove_dir_in(&directory, name, by, patience);
         self.noted_entry(&directory, name, outcome)
     }

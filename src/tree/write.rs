@@ -263,12 +263,17 @@ impl Tree {
         let outcome = self.write_into(&writer, offset, data);
         let outcome = self.noted_write(&writer.node, outcome);
         if let Err(error) = &outcome
-            && matches!(error.kind(), ErrorKind::NoSpace | ErrorKind::TooLarge)
+            && !matches!(
+                error.kind(),
+                ErrorKind::Invalid | ErrorKind::WouldBlock | ErrorKind::NotFound
+            )
             && let Some(node) = self.committed_as(&writer)
         {
             let at = if writer.append { writer.size() } else { offset };
             lock(&writer.state).failed(error.clone(), at);
-            self.note_unwritten(&node);
+            if matches!(error.kind(), ErrorKind::NoSpace | ErrorKind::TooLarge) {
+                self.note_unwritten(&node);
+            }
         }
         outcome
     }

@@ -373,16 +373,22 @@ impl Store {
         let cleared = clear(tokendir, name, directory, false, || {
             point("store.remove.unlinked");
         });
-        if cleared.is_err()
-            && let Ok(content) = Content::of(directory)
-            && let Ok(true) = self.has_object(name, directory, &content)
-        {
-            // A SoftHSM that has a session made one after the last look.
-            restore(directory)?;
-            remove_file(directory, OsStr::new(REMOVING))?;
+        if let Err(error) = cleared {
+            let content = Content::of(directory);
+            if content.and_then(|content| self.has_object(name, directory, &content))? {
+                // A SoftHSM that has a session made one after the last look.
+                restore(directory)?;
+                remove_file(directory, OsStr::new(REMOVING))?;
+                return Err(error);
+            }
+            // It is none any more. What cannot be cleared away now is a leftover, as after a crash, and no reason to believe that it is there.
+            let error = error.at(self.path.join(name.as_os_str()));
+            self.diagnostics.warning(format!(
+                "{error}: it is left of a token that is gone, and goes with the next mount"
+            ));
         }
         drop(mark);
-        cleared
+        Ok(())
     }
 
     /// Whether there is an object in the directory `name` of a token that is being removed: a file, or one in the database that has
