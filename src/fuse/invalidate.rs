@@ -23,7 +23,7 @@ use crate::tree::{Listener, Stale, Tree};
 const REPEAT_AFTER: Duration = Duration::from_millis(50);
 
 /// How long a request waits at most until the kernel has been told of what it changes besides.
-const TOLD: Duration = Duration::from_millis(100);
+const TOLD: Duration = Duration::from_secs(1);
 
 /// How long a database that is locked is waited for before all of it is taken for changed.
 const SCAN_LIMIT: Duration = Duration::from_secs(1);
