@@ -153,7 +153,7 @@ fn what_is_changed_without_a_pause_is_renamed_and_is_there_once() {
     let changes = set.load(Relaxed);
     assert_eq!(label_of(&name), changes, "the last change is lost");
     assert!(!bench.log().contains("there are both"), "{}", bench.log());
-    println!("{RENAMES} renames beside {changes} changes");
+    report!("{RENAMES} renames beside {changes} changes");
 }
 
 /// A SoftHSM that has read an object before a change of ours, and writes what it has read after it: who looks at the log only is told too.
@@ -194,7 +194,7 @@ fn two_mounts_that_write_the_same_object_take_turns() {
         over.store(true, Relaxed);
         writers.map(|writer| writer.join().unwrap())
     });
-    println!("{one} writes in one mount, {two} in the other");
+    report!("{one} writes in one mount, {two} in the other");
     assert!(one.min(two) * 20 > one.max(two), "{one} and {two}");
 }
 

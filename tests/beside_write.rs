@@ -302,7 +302,7 @@ both_backends! {
         let rounds = counts.softhsm.load(Relaxed) + counts.ours.load(Relaxed);
         let overwritten = counts.overwritten.load(Relaxed);
         let log = || fs::read_to_string(mount.join(".tokenfs/log")).unwrap();
-        println!("{backend}: {rounds} rounds, {overwritten} changes of ours overwritten by a stale SoftHSM, {} of them in the log; {counts:?}", logged(&log()));
+        report!("{backend}: {rounds} rounds, {overwritten} changes of ours overwritten by a stale SoftHSM, {} of them in the log; {counts:?}", logged(&log()));
         // Every object that there is to be is there, and no other; each label is the last that SoftHSM has set.
         let stored = softhsm.read().into_values().next().unwrap();
         assert!(stored.damaged.is_empty(), "{:?}", stored.damaged);
@@ -430,7 +430,7 @@ both_backends! {
             }
             ours = writer.join().unwrap();
         });
-        println!("{backend}: {ours} changes of the token's label beside {logins} logins");
+        report!("{backend}: {ours} changes of the token's label beside {logins} logins");
         let stored = bench.softhsm.read().remove(&bench.token).unwrap();
         let label = independent::get_bytes(&stored.token, independent::CKA_OS_TOKENLABEL).unwrap().to_vec();
         assert_eq!(label.len(), 32);

@@ -80,6 +80,6 @@ both_backends! {
             let begins = after == Now::Gone && backend == Backend::File;
             assert!((as_before > 0 || begins) && as_after > 0, "{line}: {as_before} {as_after}");
         }
-        println!("{backend}: {deaths} deaths");
+        report!("{backend}: {deaths} deaths");
     }
 }

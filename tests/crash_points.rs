@@ -106,7 +106,7 @@ fn die_in_the_store(
             }
         }
     }
-    println!("{backend}: {deaths} deaths at {} points", stories_of.len());
+    report!("{backend}: {deaths} deaths at {} points", stories_of.len());
     stage.verdict(&format!("{deaths} deaths at points"));
     stories_of
 }
@@ -248,7 +248,7 @@ fn die_in_a_mount(backend: Backend, stories: &BTreeMap<&'static str, &'static st
         );
         stage.judge_by_mount(&what, &states);
     }
-    println!("{backend}: {deaths} mounts died at a point; not met: {survived:?}");
+    report!("{backend}: {deaths} mounts died at a point; not met: {survived:?}");
     stage.verdict(&format!("{deaths} mounts died at a point"));
     assert!(deaths > 0, "no mount died");
 }
@@ -277,7 +277,7 @@ fn a_death_at_each_point_leaves_the_store_as_before_or_as_after() {
     for (name, why) in EXCEPTIONS {
         println!("not met: {name}: {why}");
     }
-    println!(
+    report!(
         "{} of {} points, {} deaths: {covered:?}",
         covered.len(),
         points.len(),

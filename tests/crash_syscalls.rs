@@ -106,7 +106,7 @@ both_backends! {
             println!("{backend}: {}: {died} deaths", story.name);
             deaths += died;
         }
-        println!("{backend}: {deaths} deaths in {} kinds of write, TOKENFS_TEST_SEED={}", stories.len(), seed());
+        report!("{backend}: {deaths} deaths in {} kinds of write, TOKENFS_TEST_SEED={}", stories.len(), seed());
         stage.verdict(&format!("{deaths} deaths at calls"));
         assert!(deaths > 50, "only {deaths} deaths");
     }
@@ -134,7 +134,7 @@ both_backends! {
                 deaths += die_everywhere(&mut stage, &name, &recover, &states, Call::changes_something, 4, &again);
             }
         }
-        println!("{backend}: {deaths} deaths while it was put right, TOKENFS_TEST_SEED={}", seed());
+        report!("{backend}: {deaths} deaths while it was put right, TOKENFS_TEST_SEED={}", seed());
         stage.verdict(&format!("{deaths} deaths while it was put right"));
     }
 
@@ -197,7 +197,7 @@ both_backends! {
                 stage.judge_by_mount(&what, &states);
             }
         }
-        println!("{backend}: {deaths} mounts died at one of {calls_of_all} calls that change something, TOKENFS_TEST_SEED={}", seed());
+        report!("{backend}: {deaths} mounts died at one of {calls_of_all} calls that change something, TOKENFS_TEST_SEED={}", seed());
         stage.verdict(&format!("{deaths} deaths of mounts"));
         assert!(deaths > 5, "only {deaths} mounts died");
     }

@@ -467,7 +467,7 @@ fn nothing_is_lost_where_both_sides_write() {
     let mut connected = softhsm.p11();
     connected.open("test", Some(PIN)).unwrap();
     assert_eq!(connected.find(&[]).unwrap().len(), expected.len() + 1);
-    eprintln!(
+    report!(
         "rounds: {} of SoftHSM's, {} and {} of ours; 3 writes each, {} objects left, nothing lost",
         theirs.0,
         one.0,

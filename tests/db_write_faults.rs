@@ -360,7 +360,7 @@ fn a_crash_at_every_point_leaves_old_or_new() {
             crashes += 1;
         }
     }
-    eprintln!(
+    report!(
         "{crashes} crashes at {} points, nothing torn",
         reached.len()
     );

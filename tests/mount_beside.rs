@@ -170,7 +170,7 @@ both_backends! {
             }
             scene.over.store(true, Relaxed);
         });
-        println!("{backend}: {made} made, {relabelled} relabelled, {destroyed} destroyed, {logins} logins; {:?}", scene.counts);
+        report!("{backend}: {made} made, {relabelled} relabelled, {destroyed} destroyed, {logins} logins; {:?}", scene.counts);
         scene.world(|world| {
             for directory in &world.vanished {
                 assert!(!directory.exists(), "{} was missing for a while", directory.display());

@@ -208,7 +208,7 @@ both_backends! {
             over.store(true, std::sync::atomic::Ordering::Relaxed);
             moved = moving.join().unwrap();
         });
-        println!("{backend}: {kept} values were kept beside {moved} moves");
+        report!("{backend}: {kept} values were kept beside {moved} moves");
         assert!(kept > 20 && moved > 20, "{kept} {moved}");
     }
 

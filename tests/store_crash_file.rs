@@ -361,7 +361,7 @@ fn a_crash_at_any_step_leaves_the_old_or_the_new() {
         .filter(|point| !["file.recover.lock-removed", "store.recover.renamed"].contains(*point))
         .filter(|point| !passed.contains(**point))
         .collect();
-    println!("{crashes} crashes at {} points", passed.len());
+    report!("{crashes} crashes at {} points", passed.len());
     // Needs a SoftHSM that makes an object in the middle of a removal.
     assert_eq!(missed, [&"store.remove.restored"]);
 }

@@ -344,7 +344,7 @@ fn no_update_of_softhsm_is_lost_and_each_of_ours_that_is_is_noticed() {
     });
     let last = format!("theirs {}", rounds - 1);
     assert_eq!(get(&*token, &id(&object), ID), last.as_bytes());
-    println!(
+    report!(
         "{rounds} changes of SoftHSM's, none lost; {} of ours, {lost} overwritten, {} noticed",
         ours.load(Ordering::Relaxed),
         token.overwritten()
@@ -379,7 +379,7 @@ fn logins_beside_changes_of_the_token_leave_it_whole() {
     });
     let found = token.object(&ObjectId::Token, patient()).unwrap();
     assert!(found.attributes.bytes(0x8000_534d).is_some());
-    println!("60 logins beside {written} changes");
+    report!("60 logins beside {written} changes");
     side.softhsm.p11().open("test", Some(PIN)).unwrap();
 }
 
@@ -461,7 +461,7 @@ fn a_reading_softhsm_sees_no_mixture() {
         }
         drop(over);
         let rounds = writer.join().unwrap();
-        println!("{rounds} versions written, {} seen", seen.len());
+        report!("{rounds} versions written, {} seen", seen.len());
         assert!(seen.len() > 1);
     });
 }

@@ -13,6 +13,7 @@ use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::fmt::{self, Write as _};
 use std::fs;
+use std::io::Write as _;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -332,6 +333,30 @@ pub fn on_both(test: impl Fn(Backend)) {
         println!("--- backend {backend}");
         test(backend);
     }
+}
+
+/// Says what a test has covered: on its output, and at the end of `scripts/test`.
+macro_rules! report {
+    ($($arguments:tt)*) => { $crate::support::say_covered(&format!($($arguments)*)) };
+}
+pub(crate) use report;
+
+/// See [`report!`].
+pub fn say_covered(line: &str) {
+    println!("{line}");
+    let Some(run) = std::env::var_os("TOKENFS_TEST_RUN") else {
+        return;
+    };
+    let program = std::env::current_exe().unwrap();
+    let program = program.file_stem().unwrap().to_string_lossy().into_owned();
+    let program = program.rsplit_once('-').map_or(&*program, |(name, _)| name);
+    let report = Path::new(&run).join("report");
+    let report = fs::File::options().create(true).append(true).open(report);
+    // In one write, since others write there too.
+    report
+        .unwrap()
+        .write_all(format!("{program}: {line}\n").as_bytes())
+        .unwrap();
 }
 
 /// Tests for both backends, `name::file` and `name::db`:
