@@ -174,8 +174,12 @@ both_backends! {
             let moving = scope.spawn(|| {
                 let mut moved = 0;
                 while !over.load(std::sync::atomic::Ordering::Relaxed) {
-                    fs::rename(&from, &to).unwrap();
-                    fs::rename(&to, &from).unwrap();
+                    let renamed = fs::rename(&from, &to).and_then(|()| fs::rename(&to, &from));
+                    if renamed.is_err() {
+                        // Nobody waits for what does not come back.
+                        over.store(true, std::sync::atomic::Ordering::Relaxed);
+                    }
+                    renamed.unwrap();
                     moved += 1;
                 }
                 moved
@@ -196,8 +200,11 @@ both_backends! {
                     continue;
                 }
                 let mut seen = fs::read(&file);
-                while seen.is_err() {
+                while seen.is_err() && !over.load(std::sync::atomic::Ordering::Relaxed) {
                     seen = fs::read(&file);
+                }
+                if seen.is_err() {
+                    break;
                 }
                 if seen.unwrap() != text.as_bytes() {
                     over.store(true, std::sync::atomic::Ordering::Relaxed);
