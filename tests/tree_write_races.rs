@@ -642,6 +642,30 @@ fn an_attribute_has_the_time_that_it_was_given_while_its_directory_is_given_one(
 }
 
 #[test]
+fn what_is_given_a_time_has_it_while_what_was_unlinked_before_is_written() {
+    let f = fixture();
+    let at = |seconds| std::time::UNIX_EPOCH + Duration::from_secs(1_000_000_000 + seconds);
+    let class = f.find(f.object, "CKA_CLASS");
+    for round in 0..12u64 {
+        f.put(f.object, "CKA_LABEL", b"new");
+        f.tree.unlink(f.object, os("CKA_LABEL"), patient()).unwrap();
+        // One attribute, as by `cp -p`, or all of the object.
+        let dated = if round % 2 == 0 { class } else { f.object };
+        // Both wait, and now one comes first, now the other.
+        let held = lock(&f.dir.path().join("t/key.lock"), libc::F_WRLCK);
+        std::thread::scope(|s| {
+            s.spawn(|| f.date(dated, at(round)));
+            std::thread::sleep(Duration::from_millis(30));
+            s.spawn(|| f.tree.sync_dir(f.object, patient()).unwrap());
+            std::thread::sleep(Duration::from_millis(30 + 3 * round));
+            drop(held);
+        });
+        let shown = f.tree.attributes(dated, patient()).unwrap();
+        assert_eq!(shown.attributes.mtime, at(round), "in round {round}");
+    }
+}
+
+#[test]
 fn what_was_scratch_and_is_an_attribute_is_remembered_no_more() {
     let f = fixture();
     f.put(f.object, ".CKA_LABEL.x", b"new");

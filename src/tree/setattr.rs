@@ -213,9 +213,16 @@ impl Tree {
         let mtime = change.mtime.map(|mtime| moment(mtime, SystemTime::now()));
         let is_shared = self.token(token)?.backend() == Backend::Db;
         let uid = self.settings.uid;
+        let mut is_held = false;
         let maker = self.with_drafts(&key, patience, |drafts| {
             drafts.touch(&key);
-            let Some(new) = drafts.get_mut(&key).and_then(|draft| draft.new.as_mut()) else {
+            let Some(draft) = drafts.get_mut(&key) else {
+                return Ok(None);
+            };
+            let Some(new) = draft.new.as_mut() else {
+                // What was unlinked before must not be written while this thread is at it: it would be without the time.
+                is_held = mtime.is_some();
+                draft.busy = is_held;
                 return Ok(None);
             };
             if !is_shared {
@@ -232,12 +239,17 @@ impl Tree {
             Ok(Some(new.makers.contains(&pid)))
         })?;
         let Some(is_maker) = maker else {
-            self.set_stored(&key, slot, change, patience)?;
-            if mtime.is_some()
-                && let Some(draft) = lock(&self.drafts).get_mut(&key)
-            {
-                draft.given = mtime;
+            let outcome = self.set_stored(&key, slot, change, patience);
+            if is_held {
+                if let Some(draft) = lock(&self.drafts).get_mut(&key) {
+                    draft.busy = false;
+                    if outcome.is_ok() {
+                        draft.given = mtime;
+                    }
+                }
+                self.wake();
             }
+            outcome?;
             if is_directory && change.mtime.is_some() && *id == ObjectId::Token {
                 self.finish_own(token, pid, patience)?;
             }
