@@ -1,19 +1,17 @@
 //! Descriptors that are closed: what was written through them becomes the value.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use super::commit::Text;
 use super::handle::{Handle, HandleId, State, Writer};
 use super::node::Node;
 use super::slot::Slot;
+use super::still::Still;
 use super::text::Context;
 use super::{Tree, lock, text};
 use crate::error::{ErrorKind, Result};
 use crate::store::Patience;
-
-/// How long it takes at most from the end of a rename to its being known where the files that are open are now.
-const RENAMED: Duration = Duration::from_millis(5);
 
 impl Tree {
     /// A descriptor is closed, perhaps not the last one of its file: what was written since the last time is committed.
@@ -73,20 +71,21 @@ impl Tree {
             }
             patience.wait(super::settle::PAUSE, "the file is being written")?;
         }
-        let outcome = self.commit_content(writer, patience);
+        let Some((node, still)) = self.where_it_stays(writer, patience) else {
+            return Ok(());
+        };
+        let outcome = self.commit_content(writer, (&node, still), patience);
         lock(&writer.state).committing = false;
         outcome
     }
 
-    fn commit_content(&self, writer: &Writer, patience: Patience) -> Result<()> {
-        let node = match self.committed_as(writer) {
-            Some(node) => node,
-            // A scratch file has its content already, and one that is gone needs none.
-            None => {
-                lock(&writer.state).committed(false);
-                return Ok(());
-            }
-        };
+    /// Commits it to its place, if that could be kept where it is.
+    fn commit_content(
+        &self,
+        writer: &Writer,
+        (node, still): (&Node, Result<Option<Still<'_>>>),
+        patience: Patience,
+    ) -> Result<()> {
         let (content, state) = {
             let content = lock(&writer.content);
             (content.clone(), lock(&writer.state).clone())
@@ -101,28 +100,11 @@ impl Tree {
             None if state.written || state.resized => Text::Whole(&content),
             None => Text::First(&content),
         };
-        let outcome = match &node {
+        let outcome = still.and_then(|_still| match node {
             Node::Scratch(id) => self.commit_to_scratch(*id, &text, state.mtime),
-            _ => self.commit(&node, &text, state.mtime, patience),
-        };
-        let is_gone = matches!(&outcome, Err(error) if error.kind() == ErrorKind::NotFound);
-        if is_gone && let Some((token, id)) = node.object() {
-            // It may be that of a rename which has not said so yet.
-            let key = (token.clone(), id.clone());
-            self.with_drafts(&key, patience, |_| Ok(()))?;
-            std::thread::sleep(RENAMED);
-        }
-        let has_moved = self.committed_as(writer).as_ref() != Some(&node);
-        // What was appended is in what was moved, or is not: it is not appended twice.
-        let is_late = outcome.is_ok() && has_moved && state.appended.is_none();
-        if is_late && self.committed_as(writer).is_some() {
-            return self.commit_content(writer, patience);
-        }
-        if is_gone && self.committed_as(writer).as_ref() != Some(&node) {
-            // It has become something else between the two.
-            return self.commit_content(writer, patience);
-        }
-        let outcome = match (&node, outcome) {
+            _ => self.commit(node, &text, state.mtime, patience),
+        });
+        let outcome = match (node, outcome) {
             // It was removed, and needs none.
             (Node::Scratch(_), Err(error)) if error.kind() == ErrorKind::NotFound => Ok(()),
             (_, outcome) => outcome,
@@ -136,7 +118,7 @@ impl Tree {
                 now.appended = Some(all.saturating_sub(done));
             }
         }
-        let outcome = self.noted_write(&node, outcome);
+        let outcome = self.noted_write(node, outcome);
         if let Err(error) = &outcome
             && error.kind() != ErrorKind::WouldBlock
         {
@@ -144,6 +126,32 @@ impl Tree {
             lock(&writer.state).error = Some(error.clone());
         }
         outcome
+    }
+
+    /// Where the content of a descriptor belongs, which does not move before what is returned with it is dropped; nothing if it belongs nowhere,
+    /// and then it counts as committed.
+    fn where_it_stays(
+        &self,
+        writer: &Writer,
+        patience: Patience,
+    ) -> Option<(Node, Result<Option<Still<'_>>>)> {
+        loop {
+            let node = {
+                let mut state = lock(&writer.state);
+                let Some(node) = self.committed_as(writer) else {
+                    // A scratch file has its content already, and one that is gone needs none. Whoever makes an attribute of it looks
+                    // whether somebody is at this, and else takes the content that there is by then.
+                    state.committed(false);
+                    state.committing = false;
+                    return None;
+                };
+                node
+            };
+            let still = self.keep_still(&node, patience);
+            if still.is_err() || self.committed_as(writer).as_ref() == Some(&node) {
+                return Some((node, still));
+            }
+        }
     }
 
     /// Closes a file or a directory for good. What was cut or extended and never written is committed now; nobody hears of it if that
@@ -175,15 +183,18 @@ impl Tree {
         outcome
     }
 
-    /// Waits until what was done through a descriptor that is closed already is committed.
+    /// Whether what was done through a descriptor that is closed already is still being committed.
+    pub(super) fn is_closing(&self, node: &Node) -> bool {
+        let until = lock(&self.closing).get(node).copied();
+        until.is_some_and(|until| until >= Instant::now())
+    }
+
+    /// Waits until that is done. Nobody does so who keeps the file in its place, or anybody from it: who closes it may have to wait for them.
     pub(super) fn wait_until_closed(&self, node: &Node, patience: Patience) -> Result<()> {
-        loop {
-            let until = lock(&self.closing).get(node).copied();
-            if until.is_none_or(|until| until < Instant::now()) {
-                return Ok(());
-            }
+        while self.is_closing(node) {
             patience.wait(super::settle::PAUSE, "the file is being closed")?;
         }
+        Ok(())
     }
 
     /// What a descriptor has not committed by the time that it is closed for good.

@@ -131,24 +131,6 @@ impl Tree {
         self.commit(node, &Text::Resized(size, fallback), None, patience)
     }
 
-    /// Waits for the commits that are on their way to `node`, or into it if it is a map: what they bring is what is to be renamed.
-    pub(super) fn wait_for_commits(&self, node: &Node, patience: Patience) -> Result<()> {
-        let Some((token, id, slot)) = Slot::of(node) else {
-            return Ok(());
-        };
-        let key = (token.clone(), id.clone());
-        loop {
-            let is_on_its_way = lock(&self.drafts).get(&key).is_some_and(|draft| {
-                let mut slots = draft.committing.keys();
-                slots.any(|coming| *coming == slot || coming.is_in(slot))
-            });
-            if !is_on_its_way {
-                return Ok(());
-            }
-            patience.wait(super::settle::PAUSE, "the file is being written")?;
-        }
-    }
-
     /// Makes an attribute map of `entries`, which can take the place of an empty one if it `replaces` it.
     ///
     /// # Errors

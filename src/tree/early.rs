@@ -3,6 +3,8 @@
 //! Most programs, and every shell, ignore what `close` says. So `write` refuses what nothing that could follow would make a value: what the
 //! word itself rules out, and what SoftHSM could not live with. All else is left to `close`.
 
+use std::time::Duration;
+
 use super::node::Node;
 use super::slot::Slot;
 use super::text::{self, Context};
@@ -15,6 +17,9 @@ use crate::store::{ObjectId, Patience, TokenName, validate};
 /// What is as long as this and can be read is no part of a ciphertext, in bytes: one in fifty is so by chance, where it is written
 /// in pieces that are no longer.
 const SHORTEST_TEXT: usize = 4;
+
+/// How long a write of a serial number waits for what the other tokens have: it is rare, and one that is taken stops SoftHSM.
+const SERIAL_WAIT: Duration = Duration::from_secs(1);
 
 /// Which value it is, of what.
 type Place<'a> = (&'a TokenName, &'a ObjectId, Slot);
@@ -88,7 +93,7 @@ impl Tree {
             let is_serial = slot.key.attribute_type == pkcs11::CKA_OS_TOKENSERIAL;
             return match is_serial && data.len() == validate::SERIAL {
                 true => self
-                    .slots_of_others(token, Patience::Now)
+                    .slots_of_others(token, Patience::at_most(SERIAL_WAIT))
                     .map_or(Ok(()), |taken| validate::check_slot(&alone, &taken)),
                 false => Ok(()),
             };

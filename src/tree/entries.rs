@@ -112,20 +112,37 @@ impl Tree {
         caller: Caller,
         patience: Patience,
     ) -> Result<(Entry, HandleId)> {
-        let directory = self.node(parent)?;
-        let created = self.create_in(&directory, name, how, caller, patience);
-        let (node, handle, is_new) = self.noted_entry(&directory, name, created)?;
-        match self.look(node.clone(), patience) {
-            Ok(look) => {
-                self.tell(parent, &look);
-                Ok((look.entry, handle))
-            }
-            Err(error) => {
-                self.discard(handle);
-                if is_new {
-                    self.take_back(&directory, name, &node);
+        loop {
+            let mut closing = None;
+            let created = self.in_place(parent, patience, |directory| {
+                let existing = self.existing(directory, name, patience)?;
+                closing = existing
+                    .map(|(node, _)| node)
+                    .filter(|node| self.is_closing(node));
+                if closing.is_some() {
+                    return Ok(None);
                 }
-                Err(error)
+                let created = self.create_in(directory, name, how, caller, patience);
+                let (node, handle, is_new) = self.noted_entry(directory, name, created)?;
+                match self.look_now(node.clone(), patience) {
+                    Ok(look) => {
+                        self.tell(parent, &look);
+                        Ok(Some((look.entry, handle)))
+                    }
+                    Err(error) => {
+                        self.discard(handle);
+                        if is_new {
+                            self.take_back(directory, name, &node);
+                        }
+                        Err(error)
+                    }
+                }
+            })?;
+            match (created, closing) {
+                (Some(created), _) => return Ok(created),
+                // Not in its place: who closes it may have to wait until it is not being renamed, and whoever renames it for us.
+                (None, Some(node)) => self.wait_until_closed(&node, patience)?,
+                (None, None) => {}
             }
         }
     }
@@ -241,24 +258,25 @@ impl Tree {
         caller: Caller,
         patience: Patience,
     ) -> Result<Entry> {
-        let directory = self.node(parent)?;
-        let made = self.make_dir_in(&directory, name, mode, caller, patience);
-        let node = self.noted_entry(&directory, name, made)?;
-        // What the kernel knows by that name is a directory that somebody else removed. Told of the same one, it would find in it again what
-        // anybody has open of that.
-        if let Some(ino) = self.known_number(&node) {
-            self.bury(ino);
-        }
-        match self.noted(self.look(node.clone(), patience)) {
-            Ok(look) => {
-                self.tell(parent, &look);
-                Ok(look.entry)
+        self.in_place(parent, patience, |directory| {
+            let made = self.make_dir_in(directory, name, mode, caller, patience);
+            let node = self.noted_entry(directory, name, made)?;
+            // What the kernel knows by that name is a directory that somebody else removed. Told of the same one, it would find in it again
+            // what anybody has open of that.
+            if let Some(ino) = self.known_number(&node) {
+                self.bury(ino);
             }
-            Err(error) => {
-                self.take_back(&directory, name, &node);
-                Err(error)
+            match self.noted(self.look_now(node.clone(), patience)) {
+                Ok(look) => {
+                    self.tell(parent, &look);
+                    Ok(look.entry)
+                }
+                Err(error) => {
+                    self.take_back(directory, name, &node);
+                    Err(error)
+                }
             }
-        }
+        })
     }
 
     fn make_dir_in(

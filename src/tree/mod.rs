@@ -43,6 +43,7 @@ mod setattr;
 mod settle;
 mod slot;
 mod stale;
+mod still;
 pub mod text;
 mod view;
 mod write;
@@ -189,6 +190,7 @@ pub struct Tree {
     scratch: Mutex<Scratch>,
     budget: Mutex<budget::Budget>,
     gates: Mutex<building::Gates>,
+    spots: Mutex<still::Spots>,
     listener: OnceLock<Listener>,
     /// What is to be looked after, and what somebody is doing of what was due.
     tasks: Arc<Mutex<due::Tasks>>,
@@ -219,6 +221,7 @@ impl Tree {
             scratch: Mutex::default(),
             budget: Mutex::default(),
             gates: Mutex::default(),
+            spots: Mutex::default(),
             listener: OnceLock::new(),
             tasks: Arc::default(),
             closing: Mutex::default(),

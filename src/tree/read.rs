@@ -5,8 +5,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::handle::{Handle, HandleId};
+use super::inode::InodeTable;
 use super::node::{Ino, Node, ROOT};
 use super::publish::access_of;
+use super::remove::Attending;
 use super::write::Scratched;
 use super::{
     Attributes, Entry, FileKind, Listed, Look, NAME_MAX, OpenForWriting, Tree, by_label, lock, view,
@@ -27,13 +29,26 @@ impl Tree {
         if name.len() > NAME_MAX {
             return Err(Error::new(ErrorKind::NameTooLong, "the name is too long"));
         }
-        let directory = self.node(parent)?;
-        let look = self.noted(
-            self.child(&directory, name, patience)
-                .and_then(|node| self.look(node, patience)),
-        )?;
-        self.tell(parent, &look);
-        Ok(look.entry)
+        loop {
+            let directory = self.node(parent)?;
+            let _at_it = Attending::while_looking(self, &directory, name);
+            let look = self
+                .child(&directory, name, patience)
+                .and_then(|node| self.look(node, patience));
+            if is_gone(&look) && self.has_moved(parent, &directory, patience)? {
+                continue;
+            }
+            let look = self.noted(look)?;
+            let mut inodes = lock(&self.inodes);
+            // Otherwise it was renamed meanwhile.
+            if inodes
+                .get(parent)
+                .is_none_or(|inode| inode.node == directory)
+            {
+                tell(&mut inodes, parent, &look);
+                return Ok(look.entry);
+            }
+        }
     }
 
     /// What `stat` says of one entry of a directory that is being listed. It counts as an answer once [`Tree::tell`] is
@@ -47,11 +62,7 @@ impl Tree {
 
     /// Counts an answer about something in the directory `parent`: the kernel has been told.
     pub fn tell(&self, parent: Ino, look: &Look) {
-        let mut inodes = lock(&self.inodes);
-        let ino = inodes.remember(&look.node, parent, look.seen.clone());
-        if let Some(inode) = inodes.get_mut(ino) {
-            inode.told = Some(access_of(&look.entry.attributes));
-        }
+        tell(&mut lock(&self.inodes), parent, look);
     }
 
     /// Takes back `count` answers that named `ino`.
@@ -150,6 +161,15 @@ impl Tree {
     pub(super) fn look(&self, node: Node, patience: Patience) -> Result<Look> {
         let begun = Instant::now();
         self.wait_until_closed(&node, patience)?;
+        self.look_since(begun, node, patience)
+    }
+
+    /// The same without waiting for what is just being closed, which may have to wait for who asks.
+    pub(super) fn look_now(&self, node: Node, patience: Patience) -> Result<Look> {
+        self.look_since(Instant::now(), node, patience)
+    }
+
+    fn look_since(&self, begun: Instant, node: Node, patience: Patience) -> Result<Look> {
         let (mut attributes, seen) = self.describe(&node, patience)?;
         let generation = {
             let inodes = lock(&self.inodes);
@@ -190,7 +210,16 @@ impl Tree {
     /// # Errors
     /// [`ErrorKind::IsADirectory`]; [`ErrorKind::NotFound`] if it is gone by now, and what the store fails with.
     pub fn open(&self, ino: Ino, patience: Patience) -> Result<HandleId> {
-        let mut node = self.node(ino)?;
+        loop {
+            let node = self.node(ino)?;
+            let opened = self.open_node(ino, node.clone(), patience);
+            if !is_gone(&opened) || !self.has_moved(ino, &node, patience)? {
+                return opened;
+            }
+        }
+    }
+
+    fn open_node(&self, ino: Ino, mut node: Node, patience: Patience) -> Result<HandleId> {
         if let Node::Scratch(id) = node {
             match self.open_scratch(&node, id, OpenForWriting::default())? {
                 Scratched::Opened(handle) => {
@@ -295,6 +324,18 @@ impl Tree {
         lock(&self.inodes)
             .get(ino)
             .map_or(ROOT, |inode| inode.parent)
+    }
+}
+
+pub(super) fn is_gone<T>(outcome: &Result<T>) -> bool {
+    matches!(outcome, Err(error) if error.kind() == ErrorKind::NotFound)
+}
+
+/// Counts an answer.
+fn tell(inodes: &mut InodeTable, parent: Ino, look: &Look) {
+    let ino = inodes.remember(&look.node, parent, look.seen.clone());
+    if let Some(inode) = inodes.get_mut(ino) {
+        inode.told = Some(access_of(&look.entry.attributes));
     }
 }
 

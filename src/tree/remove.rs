@@ -2,6 +2,7 @@
 //! somebody looked.
 
 use std::ffi::OsStr;
+use std::time::{Duration, Instant};
 
 use super::draft::Key;
 use super::entries::Caller;
@@ -34,36 +35,72 @@ impl Expected {
     }
 }
 
+/// How long a look-up takes at least that has waited.
+const WAITED: Duration = Duration::from_millis(50);
+
 /// Somebody is removing an object, or something in it, and may have to wait for that: what he has unlinked before is not put back meanwhile for
 /// having been left alone.
-struct Attending<'a> {
+pub(super) struct Attending<'a> {
     tree: &'a Tree,
     key: Key,
+    /// Since when it has been looked up, if it is only that: who removes an object looks it up first, so that counts if it had to wait.
+    looking: Option<Instant>,
     /// Which draft it is, if there is one.
     number: Option<u64>,
 }
 
 impl<'a> Attending<'a> {
+    /// For as long as `name` is looked up in a directory, if that is an object, or in one, of which something is pending.
+    pub fn while_looking(tree: &'a Tree, directory: &Node, name: &OsStr) -> Option<Self> {
+        let key = object_called(directory, name)?;
+        lock(&tree.drafts).get(&key)?;
+        let mut attending = Self::begin(tree, key);
+        attending.looking = Some(Instant::now());
+        Some(attending)
+    }
+
     fn begin(tree: &'a Tree, key: Key) -> Self {
         let number = lock(&tree.drafts).get_mut(&key).map(|draft| {
             draft.attended += 1;
             draft.number
         });
-        Self { tree, key, number }
+        Self {
+            tree,
+            key,
+            looking: None,
+            number,
+        }
     }
 }
 
 impl Drop for Attending<'_> {
     fn drop(&mut self) {
         let mut drafts = lock(&self.tree.drafts);
-        if let Some(draft) = drafts.get_mut(&self.key)
-            && self.number == Some(draft.number)
+        if let Some(number) = self.number
+            // Its object may have been renamed meanwhile.
+            && let Some(key) = drafts.find(&self.key, number)
+            && let Some(draft) = drafts.get_mut(&key)
         {
             draft.attended = draft.attended.saturating_sub(1);
         }
-        drafts.touch(&self.key);
+        if self.looking.is_none_or(|since| since.elapsed() > WAITED) {
+            drafts.touch(&self.key);
+        }
         drop(drafts);
         self.tree.wake();
+    }
+}
+
+/// The object that what is called `name` in a directory is, or would be, or that it is in.
+pub(super) fn object_called(directory: &Node, name: &OsStr) -> Option<Key> {
+    match directory {
+        Node::Token(token) => {
+            let object = ObjectName::new(name)?;
+            Some((token.clone(), ObjectId::Object(object)))
+        }
+        other => other
+            .object()
+            .map(|(token, id)| (token.clone(), id.clone())),
     }
 }
 
@@ -74,11 +111,12 @@ impl Tree {
     /// # Errors
     /// [`ErrorKind::NotFound`]; [`ErrorKind::IsADirectory`]; [`ErrorKind::ReadOnly`] below `.tokenfs`.
     pub fn unlink(&self, parent: Ino, name: &OsStr, patience: Patience) -> Result<()> {
-        let directory = self.node(parent)?;
-        let key = directory.object();
-        let _at_it = key.map(|(token, id)| Attending::begin(self, (token.clone(), id.clone())));
-        let outcome = self.unlink_in(&directory, name, patience);
-        self.noted_entry(&directory, name, outcome)
+        self.in_place(parent, patience, |directory| {
+            let key = directory.object();
+            let _at_it = key.map(|(token, id)| Attending::begin(self, (token.clone(), id.clone())));
+            let outcome = self.unlink_in(directory, name, patience);
+            self.noted_entry(directory, name, outcome)
+        })
     }
 
     fn unlink_in(&self, directory: &Node, name: &OsStr, patience: Patience) -> Result<()> {
@@ -153,19 +191,12 @@ impl Tree {
         by: Option<Caller>,
         patience: Patience,
     ) -> Result<()> {
-        let directory = self.node(parent)?;
-        let key = match &directory {
-            Node::Token(token) => {
-                let object = ObjectName::new(name);
-                object.map(|object| (token.clone(), ObjectId::Object(object)))
-            }
-            other => other
-                .object()
-                .map(|(token, id)| (token.clone(), id.clone())),
-        };
-        let _at_it = key.map(|key| Attending::begin(self, key));
-        let outcome = self.remove_dir_in(&directory, name, by, patience);
-        self.noted_entry(&directory, name, outcome)
+        self.in_place(parent, patience, |directory| {
+            let key = object_called(directory, name);
+            let _at_it = key.map(|key| Attending::begin(self, key));
+            let outcome = self.remove_dir_in(directory, name, by, patience);
+            self.noted_entry(directory, name, outcome)
+        })
     }
 
     fn remove_dir_in(

@@ -8,8 +8,9 @@ use super::entries::{Caller, exists};
 use super::name;
 use super::node::{Ino, Node};
 use super::place::Place;
-use super::remove::Expected;
+use super::remove::{Expected, object_called};
 use super::slot::{Slot, map_key};
+use super::still::Spot;
 use super::text::Context;
 use super::{FileKind, Tree, lock, text, view};
 use crate::error::{Error, ErrorKind, Result};
@@ -49,24 +50,43 @@ impl Tree {
         how: RenameHow,
         patience: Patience,
     ) -> Result<()> {
-        let (from_directory, to_directory) = (self.node(from.0)?, self.node(to.0)?);
-        let source = End {
-            directory: &from_directory,
-            name: from.1,
-        };
-        let target = End {
-            directory: &to_directory,
-            name: to.1,
-        };
-        let outcome = self.rename_nodes(source, target, (from.0, to.0), how, patience);
-        self.noted_entry(&to_directory, to.1, outcome)
+        loop {
+            let directories = (self.node(from.0)?, self.node(to.0)?);
+            let source = End {
+                directory: &directories.0,
+                name: from.1,
+            };
+            let target = End {
+                directory: &directories.1,
+                name: to.1,
+            };
+            let spots = self.spots_of_rename(source, target);
+            let _shut = self.shut(spots, patience)?;
+            // Otherwise their object was renamed meanwhile.
+            if (self.node(from.0)?, self.node(to.0)?) == directories {
+                let outcome = self.rename_nodes(source, target, to.0, how, patience);
+                return self.noted_entry(&directories.1, to.1, outcome);
+            }
+        }
+    }
+
+    /// What nobody may be using while something is renamed: the objects that it is in, or that it is or becomes, and of scratch the files that
+    /// may become attributes.
+    fn spots_of_rename(&self, from: End<'_>, to: End<'_>) -> Vec<Spot> {
+        let in_object = |end: &End<'_>| object_called(end.directory, end.name).map(Spot::Object);
+        let mut spots: Vec<Spot> = [from, to].iter().filter_map(in_object).collect();
+        let scratch = lock(&self.scratch);
+        if let Some(id) = scratch.find(from.directory, from.name) {
+            spots.extend(scratch.below(id).into_iter().map(Spot::Scratch));
+        }
+        spots
     }
 
     fn rename_nodes(
         &self,
         from: End<'_>,
         to: End<'_>,
-        (_, to_parent): (Ino, Ino),
+        to_parent: Ino,
         how: RenameHow,
         patience: Patience,
     ) -> Result<()> {
@@ -137,7 +157,6 @@ impl Tree {
                 self.rebind(ino, &target, to_parent, patience);
             }
             (Node::Attribute(..) | Node::MapEntry(..), Place::Scratch) => {
-                self.wait_for_commits(&node, patience)?;
                 let made = self.move_to_scratch((&node, false), to, patience, || {
                     self.take_out(&node, patience).map(|()| None)
                 })?;
@@ -296,8 +315,12 @@ impl Tree {
         let Some(ino) = ino else {
             return;
         };
-        let below = lock(&self.inodes).below(ino);
-        lock(&self.inodes).rebind(ino, target.clone(), Some(parent));
+        let below = {
+            let mut inodes = lock(&self.inodes);
+            inodes.rebind(ino, target.clone(), Some(parent));
+            // From here on no answer that was found under its old name gets in (`lookup`).
+            inodes.below(ino)
+        };
         for child in below {
             let (old, directory) = {
                 let inodes = lock(&self.inodes);
@@ -359,7 +382,6 @@ impl Tree {
                 "the file has no value yet, so it cannot be renamed",
             ));
         }
-        self.wait_for_commits(from, patience)?;
         self.replacing_all(&[from, to], None, patience, &mut |attributes| {
             // The text that it has at this moment, whatever it was when somebody looked last.
             let context = |slot: Slot, attributes: &Attributes| {

@@ -311,6 +311,23 @@ impl Scratch {
         }
     }
 
+    /// A file, or all that is in a directory and in those in it, with itself.
+    pub fn below(&self, id: ScratchId) -> Vec<ScratchId> {
+        let mut found = vec![id];
+        let mut next = 0;
+        while let Some(id) = found.get(next)
+            && next < self.entries.len()
+        {
+            if let Ok(entry) = self.get(*id)
+                && let Content::Directory(names) = &entry.content
+            {
+                found.extend(names.values());
+            }
+            next += 1;
+        }
+        found
+    }
+
     fn drop_entry(&mut self, id: ScratchId) {
         // Not by recursion: nobody says how deep directories are.
         let mut left = vec![id];

@@ -37,19 +37,21 @@ impl Tree {
         change: &SetAttributes,
         patience: Patience,
     ) -> Result<Entry> {
-        let node = self.node(ino)?;
         if self.is_orphan(ino) {
             return self.set_orphan(ino, handle, change, patience);
         }
-        self.check_still_theirs(ino, &node, change, patience)?;
-        let outcome = self.set(&node, handle, change, patience);
-        let outcome = match (outcome, handle) {
-            // It is open and unlinked: nobody will ever see what was set.
-            (Err(error), Some(_)) if error.kind() == ErrorKind::NotFound => Ok(()),
-            (outcome, _) => outcome,
-        };
-        self.noted_write(&node, outcome)?;
-        self.note_dropped(&node, change.metadata.mode);
+        self.in_place(ino, patience, |node| {
+            self.check_still_theirs(ino, node, change, patience)?;
+            let outcome = self.set(node, handle, change, patience);
+            let outcome = match (outcome, handle) {
+                // It is open and unlinked: nobody will ever see what was set.
+                (Err(error), Some(_)) if error.kind() == ErrorKind::NotFound => Ok(()),
+                (outcome, _) => outcome,
+            };
+            self.noted_write(node, outcome)?;
+            self.note_dropped(node, change.metadata.mode);
+            Ok(())
+        })?;
         match handle {
             Some(handle) => self.open_attributes(ino, handle, patience),
             None => self.attributes(ino, patience),

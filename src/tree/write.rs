@@ -12,6 +12,7 @@ use std::time::SystemTime;
 use super::draft::{Bytes, Key};
 use super::handle::{Handle, HandleId, State, Writer};
 use super::node::{Ino, Node};
+use super::read::is_gone;
 use super::scratch::{Content, ScratchId};
 use super::slot::Slot;
 use super::{Tree, lock, view};
@@ -51,9 +52,26 @@ impl Tree {
         how: OpenForWriting,
         patience: Patience,
     ) -> Result<HandleId> {
-        let node = self.node(ino)?;
-        let opened = self.open_writer(&node, Some(ino), how, patience);
-        let handle = self.noted_write(&node, opened)?;
+        let handle = loop {
+            let node = self.node(ino)?;
+            self.wait_until_closed(&node, patience)?;
+            let opened = self.in_place(ino, patience, |node| {
+                let handle = self.open_writer(node, Some(ino), how, patience)?;
+                if self.is_unlinked(node) {
+                    // While it was opened: what is written into it must not bring it back.
+                    self.discard(handle);
+                    return Err(Error::not_found("it has just been unlinked"));
+                }
+                Ok(handle)
+            });
+            if !is_gone(&opened) || !self.has_moved(ino, &node, patience)? {
+                // That it is gone is an ordinary answer: the kernel looks its name up anew.
+                break match opened {
+                    Err(error) if error.kind() == ErrorKind::NotFound => return Err(error),
+                    opened => self.noted_write(&node, opened)?,
+                };
+            }
+        };
         // Under which it may be asked about when its name is that of another one.
         lock(&self.handles).opened_by(handle, ino);
         Ok(handle)
@@ -83,6 +101,7 @@ impl Tree {
         (is_open, ours.map(|writer| writer.size()))
     }
 
+    /// Opens what [`Tree::in_place`] keeps where it is.
     pub(super) fn open_writer(
         &self,
         node: &Node,
@@ -97,7 +116,6 @@ impl Tree {
                 Scratched::Became(attribute) => self.open_writer(&attribute, None, how, patience),
             };
         }
-        self.wait_until_closed(node, patience)?;
         let (attributes, object) = self.noted(self.describe(node, patience))?;
         if attributes.kind == super::FileKind::Directory {
             return Err(Error::new(ErrorKind::IsADirectory, "a directory"));
@@ -232,6 +250,15 @@ impl Tree {
             lock(&content).clear();
         }
         Ok(Scratched::Opened(handle))
+    }
+
+    /// Whether an attribute was unlinked, which the store has still.
+    fn is_unlinked(&self, node: &Node) -> bool {
+        Slot::of(node).is_some_and(|(token, id, slot)| {
+            let drafts = lock(&self.drafts);
+            let draft = drafts.get(&(token.clone(), id.clone()));
+            draft.is_some_and(|draft| draft.unlinked().any(|(unlinked, _)| unlinked == slot))
+        })
     }
 
     /// The content of a file that was created and has no value yet.
