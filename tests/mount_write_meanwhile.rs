@@ -511,6 +511,34 @@ both_backends! {
         bench.quiet("rm -r ../pending");
     }
 
+    /// Who looks at an object that lacks something that SoftHSM stores in every one has it added.
+    fn what_softhsm_adds_to_an_object_that_is_being_removed_does_not_keep_it(backend) {
+        let mut bench = Bench::new(backend);
+        let make = format!("mkdir {OTHER}; echo CKO_DATA >{OTHER}/CKA_CLASS; echo true >{OTHER}/CKA_TOKEN; echo false >{OTHER}/CKA_PRIVATE; printf bare >{OTHER}/CKA_LABEL; sync {OTHER}");
+        for is_ours in [false, true] {
+            bench.quiet(&make);
+            let found = bench.client.find_label("bare").unwrap();
+            bench.quiet(&format!("rm {OTHER}/*"));
+            if is_ours {
+                bench.quiet(&format!("echo true >{OTHER}/CKA_COPYABLE"));
+            } else {
+                bench.client.get_bytes(found[0], 3).unwrap();
+            }
+            eventually(SOON, "something in it", || fs::read_dir(bench.at(OTHER)).unwrap().count() > 0);
+            if is_ours {
+                assert!(bench.fails(&format!("rmdir {OTHER}")).contains("not empty"));
+                bench.quiet(&format!("rm -r {OTHER}"));
+            } else {
+                bench.quiet(&format!("rmdir {OTHER}"));
+            }
+            assert_eq!(bench.log(), "");
+            bench.settle();
+            assert_eq!(bench.client.find_label("bare").unwrap(), [0_u64; 0]);
+            let check = tokenfs().args(["check", "--backend", &backend.to_string(), "--tokendir"]).arg(&bench.softhsm.tokendir).output().unwrap();
+            assert!(check.status.success(), "{check:?}");
+        }
+    }
+
     fn tokenfs_umount_says_what_it_could_not_write(backend) {
         let bench = Bench::new(backend);
         bench.quiet("rm $o/CKA_PRIVATE");
@@ -519,6 +547,7 @@ both_backends! {
         assert_eq!(refused.status.code(), Some(1), "{said}");
         let named = said.lines().any(|line| line.contains(&bench.data) && line.contains("the CKA_PRIVATE of an object goes with the whole object only"));
         assert!(named, "{said}");
+        assert!(said.contains("is back; nothing is pending any more"), "{said}");
         assert_eq!(bench.stored_data("CKA_PRIVATE").unwrap(), b"false\n");
         bench.mount.unmount();
     }

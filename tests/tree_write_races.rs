@@ -55,7 +55,7 @@ impl F {
     /// A new file with that in it.
     fn put(&self, directory: Ino, name: &str, content: &[u8]) {
         let handle = self.create(directory, name);
-        self.tree.write(handle, 0, content).unwrap();
+        self.tree.write(handle, 0, content, patient()).unwrap();
         self.close(handle);
     }
     fn make_dir(&self, directory: Ino, name: &str) -> Ino {
@@ -150,7 +150,7 @@ fn what_is_committed_beside_a_removal_that_waits_stays() {
         }); // busy: waits for .lock until lock_wait (1 s)
         std::thread::sleep(Duration::from_millis(200));
         let h = f.create(f.object, "CKA_LABEL");
-        f.tree.write(h, 0, b"new").unwrap();
+        f.tree.write(h, 0, b"new", patient()).unwrap();
         s.spawn(|| {
             std::thread::sleep(Duration::from_millis(1300));
             drop(held);
@@ -179,7 +179,7 @@ fn what_is_committed_beside_the_removal_of_another_stays() {
             f.tree.settle();
         });
         std::thread::sleep(Duration::from_millis(100));
-        f.tree.write(h, 0, b"new").unwrap();
+        f.tree.write(h, 0, b"new", patient()).unwrap();
         s.spawn(|| {
             std::thread::sleep(Duration::from_millis(300));
             drop(held);
@@ -214,7 +214,7 @@ fn what_is_open_in_a_scratch_directory_follows_it_into_its_object() {
             patient(),
         )
         .unwrap();
-    f.tree.write(h, 0, b"new").unwrap();
+    f.tree.write(h, 0, b"new", patient()).unwrap();
     f.close(h);
     let bytes = fs::read(f.dir.path().join("t/obj.object")).unwrap();
     assert!(
@@ -232,7 +232,7 @@ fn an_object_in_which_scratch_is_written_is_not_finished() {
     }
     let h = f.create(d, ".CKA_VALUE.x8Kd2p");
     for i in 0..10 {
-        f.tree.write(h, i, b"x").unwrap();
+        f.tree.write(h, i, b"x", patient()).unwrap();
         std::thread::sleep(Duration::from_millis(50));
         f.tree.settle();
     }
@@ -288,7 +288,7 @@ fn scratch_directories_can_be_deep() {
     let top = d;
     for (n, v) in [("CKA_CLASS", "0\n"), ("CKA_PRIVATE", "false\n")] {
         let h = f.create(top, n);
-        f.tree.write(h, 0, v.as_bytes()).unwrap();
+        f.tree.write(h, 0, v.as_bytes(), patient()).unwrap();
         f.tree.release(h, patient()).unwrap();
     }
     for _ in 0..90_000 {
@@ -341,7 +341,7 @@ fn a_scratch_directory_that_became_a_map_is_the_map() {
     {
         let d = f.make_dir(f.object, ".m");
         let h = f.create(d, "CKA_EXTRACTABLE");
-        f.tree.write(h, 0, b"true\n").unwrap();
+        f.tree.write(h, 0, b"true\n", patient()).unwrap();
         f.tree.release(h, patient()).unwrap();
         // one only, to see where a write goes
         f.tree
@@ -363,7 +363,7 @@ fn a_scratch_directory_that_became_a_map_is_the_map() {
             patient(),
         );
         if let Ok((_, h)) = r {
-            f.tree.write(h, 0, b"true\n").unwrap();
+            f.tree.write(h, 0, b"true\n", patient()).unwrap();
             f.close(h);
             left += 1;
         }
@@ -440,8 +440,8 @@ fn of_two_writers_of_what_was_unlinked_the_one_that_is_refused_takes_nothing_awa
     let a = f.create(f.object, "CKA_CLASS");
     let b = f.create(f.object, "CKA_CLASS");
     // What only close can refuse.
-    f.tree.write(a, 0, b"CKO_").unwrap();
-    f.tree.write(b, 0, b"3\n").unwrap();
+    f.tree.write(a, 0, b"CKO_", patient()).unwrap();
+    f.tree.write(b, 0, b"3\n", patient()).unwrap();
     let held = lock(&f.dir.path().join("t/key.lock"), libc::F_RDLCK);
     std::thread::scope(|s| {
         let ta = s.spawn(|| f.tree.flush(a, patient()));
@@ -469,7 +469,7 @@ fn of_two_writers_of_what_was_unlinked_the_one_that_is_refused_takes_nothing_awa
 fn a_rename_that_fails_leaves_what_had_the_name() {
     let f = fixture();
     let h = f.create(f.object, "CKA_LABEL~");
-    f.tree.write(h, 0, b"backup").unwrap();
+    f.tree.write(h, 0, b"backup", patient()).unwrap();
     f.tree.release(h, patient()).unwrap();
     // busy draft: an unlink of another attribute is being written and waits
     f.tree.unlink(f.object, os("CKA_CLASS"), patient()).unwrap();
@@ -498,7 +498,7 @@ fn what_is_unlinked_while_it_is_committed_is_gone() {
     let f = fixture();
     f.tree.unlink(f.object, os("CKA_LABEL"), patient()).unwrap();
     let a = f.create(f.object, "CKA_LABEL");
-    f.tree.write(a, 0, b"new").unwrap();
+    f.tree.write(a, 0, b"new", patient()).unwrap();
     let held = lock(&f.dir.path().join("t/key.lock"), libc::F_RDLCK);
     std::thread::scope(|s| {
         let ta = s.spawn(|| f.tree.flush(a, patient()));
@@ -554,7 +554,7 @@ fn what_was_unlinked_is_not_seen_while_something_new_is_committed() {
     let f = fixture();
     f.tree.unlink(f.object, os("CKA_LABEL"), patient()).unwrap();
     let a = f.create(f.object, "CKA_LABEL");
-    f.tree.write(a, 0, b"new").unwrap();
+    f.tree.write(a, 0, b"new", patient()).unwrap();
     let held = lock(&f.dir.path().join("t/key.lock"), libc::F_RDLCK);
     std::thread::scope(|s| {
         let ta = s.spawn(|| f.tree.flush(a, patient()));
@@ -705,7 +705,7 @@ fn what_is_being_written_has_a_limit_however_it_is_spread() {
     let most = 64 * 1024 * 1024;
     let open = |name: &str| f.create(f.object, name);
     // Nothing but the last byte: what is before it takes memory all the same.
-    let fill = |handle| f.tree.write(handle, most - 1, b"x");
+    let fill = |handle| f.tree.write(handle, most - 1, b"x", patient());
     let files = [
         ".scratch",
         "CKA_VALUE",
@@ -734,7 +734,7 @@ fn a_file_that_is_closed_empty_takes_no_value_away() {
         let name = format!("0x800010{round:02}.bytes");
         let touched = f.create(f.object, &name);
         let written = f.open(f.find(f.object, &name));
-        f.tree.write(written, 0, b"value").unwrap();
+        f.tree.write(written, 0, b"value", patient()).unwrap();
         let held = lock(&f.dir.path().join("t/key.lock"), libc::F_WRLCK);
         std::thread::scope(|scope| {
             scope.spawn(|| f.close(touched));
@@ -786,10 +786,10 @@ fn what_could_not_be_written_to_its_end_is_no_value_until_it_is() {
     let f = fixture();
     let label = f.find(f.object, "CKA_LABEL");
     let open = f.open(label);
-    f.tree.write(open, 0, b"newer").unwrap();
-    let refused = f.tree.write(open, 64 << 20, b"x").unwrap_err();
+    f.tree.write(open, 0, b"newer", patient()).unwrap();
+    let refused = f.tree.write(open, 64 << 20, b"x", patient()).unwrap_err();
     assert_eq!(refused.kind(), TooLarge);
-    f.tree.write(open, 1, b"ZZ").unwrap();
+    f.tree.write(open, 1, b"ZZ", patient()).unwrap();
     assert_eq!(f.tree.flush(open, patient()).unwrap_err().kind(), TooLarge);
     assert_eq!(labels(&f), (true, false));
     // What is missing is cut off.
@@ -800,7 +800,7 @@ fn what_could_not_be_written_to_its_end_is_no_value_until_it_is() {
     f.tree
         .set_attributes(label, Some(open), &cut, patient())
         .unwrap();
-    f.tree.write(open, 0, b"new").unwrap();
+    f.tree.write(open, 0, b"new", patient()).unwrap();
     f.close(open);
     assert_eq!(labels(&f), (true, true));
 }
@@ -817,7 +817,7 @@ fn what_is_written_and_closed_while_it_is_renamed_is_not_lost() {
             f.tree.rename(from, to, RenameHow::default(), patient())
         });
         std::thread::sleep(Duration::from_millis(200));
-        f.tree.write(open, 0, b"two").unwrap();
+        f.tree.write(open, 0, b"two", patient()).unwrap();
         f.close(open);
         drop(held);
         renaming.join().unwrap().unwrap();

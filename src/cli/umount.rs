@@ -82,24 +82,30 @@ fn write_pending(point: &Path, server: Option<&Server>) -> Result<()> {
         }
     };
     synced.map_err(|error| {
-        name_pending(point, before);
-        let detail = "what was written into the mount and is pending cannot be written to the store, so it stays mounted; \
-                      .tokenfs/log has the reason";
+        let is_any = name_pending(point, before);
+        let detail = if is_any || error.raw_os_error() != Some(libc::EINVAL) {
+            "what was written into the mount and is pending cannot be written to the store, so it stays mounted; \
+             .tokenfs/log has the reason"
+        } else {
+            "what was removed in the mount could not be removed from the store, and is back; nothing is pending any more, and \
+             \"tokenfs umount\" again takes the mount away; .tokenfs/log has the reason"
+        };
         Error::io(detail, &error).at(point)
     })
 }
 
 /// Says on standard error what is pending in a mount, each as a path that a shell takes, with the reason that the log has, if it has one; and what
-/// else could not be written, which was not in the log `before`.
-fn name_pending(point: &Path, before: Vec<String>) {
+/// else could not be written, which was not in the log `before`. Returns whether anything is pending, as far as can be told.
+fn name_pending(point: &Path, before: Vec<String>) -> bool {
     let named = beside({
         let point = point.to_owned();
         move || (pending(&point).unwrap_or_default(), refusals(&point))
     });
     // Who does not answer by now has answered `sync`, and does not keep its refusal from being said.
     let Ok((paths, mut log)) = named.recv_timeout(ANSWER) else {
-        return;
+        return true;
     };
+    let is_any = !paths.is_empty();
     for path in paths {
         let name = path.strip_prefix(point).unwrap_or(&path).display();
         let entry = format!("{name}: ");
@@ -111,6 +117,7 @@ fn name_pending(point: &Path, before: Vec<String>) {
     for line in log.iter().filter(|line| !before.contains(line)) {
         eprintln!("tokenfs: {line}");
     }
+    is_any
 }
 
 /// The errors that the log of a mount has, oldest first, without their times.

@@ -19,6 +19,7 @@ use fuser::{
 
 use super::reply::{self, attributes, by_inode, errno, file_type, fill};
 use super::wait::{MOST_REQUESTS, Waiting};
+use crate::error::ErrorKind;
 use crate::store::{MetadataChange, Patience, Time};
 use crate::tree::{
     Caller, Creation, FileKind, HandleId, OpenForWriting, RenameHow, SetAttributes, Tree,
@@ -550,10 +551,19 @@ impl Filesystem for Adapter {
         _owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
-        self.tree.used_by(HandleId(handle.0), request.pid());
-        match self.tree.write(HandleId(handle.0), offset, data) {
-            Ok(()) => reply.written(data.len() as u32),
-            Err(error) => reply.error(errno(&error)),
+        let handle = HandleId(handle.0);
+        self.tree.used_by(handle, request.pid());
+        let written = self.tree.write(handle, offset, data, Patience::Now);
+        match written {
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                // It outlives the request, which is the only one that is copied for that.
+                let data = data.to_vec();
+                self.waiting.wait(reply, move |tree, reply, patience| {
+                    let written = tree.write(handle, offset, &data, patience);
+                    reply::written(reply, data.len(), written);
+                });
+            }
+            written => reply::written(reply, data.len(), written),
         }
     }
 

@@ -4,7 +4,7 @@ use std::time::{Duration, SystemTime};
 
 use fuser::{
     Errno, FileAttr, FileType, Generation, INodeNo, ReplyAttr, ReplyDirectoryPlus, ReplyEmpty,
-    ReplyEntry,
+    ReplyEntry, ReplyWrite,
 };
 
 use crate::error::{Error, ErrorKind, Result};
@@ -27,6 +27,13 @@ pub(super) fn by_inode<T>(answer: Result<T>) -> Result<T> {
 pub(super) fn empty(_: &Tree, reply: ReplyEmpty, answer: Result<()>) {
     match answer {
         Ok(()) => reply.ok(),
+        Err(error) => reply.error(errno(&error)),
+    }
+}
+
+pub(super) fn written(reply: ReplyWrite, length: usize, answer: Result<()>) {
+    match answer {
+        Ok(()) => reply.written(u32::try_from(length).unwrap_or(u32::MAX)),
         Err(error) => reply.error(errno(&error)),
     }
 }

@@ -230,6 +230,9 @@ impl Tree {
                     draft.committing.remove(&slot);
                 }
                 if outcome.is_ok() {
+                    if !draft.removed.is_empty() {
+                        draft.written.insert(slot);
+                    }
                     draft.fresh.remove(&slot);
                     draft
                         .removed

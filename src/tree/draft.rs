@@ -13,7 +13,7 @@ use std::time::{Duration, Instant, SystemTime};
 use super::slot::Slot;
 use crate::error::{Error, ErrorKind, Result};
 use crate::pkcs11;
-use crate::store::attribute::Attributes;
+use crate::store::attribute::{AttributeKey, Attributes, Value};
 use crate::store::file;
 use crate::store::{Access, Metadata, Object, ObjectId, ObjectName, TokenName};
 
@@ -102,6 +102,8 @@ pub(super) struct Draft {
     /// What was unlinked and is in the store still; and all that the object held then. What somebody else has changed since is not what was
     /// unlinked.
     pub removed: BTreeMap<Slot, Attributes>,
+    /// What was given a value in the mount while something was held back.
+    pub written: BTreeSet<Slot>,
     /// Files that were created and have no value yet.
     pub fresh: BTreeMap<Slot, Bytes>,
     /// How many commits are on their way to each place. What was unlinked there stays held until the first of them has come, and is not
@@ -125,6 +127,7 @@ impl Draft {
             number,
             new,
             removed: BTreeMap::new(),
+            written: BTreeSet::new(),
             fresh: BTreeMap::new(),
             committing: BTreeMap::new(),
             given: None,
@@ -152,6 +155,24 @@ impl Draft {
             .iter()
             .map(|(slot, then)| (*slot, then))
             .filter(move |(slot, _)| !fresh.contains_key(slot) && !committing.contains_key(slot))
+    }
+
+    /// Whether an object that is being removed has nothing left but what SoftHSM adds to one that lacks it when somebody looks at it there
+    /// (`P11Object::init`), and who removes the object could not list: it was not there when the rest was unlinked, is no value that anybody
+    /// gave it, and is none of ours.
+    pub fn has_only_defaults(&self, left: &Attributes) -> bool {
+        let is_removed = self.removed.keys().any(|slot| slot.is_class());
+        let is_default = |key: AttributeKey, value: &Value| {
+            let is_none = match value {
+                Value::Bool(_) => true,
+                Value::Bytes(bytes) => bytes.is_empty(),
+                _ => false,
+            };
+            let slot = Slot { map: None, key };
+            let is_new = self.removed.values().any(|then| then.get(key).is_none());
+            is_none && is_new && !self.written.contains(&slot) && !self.fresh.contains_key(&slot)
+        };
+        is_removed && left.iter().all(|(key, value)| is_default(key, value))
     }
 
     /// An attribute map has another name: the files in it that have no value yet go with it.
@@ -188,9 +209,7 @@ impl Draft {
             }
             None if self.gone => Some(self.touched + HALF_REMOVED),
             None => {
-                let is_class =
-                    |slot: Slot| slot.map.is_none() && slot.key.attribute_type == pkcs11::CKA_CLASS;
-                let wait = if self.unlinked().any(|(slot, _)| is_class(slot)) {
+                let wait = if self.unlinked().any(|(slot, _)| slot.is_class()) {
                     HALF_UNLINKED
                 } else {
                     LEFT_ALONE
@@ -348,6 +367,11 @@ impl Drafts {
 
     /// Forgets the draft of an object if it says nothing any more.
     pub fn tidy(&mut self, key: &Key) {
+        if let Some(draft) = self.objects.get_mut(key)
+            && draft.removed.is_empty()
+        {
+            draft.written.clear();
+        }
         if self.objects.get(key).is_some_and(Draft::is_empty) {
             self.objects.remove(key);
         }

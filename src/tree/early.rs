@@ -3,13 +3,11 @@
 //! Most programs, and every shell, ignore what `close` says. So `write` refuses what nothing that could follow would make a value: what the
 //! word itself rules out, and what SoftHSM could not live with. All else is left to `close`.
 
-use std::time::Duration;
-
 use super::node::Node;
 use super::slot::Slot;
 use super::text::{self, Context};
 use super::{Tree, lock};
-use crate::error::Result;
+use crate::error::{ErrorKind, Result};
 use crate::pkcs11::{self, CKA_PRIVATE};
 use crate::store::attribute::{AttributeKey, Attributes, Kind, Value};
 use crate::store::{ObjectId, Patience, TokenName, validate};
@@ -17,9 +15,6 @@ use crate::store::{ObjectId, Patience, TokenName, validate};
 /// What is as long as this and can be read is no part of a ciphertext, in bytes: one in fifty is so by chance, where it is written
 /// in pieces that are no longer.
 const SHORTEST_TEXT: usize = 4;
-
-/// How long a write of a serial number waits for what the other tokens have: it is rare, and one that is taken stops SoftHSM.
-const SERIAL_WAIT: Duration = Duration::from_secs(1);
 
 /// Which value it is, of what.
 type Place<'a> = (&'a TokenName, &'a ObjectId, Slot);
@@ -53,17 +48,32 @@ impl Early {
 impl Tree {
     /// What can be told of a text, `data` of which is about to be written, or all of it, as far as can be seen; nothing if it is no
     /// attribute.
-    pub(super) fn foresee(&self, node: &Node, is_whole: bool, data: &[u8]) -> Option<Early> {
-        let place = Slot::of(node)?;
-        Some(Early {
-            key: place.2.key,
-            as_private: self.check_as_private(place),
-            as_whole: if is_whole {
-                self.check_whole(place, data)
-            } else {
-                Ok(())
-            },
-        })
+    ///
+    /// # Errors
+    /// [`ErrorKind::WouldBlock`] where it is waited for.
+    pub(super) fn foresee(
+        &self,
+        node: &Node,
+        is_whole: bool,
+        data: &[u8],
+        patience: Patience,
+    ) -> Result<Option<Early>> {
+        let Some(place) = Slot::of(node) else {
+            return Ok(None);
+        };
+        let as_whole = if is_whole {
+            self.check_whole(place, data, patience)
+        } else {
+            Ok(())
+        };
+        match as_whole {
+            Err(error) if error.kind() == ErrorKind::WouldBlock => Err(error),
+            as_whole => Ok(Some(Early {
+                key: place.2.key,
+                as_private: self.check_as_private(place),
+                as_whole,
+            })),
+        }
     }
 
     /// Of the `CKA_PRIVATE` of an object: whether that can be turned on. Where it cannot be told at once, `close` will say so.
@@ -78,7 +88,12 @@ impl Tree {
 
     /// Whether a text, which is all that has been written until now, can be the value, or the beginning of it. What can only be
     /// told of all of it, or not at once, is left to `close`.
-    fn check_whole(&self, (token, id, slot): Place<'_>, data: &[u8]) -> Result<()> {
+    fn check_whole(
+        &self,
+        (token, id, slot): Place<'_>,
+        data: &[u8],
+        patience: Patience,
+    ) -> Result<()> {
         if slot.key.kind != Kind::Bytes {
             return text::check_beginning(slot.key, data, Context::default());
         }
@@ -91,11 +106,14 @@ impl Tree {
             alone.insert(slot.key.attribute_type, value);
             validate::check_token(&alone)?;
             let is_serial = slot.key.attribute_type == pkcs11::CKA_OS_TOKENSERIAL;
-            return match is_serial && data.len() == validate::SERIAL {
-                true => self
-                    .slots_of_others(token, Patience::at_most(SERIAL_WAIT))
-                    .map_or(Ok(()), |taken| validate::check_slot(&alone, &taken)),
-                false => Ok(()),
+            if !is_serial || data.len() != validate::SERIAL {
+                return Ok(());
+            }
+            // It is rare, and one that is taken stops SoftHSM: that is worth waiting for.
+            return match self.slots_of_others(token, patience) {
+                Ok(taken) => validate::check_slot(&alone, &taken),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => Err(error),
+                Err(_) => Ok(()),
             };
         }
         // The first bytes of a ciphertext hardly ever look like this.

@@ -4,7 +4,7 @@
 use std::ffi::OsStr;
 use std::time::{Duration, Instant};
 
-use super::draft::Key;
+use super::draft::{Draft, Key};
 use super::entries::Caller;
 use super::node::{Ino, Node};
 use super::slot::Slot;
@@ -269,13 +269,24 @@ impl Tree {
             }
             return Ok(true);
         }
-        if self.children(node, patience)?.is_empty() {
+        if self.children(node, patience)?.is_empty() || self.has_only_defaults(node, patience)? {
             return Ok(false);
         }
         Err(Error::new(
             ErrorKind::NotEmpty,
             "there is something in it still",
         ))
+    }
+
+    /// Whether SoftHSM has added something to an object while that was being removed, and nothing else is left.
+    fn has_only_defaults(&self, node: &Node, patience: Patience) -> Result<bool> {
+        let Node::Object(token, id @ ObjectId::Object(_)) = node else {
+            return Ok(false);
+        };
+        let left = self.object(token, id, patience)?;
+        let drafts = lock(&self.drafts);
+        let draft = drafts.get(&(token.clone(), id.clone()));
+        Ok(draft.is_some_and(|draft| draft.has_only_defaults(&left.attributes)))
     }
 
     /// Removes an object, whether it is in the store by now or not, if it is what is expected; returns what it held in the mount.
@@ -290,18 +301,23 @@ impl Tree {
         patience: Patience,
     ) -> Result<Attributes> {
         let key = (token.clone(), ObjectId::Object(object.clone()));
-        let check = |attributes: &Attributes| match expected {
-            Expected::Nothing if !attributes.is_empty() => Err(Error::new(
-                ErrorKind::NotEmpty,
-                "somebody has put something into it meanwhile",
-            )),
+        let check = |draft: Option<&Draft>, attributes: &Attributes| match expected {
+            Expected::Nothing
+                if !attributes.is_empty()
+                    && !draft.is_some_and(|draft| draft.has_only_defaults(attributes)) =>
+            {
+                Err(Error::new(
+                    ErrorKind::NotEmpty,
+                    "somebody has put something into it meanwhile",
+                ))
+            }
             _ => Ok(()),
         };
         let was_new = self.with_drafts(&key, patience, |drafts| {
             let Some(attributes) = drafts.new_attributes(&key) else {
                 return Ok(None);
             };
-            check(&attributes)?;
+            check(None, &attributes)?;
             drafts.remove(&key);
             drafts.touch(&key);
             Ok(Some(attributes))
@@ -309,20 +325,17 @@ impl Tree {
         if let Some(attributes) = was_new {
             return Ok(attributes);
         }
-        let held = lock(&self.drafts)
-            .get(&key)
-            .map(|draft| draft.removed.clone())
-            .unwrap_or_default();
+        let held = lock(&self.drafts).get(&key).cloned();
         let mut last = Attributes::new();
         self.ask(token, patience, |token| match expected {
             Expected::Damaged => token.replace_damaged(object, None, patience),
             Expected::Nothing | Expected::Anything => {
                 let mut check = |stored: Result<&Attributes>| {
                     last = stored?.clone();
-                    for (slot, then) in &held {
+                    for (slot, then) in held.iter().flat_map(|draft| &draft.removed) {
                         slot.remove_unchanged(&mut last, then);
                     }
-                    check(&last)
+                    check(held.as_ref(), &last)
                 };
                 token.remove_if(object, &mut check, patience)
             }

@@ -106,6 +106,11 @@ impl Slot {
         is_same
     }
 
+    /// Whether it is the `CKA_CLASS` of an object, which goes with the object.
+    pub fn is_class(self) -> bool {
+        self.map.is_none() && self.key.attribute_type == crate::pkcs11::CKA_CLASS
+    }
+
     /// Whether this is in the map that `map` is.
     pub fn is_in(self, map: Self) -> bool {
         map.map.is_none() && map.key.kind == Kind::Map && self.map == Some(map.key.attribute_type)

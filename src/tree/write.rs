@@ -283,11 +283,17 @@ impl Tree {
     ///
     /// # Errors
     /// [`ErrorKind::Invalid`] if the text then ends in a newline and is no value of its kind, or turns on `CKA_PRIVATE` where a text is
-    /// no ciphertext: the write is undone;
-    /// [`ErrorKind::TooLarge`].
-    pub fn write(&self, handle: HandleId, offset: u64, data: &[u8]) -> Result<()> {
+    /// no ciphertext, or is a serial number that another token has: the write is undone;
+    /// [`ErrorKind::WouldBlock`] if the last of these has to be waited for; [`ErrorKind::TooLarge`].
+    pub fn write(
+        &self,
+        handle: HandleId,
+        offset: u64,
+        data: &[u8],
+        patience: Patience,
+    ) -> Result<()> {
         let writer = self.writer(handle)?;
-        let outcome = self.write_into(&writer, offset, data);
+        let outcome = self.write_into(&writer, offset, data, patience);
         let outcome = self.noted_write(&writer.node, outcome);
         if let Err(error) = &outcome
             && !matches!(
@@ -315,7 +321,13 @@ impl Tree {
         }
     }
 
-    fn write_into(&self, writer: &Writer, offset: u64, data: &[u8]) -> Result<()> {
+    fn write_into(
+        &self,
+        writer: &Writer,
+        offset: u64,
+        data: &[u8],
+        patience: Patience,
+    ) -> Result<()> {
         if data.is_empty() {
             return Ok(());
         }
@@ -335,7 +347,7 @@ impl Tree {
         }
         let is_whole = start == 0 && data.len() >= length;
         let early = match &node {
-            Some(node) if !is_scratch => self.foresee(node, is_whole, data),
+            Some(node) if !is_scratch => self.foresee(node, is_whole, data, patience)?,
             _ => None,
         };
         let mut content = lock(&writer.content);

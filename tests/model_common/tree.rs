@@ -160,7 +160,7 @@ impl World for TreeWorld {
         if data.is_empty() {
             return Ok(());
         }
-        errno(self.tree.write(self.at(fd).handle, at, data))
+        errno(self.tree.write(self.at(fd).handle, at, data, patient()))
     }
 
     fn read(&mut self, fd: usize) -> Answer<Vec<u8>> {
