@@ -382,7 +382,7 @@ fn nothing_is_lost_where_both_sides_write() {
     let shared = client.find_label("shared").unwrap()[0];
     let seconds = std::env::var("TOKENFS_TEST_SECONDS").ok();
     let seconds = seconds.map(|text| text.parse().expect("TOKENFS_TEST_SECONDS"));
-    let lasting = Duration::from_secs(seconds.unwrap_or(if full() { 60 } else { 6 }));
+    let lasting = Duration::from_secs(seconds.unwrap_or(if full() { 120 } else { 30 }));
     let token = ours(&softhsm);
     let id = find(&token, CKA_LABEL, b"shared");
     // Two counters of ours in one attribute, a label of SoftHSM's: one object that three write to.

@@ -153,6 +153,33 @@ both_backends! {
         }
     }
 
+    /// The kernel says only the first of a caller's groups.
+    fn who_may_write_a_database_by_one_of_their_groups_may(backend) {
+        let bench = shared(backend, "0");
+        let token = bench.softhsm.token_directory();
+        if backend == Backend::Db {
+            let database = token.join("sqlite3.db");
+            nix::unistd::chown(&database, None, Some(GROUP.into())).unwrap();
+            set_mode(&database, 0o660);
+        }
+        eventually(SOON, "the mode in the mount", || mode(&bench.directory()) == 0o777);
+        let make = "mkdir .x; echo CKO_DATA >.x/CKA_CLASS; echo false >.x/CKA_PRIVATE; mv .x $n; rm -rf .x";
+        let by_groups = |groups: &[u32]| {
+            let mut shell = as_user_in(ALICE, groups, "bash");
+            shell.args(["-euc", make]).current_dir(bench.directory()).env("n", NEW);
+            shell.output().unwrap()
+        };
+        let refused = by_groups(&[4321, 4322]);
+        match backend {
+            Backend::File => assert!(refused.status.success(), "{refused:?}"),
+            Backend::Db => assert!(!refused.status.success() && !bench.has(NEW), "{refused:?}"),
+        }
+        bench.quiet(&format!("rm -rf .x {NEW}"));
+        let made = by_groups(&[4321, GROUP, 4322]);
+        assert!(made.status.success(), "{made:?}");
+        assert!(bench.has(NEW));
+    }
+
     fn a_new_token_belongs_to_its_maker(backend) {
         for (mask, umask, directory, file) in [("0", 0o022, 0o755, 0o644), ("0", 0o077, 0o700, 0o600)] {
             let bench = shared(backend, mask);

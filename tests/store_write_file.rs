@@ -299,7 +299,7 @@ fn a_token_that_was_built_here_works() {
 /// SoftHSM overwrote is noticed.
 #[test]
 fn no_update_of_softhsm_is_lost_and_each_of_ours_that_is_is_noticed() {
-    let rounds: u64 = if full() { 5000 } else { 400 };
+    let rounds: u64 = if full() { 20_000 } else { 5000 };
     let mut side = side();
     let (key, object) = side.key("label");
     let token = Arc::new(side.file_token());

@@ -726,6 +726,57 @@ fn what_is_being_written_has_a_limit_however_it_is_spread() {
     fill(*last).unwrap();
 }
 
+#[test]
+fn there_is_a_limit_on_how_much_is_scratch_or_pending() {
+    let f = fixture();
+    let directory = f.make_dir(f.token, ".many");
+    let kind = |outcome: Result<_, tokenfs::error::Error>| outcome.map(drop).map_err(|e| e.kind());
+    let full = Err(tokenfs::error::ErrorKind::NoSpace);
+    let make = |at, name: &str| kind(f.tree.make_dir(at, os(name), 0o700, me(), patient()));
+    // The directory itself is one.
+    for number in 1..100_000 {
+        make(directory, &number.to_string()).unwrap();
+    }
+    assert_eq!(make(directory, "more"), full);
+    f.tree
+        .remove_dir(directory, os("1"), None, patient())
+        .unwrap();
+    assert_eq!(make(directory, "more"), Ok(()));
+    for number in 0..100_000 {
+        let name = format!("00000000-0000-4000-8000-{number:012}");
+        make(f.token, &name).unwrap();
+    }
+    let name = |number| format!("00000000-0000-4000-8000-{number:012}");
+    assert_eq!(make(f.token, &name(100_000)), full);
+    let first = name(0);
+    f.tree
+        .remove_dir(f.token, os(&first), None, patient())
+        .unwrap();
+    assert_eq!(make(f.token, &name(100_000)), Ok(()));
+    assert_eq!(make(f.token, &name(100_001)), full);
+}
+
+#[test]
+fn what_is_appended_to_what_has_grown_meanwhile_has_a_limit_too() {
+    let f = fixture();
+    let label = f.find(f.object, "CKA_LABEL");
+    let how = OpenForWriting {
+        append: true,
+        ..OpenForWriting::default()
+    };
+    let appending = f.tree.open_for_writing(label, how, patient()).unwrap();
+    let growing = f.open(label);
+    let most: u64 = 64 << 20;
+    f.tree.write(growing, most - 1, b"x", patient()).unwrap();
+    f.close(growing);
+    f.tree.write(appending, 0, b"ab", patient()).unwrap();
+    let refused = f.tree.flush(appending, patient()).unwrap_err();
+    assert_eq!(refused.kind(), tokenfs::error::ErrorKind::TooLarge);
+    f.tree.release(appending, patient()).unwrap();
+    let seen = f.tree.attributes(label, patient()).unwrap();
+    assert_eq!(seen.attributes.size, most, "what was there stays");
+}
+
 /// `touch f` beside `echo x >f`: its `close` comes when somebody has given it a value.
 #[test]
 fn a_file_that_is_closed_empty_takes_no_value_away() {
