@@ -54,6 +54,64 @@ fn a_hot_journal_is_rolled_back_unless_the_mount_is_read_only() {
     assert_same(&tree, &seen(&careful));
 }
 
+/// Whatever they wait for, which is the same for both backends.
+#[test]
+fn more_than_so_many_that_wait_are_busy_at_once_and_hold_up_nobody() {
+    let softhsm = Softhsm::golden(Golden::V2_6_1, Backend::File);
+    let tree = expected(&softhsm);
+    let labels: Vec<_> = tree
+        .keys()
+        .filter(|path| path.ends_with("CKA_LABEL") && path.components().count() == 3)
+        .collect();
+    let token = |path: &Path| softhsm.tokendir.join(path.iter().next().unwrap());
+    let blocked = labels[0];
+    let free = labels
+        .iter()
+        .rfind(|path| token(path) != token(blocked))
+        .unwrap();
+    let mount = MountOptions::new().option("lock_wait=20").mount(&softhsm);
+    // What the kernel does not know yet it asks for once, whoever wants it.
+    fs::read(mount.join(blocked)).unwrap();
+    let held = exclusively(
+        &softhsm
+            .tokendir
+            .join(blocked.parent().unwrap())
+            .with_extension("object"),
+    );
+    let refused = std::sync::atomic::AtomicUsize::new(0);
+    let read: usize = std::thread::scope(|scope| {
+        let reader = || match fs::read(mount.join(blocked)) {
+            Ok(content) => {
+                assert_eq!(content, *tree[Path::new(blocked)].as_ref().unwrap());
+                1
+            }
+            Err(error) => {
+                assert_eq!(error.raw_os_error(), Some(nix::libc::EBUSY), "{error}");
+                refused.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+                0
+            }
+        };
+        let readers: Vec<_> = (0..300).map(|_| scope.spawn(reader)).collect();
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while refused.load(std::sync::atomic::Ordering::SeqCst) < 44 && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        let beside = fs::read(mount.join(free));
+        drop(held);
+        assert_eq!(&beside.unwrap(), tree[*free].as_ref().unwrap());
+        readers
+            .into_iter()
+            .map(|reader| reader.join().unwrap())
+            .sum()
+    });
+    assert_eq!((read, refused.into_inner()), (256, 44));
+    let log = fs::read_to_string(mount.join(".tokenfs/log")).unwrap();
+    assert!(
+        log.contains("too many requests are waiting for locks already"),
+        "{log}"
+    );
+}
+
 both_backends! {
     fn a_lock_that_stays_is_busy_and_holds_up_nothing_else(backend) {
         let softhsm = Softhsm::golden(Golden::V2_6_1, backend);

@@ -340,12 +340,17 @@ both_backends! {
         thread::scope(|scope| {
             let renaming = scope.spawn(|| fs::rename(bench.at(".new"), bench.at(OTHER)));
             thread::sleep(Duration::from_millis(300));
-            fs::write(bench.at(".new/CKA_ID"), "made").unwrap();
+            let making = scope.spawn(|| fs::write(bench.at(".new/CKA_ID"), "made"));
+            let removing = scope.spawn(|| fs::remove_file(bench.at(".new/CKA_LABEL")));
+            thread::sleep(Duration::from_millis(300));
             drop(held);
             renaming.join().unwrap().unwrap();
+            making.join().unwrap().unwrap();
+            removing.join().unwrap().unwrap();
         });
         bench.settle();
         assert_eq!(bench.stored(format!("{OTHER}/CKA_ID")).unwrap(), b"made");
+        assert_eq!(bench.stored(format!("{OTHER}/CKA_LABEL")), None);
         // Into an object that becomes scratch.
         let held = Held::data_of(&bench);
         thread::scope(|scope| {
@@ -511,6 +516,47 @@ both_backends! {
         bench.quiet("rm -r ../pending");
     }
 
+    /// As by one program that unlinks before it writes, and another one that syncs what it has written beside it.
+    fn what_is_unlinked_is_held_while_another_file_is_synced(backend) {
+        let bench = Bench::new(backend);
+        bench.quiet("printf old >$o/CKA_APPLICATION");
+        for is_whole in [true, false] {
+            fs::remove_file(bench.of_data("CKA_APPLICATION")).unwrap();
+            let mut other = File::options().write(true).open(bench.of_data("CKA_LABEL")).unwrap();
+            other.write_all(b"other").unwrap();
+            if is_whole { other.sync_all().unwrap() } else { other.sync_data().unwrap() }
+            assert_eq!(bench.stored_data("CKA_LABEL").unwrap(), b"other");
+            assert_eq!(bench.stored_data("CKA_APPLICATION").unwrap(), b"old");
+            bench.quiet("printf old >$o/CKA_APPLICATION; printf label >$o/CKA_LABEL");
+        }
+        fs::remove_file(bench.of_data("CKA_APPLICATION")).unwrap();
+        File::open(bench.at(&bench.data)).unwrap().sync_all().unwrap();
+        assert_eq!(bench.stored_data("CKA_APPLICATION"), None);
+    }
+
+    fn what_is_unlinked_while_its_new_object_is_being_written_is_gone(backend) {
+        let bench = Bench::new(backend);
+        let generation = bench.softhsm.tokendir.join(&bench.token).join("generation");
+        bench.quiet(&format!("mkdir {OTHER}; echo CKO_DATA >{OTHER}/CKA_CLASS; echo false >{OTHER}/CKA_PRIVATE; printf label >{OTHER}/CKA_LABEL"));
+        let held = match backend {
+            Backend::File => Held::File(exclusively(&generation), generation),
+            Backend::Db => Held::data_of(&bench),
+        };
+        // By now it has been left alone, and waits to be written.
+        thread::sleep(Duration::from_millis(600));
+        thread::scope(|scope| {
+            let removing = scope.spawn(|| fs::remove_file(bench.at(OTHER).join("CKA_LABEL")));
+            thread::sleep(Duration::from_millis(300));
+            drop(held);
+            removing.join().unwrap().unwrap();
+        });
+        assert!(!bench.at(OTHER).join("CKA_LABEL").exists());
+        bench.settle();
+        assert_eq!(bench.stored(format!("{OTHER}/CKA_CLASS")).unwrap(), b"CKO_DATA\n");
+        assert_eq!(bench.stored(format!("{OTHER}/CKA_LABEL")), None);
+        assert_eq!(bench.log(), "");
+    }
+
     /// Who looks at an object that lacks something that SoftHSM stores in every one has it added.
     fn what_softhsm_adds_to_an_object_that_is_being_removed_does_not_keep_it(backend) {
         let mut bench = Bench::new(backend);
@@ -527,6 +573,9 @@ both_backends! {
             eventually(SOON, "something in it", || fs::read_dir(bench.at(OTHER)).unwrap().count() > 0);
             if is_ours {
                 assert!(bench.fails(&format!("rmdir {OTHER}")).contains("not empty"));
+                // Nor while a file has no value yet.
+                let said = bench.fails(&format!("rm {OTHER}/*; : >{OTHER}/CKA_TOKEN; rmdir {OTHER}"));
+                assert!(said.contains("not empty"), "{said}");
                 bench.quiet(&format!("rm -r {OTHER}"));
             } else {
                 bench.quiet(&format!("rmdir {OTHER}"));

@@ -298,6 +298,10 @@ both_backends! {
         if backend == Backend::File {
             let (well, why) = run_by(&bench, "chown 0 $k/CKA_LABEL");
             assert!(!well && why.contains("not permitted"), "{why}");
+            // Nor could she put it back as it was, so that she does not take it away.
+            let (well, why) = run_by(&bench, "mv $o .gone");
+            assert!(!well && why.contains("not permitted"), "{why}");
+            assert_eq!(fs::metadata(&file).unwrap().uid(), 0);
         }
         assert_eq!(fs::read(&file).unwrap(), before);
     }

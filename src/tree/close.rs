@@ -136,16 +136,19 @@ impl Tree {
         patience: Patience,
     ) -> Option<(Node, Result<Option<Still<'_>>>)> {
         loop {
-            let node = {
+            let Some(node) = self.committed_as(writer) else {
+                // A scratch file has its content already, and one that is gone needs none.
+                lock(&writer.state).committed(false);
+                let is_scratch = self.committed_as(writer).is_none();
                 let mut state = lock(&writer.state);
-                let Some(node) = self.committed_as(writer) else {
-                    // A scratch file has its content already, and one that is gone needs none. Whoever makes an attribute of it looks
-                    // whether somebody is at this, and else takes the content that there is by then.
-                    state.committed(false);
+                if is_scratch {
+                    // Whoever makes an attribute of it from now on sees that nobody is going to commit it, and does so.
                     state.committing = false;
                     return None;
-                };
-                node
+                }
+                // And who has done so just now may have left that to this thread.
+                state.written = true;
+                continue;
             };
             let still = self.keep_still(&node, patience);
             if still.is_err() || self.committed_as(writer).as_ref() == Some(&node) {

@@ -193,6 +193,7 @@ impl Tree {
             let draft = drafts.entry(&key);
             for slot in &slots {
                 *draft.committing.entry(*slot).or_insert(0) += 1;
+                draft.written.insert(*slot);
             }
             let ours = |held: &Slot| slots.iter().any(|slot| held == slot || held.is_in(*slot));
             let held = draft.removed.iter().filter(|(slot, _)| ours(slot));
@@ -211,6 +212,7 @@ impl Tree {
             Ok(())
         });
         let mut drafts = lock(&self.drafts);
+        drafts.commits += 1;
         // The object may have another name by now, or there is another one of this name.
         let key = drafts.find(&key, number).unwrap_or(key);
         let draft = drafts.get_mut(&key).filter(|draft| draft.number == number);
@@ -230,9 +232,6 @@ impl Tree {
                     draft.committing.remove(&slot);
                 }
                 if outcome.is_ok() {
-                    if !draft.removed.is_empty() {
-                        draft.written.insert(slot);
-                    }
                     draft.fresh.remove(&slot);
                     draft
                         .removed
@@ -383,8 +382,13 @@ impl Tree {
             if is_ordinary || error.path().is_some_and(Path::is_relative) {
                 return error;
             }
+            let path = self.path_of(node);
+            if error.kind() == ErrorKind::NotFound && path.as_os_str().is_empty() {
+                // It was scratch, and is not even that any more.
+                return error;
+            }
             // Which attribute, and in which file of the store.
-            let error = error.of(&self.path_of(node));
+            let error = error.of(&path);
             self.diagnostics.error(&error);
             error
         })

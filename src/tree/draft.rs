@@ -102,7 +102,7 @@ pub(super) struct Draft {
     /// What was unlinked and is in the store still; and all that the object held then. What somebody else has changed since is not what was
     /// unlinked.
     pub removed: BTreeMap<Slot, Attributes>,
-    /// What was given a value in the mount while something was held back.
+    /// What was given a value in the mount, or is about to be, since there is something to remember of the object.
     pub written: BTreeSet<Slot>,
     /// Files that were created and have no value yet.
     pub fresh: BTreeMap<Slot, Bytes>,
@@ -146,6 +146,7 @@ impl Draft {
             && self.fresh.is_empty()
             && self.committing.is_empty()
             && !self.gone
+            && !self.busy
     }
 
     /// What was unlinked and not created again meanwhile.
@@ -161,6 +162,8 @@ impl Draft {
     /// (`P11Object::init`), and who removes the object could not list: it was not there when the rest was unlinked, is no value that anybody
     /// gave it, and is none of ours.
     pub fn has_only_defaults(&self, left: &Attributes) -> bool {
+        // Whatever somebody is about to give it is theirs.
+        let is_alone = self.fresh.is_empty() && self.committing.is_empty();
         let is_removed = self.removed.keys().any(|slot| slot.is_class());
         let is_default = |key: AttributeKey, value: &Value| {
             let is_none = match value {
@@ -170,9 +173,9 @@ impl Draft {
             };
             let slot = Slot { map: None, key };
             let is_new = self.removed.values().any(|then| then.get(key).is_none());
-            is_none && is_new && !self.written.contains(&slot) && !self.fresh.contains_key(&slot)
+            is_none && is_new && !self.written.contains(&slot)
         };
-        is_removed && left.iter().all(|(key, value)| is_default(key, value))
+        is_alone && is_removed && left.iter().all(|(key, value)| is_default(key, value))
     }
 
     /// An attribute map has another name: the files in it that have no value yet go with it.
@@ -291,6 +294,8 @@ pub(super) struct Drafts {
     builds: HashMap<TokenName, Build>,
     /// How many drafts there have been.
     last: u64,
+    /// How many commits there have been, so that who has looked at an object before one looks again.
+    pub commits: u64,
     /// The times that the directories of tokens were given while something was still to be written into them.
     times: HashMap<TokenName, SystemTime>,
     /// When the last new object was made in a token's directory, of which the store's directory knows nothing yet.
@@ -367,11 +372,6 @@ impl Drafts {
 
     /// Forgets the draft of an object if it says nothing any more.
     pub fn tidy(&mut self, key: &Key) {
-        if let Some(draft) = self.objects.get_mut(key)
-            && draft.removed.is_empty()
-        {
-            draft.written.clear();
-        }
         if self.objects.get(key).is_some_and(Draft::is_empty) {
             self.objects.remove(key);
         }

@@ -158,9 +158,8 @@ impl Tree {
     fn commit_late(&self, file: &Published) {
         let writers = lock(&self.handles).writers();
         let is_at_it = writers.iter().any(|writer| {
-            let state = lock(&writer.state);
-            let is_busy = state.written || state.committing;
-            drop(state);
+            // Not whether somebody is committing it: that may have begun when there was nothing to commit it to.
+            let is_busy = lock(&writer.state).written;
             is_busy && self.committed_as(writer).as_ref() == Some(&file.becomes)
         });
         if is_at_it {

@@ -4,7 +4,7 @@
 use std::ffi::OsStr;
 use std::time::{Duration, Instant};
 
-use super::draft::{Draft, Key};
+use super::draft::{Draft, Drafts, Key};
 use super::entries::Caller;
 use super::node::{Ino, Node};
 use super::slot::Slot;
@@ -145,38 +145,56 @@ impl Tree {
             return Err(Error::new(ErrorKind::Invalid, "not an attribute"));
         };
         let key = (token.clone(), id.clone());
-        let then = match self.stored(token, id, patience) {
-            Ok(object) => object.attributes.clone(),
-            // It is new, or gone by now.
-            Err(error) if error.kind() == ErrorKind::NotFound => Attributes::new(),
-            Err(error) => return Err(error),
-        };
-        self.with_drafts(&key, patience, |drafts| {
-            let draft = drafts.entry(&key);
-            let was_fresh = draft.fresh.remove(&slot).is_some();
-            draft.fresh.retain(|held, _| !held.is_in(slot));
-            // What is on its way there is to go again when it has come.
-            let was_committing = draft.committing.remove(&slot).is_some();
-            draft.committing.retain(|held, _| !held.is_in(slot));
-            match &mut draft.new {
-                Some(new) => {
-                    slot.remove(&mut new.attributes);
-                    new.unwritten.remove(&slot);
+        loop {
+            let (commits, was_new) = {
+                let drafts = lock(&self.drafts);
+                (drafts.commits, drafts.is_new(&key))
+            };
+            let then = match self.stored(token, id, patience) {
+                Ok(object) => object.attributes.clone(),
+                // It is new, or gone by now.
+                Err(error) if error.kind() == ErrorKind::NotFound => Attributes::new(),
+                Err(error) => return Err(error),
+            };
+            let is_out = self.with_drafts(&key, patience, |drafts| {
+                // Otherwise it got into the store, or was given a value, since it was looked at.
+                let is_so = drafts.is_new(&key) || !was_new && drafts.commits == commits;
+                if is_so {
+                    Self::hold(drafts, &key, slot, &then);
                 }
-                // What was unlinked before it was created again is held already.
-                None if was_fresh && !was_committing => {}
-                None => {
-                    draft.removed.retain(|held, _| !held.is_in(slot));
-                    draft.removed.insert(slot, then.clone());
-                    draft.given = None;
-                }
+                Ok(is_so)
+            })?;
+            if is_out {
+                break;
             }
-            drafts.touch(&key);
-            drafts.tidy(&key);
-            Ok(())
-        })?;
+        }
         self.wake();
         Ok(())
+    }
+
+    /// Takes a value out of a draft, or holds it back if the store has it, where it was one of those of `then`.
+    fn hold(drafts: &mut Drafts, key: &Key, slot: Slot, then: &Attributes) {
+        let draft = drafts.entry(key);
+        let was_fresh = draft.fresh.remove(&slot).is_some();
+        draft.fresh.retain(|held, _| !held.is_in(slot));
+        // What is on its way there is to go again when it has come.
+        let was_committing = draft.committing.remove(&slot).is_some();
+        draft.committing.retain(|held, _| !held.is_in(slot));
+        match &mut draft.new {
+            Some(new) => {
+                slot.remove(&mut new.attributes);
+                new.unwritten.remove(&slot);
+            }
+            // What was unlinked before it was created again is held already.
+            None if was_fresh && !was_committing => {}
+            None => {
+                draft.removed.retain(|held, _| !held.is_in(slot));
+                draft.removed.insert(slot, then.clone());
+                draft.given = None;
+            }
+        }
+        drafts.touch(key);
+        drafts.tidy(key);
     }
 
     /// Removes an empty directory, or a damaged object, whose content nobody can list. An object goes from the store as a whole. `by` is
@@ -335,7 +353,9 @@ impl Tree {
                     for (slot, then) in held.iter().flat_map(|draft| &draft.removed) {
                         slot.remove_unchanged(&mut last, then);
                     }
-                    check(held.as_ref(), &last)
+                    // What has been done in it since it was looked at counts, too.
+                    let now = lock(&self.drafts).get(&key).cloned();
+                    check(now.as_ref(), &last)
                 };
                 token.remove_if(object, &mut check, patience)
             }

@@ -5,6 +5,7 @@ use std::time::SystemTime;
 use super::draft::Key;
 use super::handle::HandleId;
 use super::node::{Ino, Node};
+use super::read::is_gone;
 use super::slot::Slot;
 use super::{Entry, FileKind, Tree, lock};
 use crate::error::{Error, ErrorKind, Result};
@@ -40,18 +41,24 @@ impl Tree {
         if self.is_orphan(ino) {
             return self.set_orphan(ino, handle, change, patience);
         }
-        self.in_place(ino, patience, |node| {
-            self.check_still_theirs(ino, node, change, patience)?;
-            let outcome = self.set(node, handle, change, patience);
+        loop {
+            let node = self.node(ino)?;
+            let outcome = self.in_place(ino, patience, |node| {
+                self.check_still_theirs(ino, node, change, patience)?;
+                self.set(node, handle, change, patience)
+            });
+            if is_gone(&outcome) && self.has_moved(ino, &node, patience)? {
+                continue;
+            }
             let outcome = match (outcome, handle) {
                 // It is open and unlinked: nobody will ever see what was set.
                 (Err(error), Some(_)) if error.kind() == ErrorKind::NotFound => Ok(()),
                 (outcome, _) => outcome,
             };
-            self.noted_write(node, outcome)?;
-            self.note_dropped(node, change.metadata.mode);
-            Ok(())
-        })?;
+            self.noted_write(&node, outcome)?;
+            self.note_dropped(&node, change.metadata.mode);
+            break;
+        }
         match handle {
             Some(handle) => self.open_attributes(ino, handle, patience),
             None => self.attributes(ino, patience),
@@ -215,7 +222,7 @@ impl Tree {
         let mtime = change.mtime.map(|mtime| moment(mtime, SystemTime::now()));
         let is_shared = self.token(token)?.backend() == Backend::Db;
         let uid = self.settings.uid;
-        let mut is_held = false;
+        let mut held = None;
         let maker = self.with_drafts(&key, patience, |drafts| {
             drafts.touch(&key);
             let Some(draft) = drafts.get_mut(&key) else {
@@ -223,8 +230,8 @@ impl Tree {
             };
             let Some(new) = draft.new.as_mut() else {
                 // What was unlinked before must not be written while this thread is at it: it would be without the time.
-                is_held = mtime.is_some();
-                draft.busy = is_held;
+                held = mtime.map(|_| draft.number);
+                draft.busy = held.is_some();
                 return Ok(None);
             };
             if !is_shared {
@@ -242,13 +249,16 @@ impl Tree {
         })?;
         let Some(is_maker) = maker else {
             let outcome = self.set_stored(&key, slot, change, patience);
-            if is_held {
-                if let Some(draft) = lock(&self.drafts).get_mut(&key) {
+            if let Some(number) = held {
+                let mut drafts = lock(&self.drafts);
+                if let Some(draft) = drafts.get_mut(&key).filter(|draft| draft.number == number) {
                     draft.busy = false;
                     if outcome.is_ok() {
                         draft.given = mtime;
                     }
                 }
+                drafts.tidy(&key);
+                drop(drafts);
                 self.wake();
             }
             outcome?;
@@ -365,9 +375,14 @@ impl Tree {
         let most = if is_file { !mask & 0o666 } else { !mask };
         let dropped = wanted & 0o777 & !most;
         if dropped != 0 {
+            // Once for all that is in an object: there is as much to say of each file of a copy.
+            let about = match node.object() {
+                Some((token, id)) => Node::Object(token.clone(), id.clone()),
+                None => node.clone(),
+            };
             self.diagnostics.warning(format!(
                 "{}: of the mode {wanted:04o}, the bits {dropped:04o} were dropped: the mask is {mask:04o}, and files are never executable",
-                self.path_of(node).display().to_string().escape_debug()
+                self.path_of(&about).display().to_string().escape_debug()
             ));
         }
     }

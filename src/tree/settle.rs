@@ -307,7 +307,7 @@ impl Tree {
     /// # Errors
     /// What writing fails with.
     pub fn sync_dir(&self, ino: Ino, patience: Patience) -> Result<()> {
-        self.sync_node(&self.node(ino)?, patience)
+        self.in_place(ino, patience, |node| self.sync_node(node, patience))
     }
 
     /// A directory is synced, or the file in it: what is new or unlinked there is written, and survives a power failure from
@@ -330,7 +330,7 @@ impl Tree {
                 {
                     return Ok(());
                 }
-                self.write_draft(&key, Finished::Said, patience)?;
+                // What was unlinked beside it is for the directory to say, too: it may be about to be made again.
                 self.sync_token(token, patience)
             }
             Node::Token(token) => self.sync_all(token, Finished::Said, patience),

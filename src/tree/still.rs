@@ -10,7 +10,7 @@ use super::draft::Key;
 use super::node::{Ino, Node};
 use super::scratch::ScratchId;
 use super::settle::PAUSE;
-use super::{Tree, lock};
+use super::{FileKind, Tree, lock};
 use crate::error::Result;
 use crate::store::Patience;
 
@@ -115,8 +115,8 @@ impl Tree {
         }
     }
 
-    /// Does something with what the kernel knows by a number, which stays where it is meanwhile. Nothing has to wait where it is scratch: whoever
-    /// makes an object of that looks at its end what has come into it since.
+    /// Does something with what the kernel knows by a number, which stays where it is meanwhile. Nobody has to wait who writes into a scratch
+    /// file: whoever makes an attribute of that looks at its end what has come into it since.
     ///
     /// # Errors
     /// As [`Tree::keep_still`], and what `act` fails with.
@@ -129,13 +129,20 @@ impl Tree {
         loop {
             let node = self.node(ino)?;
             let _still = match self.spot_of(&node) {
-                Some(Spot::Scratch(_)) | None => None,
-                Some(Spot::Object(_)) => self.keep_still(&node, patience)?,
+                Some(Spot::Scratch(id)) if !self.is_scratch_directory(id) => None,
+                _ => self.keep_still(&node, patience)?,
             };
             if self.node(ino)? == node {
                 return act(&node);
             }
         }
+    }
+
+    fn is_scratch_directory(&self, id: ScratchId) -> bool {
+        let scratch = lock(&self.scratch);
+        scratch
+            .get(id)
+            .map_or(true, |entry| entry.kind() == FileKind::Directory)
     }
 
     /// Keeps everybody from what is going to be renamed, or replaced, for as long as what is returned lives.

@@ -57,10 +57,12 @@ impl Tree {
             self.wait_until_closed(&node, patience)?;
             let opened = self.in_place(ino, patience, |node| {
                 let handle = self.open_writer(node, Some(ino), how, patience)?;
-                if self.is_unlinked(node) {
-                    // While it was opened: what is written into it must not bring it back.
+                // What is unlinked while it is opened must not come back with what is written into it.
+                if self.is_pending(node)
+                    && let Err(error) = self.describe(node, patience)
+                {
                     self.discard(handle);
-                    return Err(Error::not_found("it has just been unlinked"));
+                    return Err(error);
                 }
                 Ok(handle)
             });
@@ -252,15 +254,6 @@ impl Tree {
         Ok(Scratched::Opened(handle))
     }
 
-    /// Whether an attribute was unlinked, which the store has still.
-    fn is_unlinked(&self, node: &Node) -> bool {
-        Slot::of(node).is_some_and(|(token, id, slot)| {
-            let drafts = lock(&self.drafts);
-            let draft = drafts.get(&(token.clone(), id.clone()));
-            draft.is_some_and(|draft| draft.unlinked().any(|(unlinked, _)| unlinked == slot))
-        })
-    }
-
     /// The content of a file that was created and has no value yet.
     pub(super) fn fresh_content(&self, node: &Node) -> Option<Vec<u8>> {
         let (token, id, slot) = Slot::of(node)?;
@@ -408,7 +401,11 @@ impl Tree {
     /// of what is committed.
     pub(super) fn date_writers(&self, node: &Node, mtime: SystemTime) {
         let writers = lock(&self.handles).writers();
-        for writer in writers.iter().filter(|writer| writer.node == *node) {
+        let is_of = |writer: &&Arc<Writer>| match self.committed_as(writer) {
+            Some(now) => now == *node,
+            None => writer.node == *node,
+        };
+        for writer in writers.iter().filter(is_of) {
             lock(&writer.state).mtime = Some(mtime);
         }
     }
