@@ -256,6 +256,21 @@ fn what_is_open_goes_with_its_object_when_that_is_renamed() {
     ]);
 }
 
+/// The one that is open has no name any more, and does not take that of the other one along.
+#[test]
+fn what_has_replaced_an_open_file_is_there_when_its_object_is_renamed() {
+    // Whichever of the two comes first.
+    for _ in 0..8 {
+        found(&[
+            open(0, &a("CKA_ID"), "write"),
+            rename(&a("CKA_LABEL"), &a("CKA_ID")),
+            rename(A, C),
+            content(&format!("{C}/CKA_ID")),
+            list(C),
+        ]);
+    }
+}
+
 #[test]
 fn a_file_that_one_could_not_give_a_value_stays_for_another_who_has_it_open() {
     found(&[

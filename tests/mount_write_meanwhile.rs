@@ -8,7 +8,9 @@ mod write_common;
 
 use std::fs::{self, File};
 use std::io::{Seek, Write};
-use std::path::Path;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 
@@ -22,7 +24,7 @@ const OTHER: &str = "11111111-2222-4333-8444-555555555555";
 
 /// What keeps all others from writing an object, as a SoftHSM does that is about to.
 enum Held {
-    File(File, std::path::PathBuf),
+    File(File, PathBuf),
     Db(rusqlite::Connection),
 }
 
@@ -408,6 +410,89 @@ both_backends! {
         });
         bench.settle();
         assert_eq!(bench.stored_data("CKA_APPLICATION").unwrap(), format!("{written}").as_bytes());
+    }
+
+    fn who_is_in_the_directory_of_an_object_while_it_gets_other_names_sees_nothing_of_it(backend) {
+        let bench = Bench::new(backend);
+        let over = std::sync::atomic::AtomicBool::new(false);
+        let (first, second) = (bench.at(&bench.data), bench.at(OTHER));
+        let open = File::open(&first).unwrap();
+        // As the working directory of a shell does, it leads there without a look at any name before.
+        let inside = PathBuf::from(format!("/proc/self/fd/{}", open.as_raw_fd()));
+        thread::scope(|scope| {
+            let moving = scope.spawn(|| {
+                let mut moved = 0_u64;
+                while !over.load(std::sync::atomic::Ordering::Relaxed) {
+                    for (from, to) in [(&first, &second), (&second, &first)] {
+                        fs::rename(from, to).unwrap();
+                    }
+                    moved += 1;
+                    thread::sleep(Duration::from_micros(moved % 7 * 500));
+                }
+                moved
+            });
+            let end = std::time::Instant::now() + lasting(3, 30);
+            let mut used = 0_u64;
+            let mut use_it = || -> std::io::Result<()> {
+                while std::time::Instant::now() < end {
+                    open.metadata()?;
+                    fs::read_dir(&inside)?.try_for_each(|entry| entry.map(drop))?;
+                    fs::read(inside.join("CKA_APPLICATION"))?;
+                    let mut made = File::create(inside.join(".made"))?;
+                    made.write_all(b"made")?;
+                    calls::close(made)?;
+                    fs::remove_file(inside.join(".made"))?;
+                    used += 1;
+                }
+                Ok(())
+            };
+            let outcome = use_it();
+            over.store(true, std::sync::atomic::Ordering::Relaxed);
+            let moved = moving.join().unwrap();
+            assert!(outcome.is_ok(), "{outcome:?} in round {used}, after {moved} moves");
+            report!("{backend}: a directory was used {used} times beside {moved} moves and back");
+        });
+    }
+
+    /// `fchmod`, `fchown` and `futimens`, of which the kernel says by which number, and not through which descriptor.
+    fn what_is_open_can_be_set_after_its_object_was_scratch(backend) {
+        let bench = Bench::new(backend);
+        let rename = |from: &str, to: &str| fs::rename(bench.at(from), bench.at(to)).unwrap();
+        let time = std::time::SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000_000);
+        let set = |open: &File, what: &str| {
+            let is_set = open.set_permissions(PermissionsExt::from_mode(0o600))
+                .and_then(|()| open.set_times(fs::FileTimes::new().set_modified(time)))
+                .and_then(|()| std::os::unix::fs::fchown(open, Some(0), None));
+            is_set.unwrap_or_else(|e| panic!("{backend} backend: {what}: {e}"));
+            assert_eq!(open.metadata().unwrap().modified().unwrap(), time, "{what}");
+        };
+        let attribute = File::open(bench.of_data("CKA_LABEL")).unwrap();
+        // What rsync leaves: it has been scratch, too.
+        fs::write(bench.of_data(".CKA_APPLICATION.x"), "new").unwrap();
+        let replaced = File::open(bench.of_data(".CKA_APPLICATION.x")).unwrap();
+        fs::rename(bench.of_data(".CKA_APPLICATION.x"), bench.of_data("CKA_APPLICATION")).unwrap();
+        rename(&bench.data, ".gone");
+        let scratch = File::open(bench.at(".gone/CKA_VALUE")).unwrap();
+        for (from, to) in [(".gone", OTHER), (OTHER, &*bench.data), (&*bench.data, ".again"), (".again", OTHER)] {
+            rename(from, to);
+            for (open, name) in [(&attribute, "CKA_LABEL"), (&replaced, "CKA_APPLICATION"), (&scratch, "CKA_VALUE")] {
+                set(open, &format!("{name} in {to}"));
+                let seen = fs::metadata(bench.at(to).join(name)).unwrap();
+                assert_eq!((seen.modified().unwrap(), seen.mode() & 0o777), (time, 0o600), "{name} in {to}");
+            }
+        }
+        // And who is in a map, before and while its object is scratch.
+        bench.quiet("echo true >$k/CKA_UNWRAP_TEMPLATE/CKA_EXTRACTABLE");
+        let map = |at: &str| File::open(bench.at(at).join("CKA_UNWRAP_TEMPLATE")).unwrap();
+        let before = map(&bench.private);
+        rename(&bench.private, ".key");
+        let within = map(".key");
+        rename(".key", &bench.private);
+        for open in [before, within] {
+            open.metadata().unwrap();
+            let inside = PathBuf::from(format!("/proc/self/fd/{}", open.as_raw_fd()));
+            assert_eq!(fs::read(inside.join("CKA_EXTRACTABLE")).unwrap(), b"true\n");
+        }
     }
 
     /// An editor's swap file, while it edits.

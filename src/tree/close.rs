@@ -186,18 +186,16 @@ impl Tree {
         outcome
     }
 
-    /// Whether what was done through a descriptor that is closed already is still being committed.
-    pub(super) fn is_closing(&self, node: &Node) -> bool {
-        let until = lock(&self.closing).get(node).copied();
-        until.is_some_and(|until| until >= Instant::now())
-    }
-
-    /// Waits until that is done. Nobody does so who keeps the file in its place, or anybody from it: who closes it may have to wait for them.
+    /// Waits until what was done through a descriptor that is closed already is committed. Nobody does so who keeps the file in its place, or
+    /// anybody from it: who closes it may have to wait for them.
     pub(super) fn wait_until_closed(&self, node: &Node, patience: Patience) -> Result<()> {
-        while self.is_closing(node) {
+        loop {
+            let until = lock(&self.closing).get(node).copied();
+            if until.is_none_or(|until| until < Instant::now()) {
+                return Ok(());
+            }
             patience.wait(super::settle::PAUSE, "the file is being closed")?;
         }
-        Ok(())
     }
 
     /// What a descriptor has not committed by the time that it is closed for good.

@@ -112,39 +112,29 @@ impl Tree {
         caller: Caller,
         patience: Patience,
     ) -> Result<(Entry, HandleId)> {
-        loop {
-            let mut closing = None;
-            let created = self.in_place(parent, patience, |directory| {
-                let existing = self.existing(directory, name, patience)?;
-                closing = existing
-                    .map(|(node, _)| node)
-                    .filter(|node| self.is_closing(node));
-                if closing.is_some() {
-                    return Ok(None);
-                }
-                let created = self.create_in(directory, name, how, caller, patience);
-                let (node, handle, is_new) = self.noted_entry(directory, name, created)?;
-                match self.look_now(node.clone(), patience) {
-                    Ok(look) => {
-                        self.tell(parent, &look);
-                        Ok(Some((look.entry, handle)))
-                    }
-                    Err(error) => {
-                        self.discard(handle);
-                        if is_new {
-                            self.take_back(directory, name, &node);
-                        }
-                        Err(error)
-                    }
-                }
-            })?;
-            match (created, closing) {
-                (Some(created), _) => return Ok(created),
-                // Not in its place: who closes it may have to wait until it is not being renamed, and whoever renames it for us.
-                (None, Some(node)) => self.wait_until_closed(&node, patience)?,
-                (None, None) => {}
-            }
+        // Not in its place: who closes it may have to wait until it is not being renamed, and whoever renames it for us.
+        if !lock(&self.closing).is_empty()
+            && let Ok(node) = self.child(&self.node(parent)?, name, patience)
+        {
+            self.wait_until_closed(&node, patience)?;
         }
+        self.in_place(parent, patience, |directory| {
+            let created = self.create_in(directory, name, how, caller, patience);
+            let (node, handle, is_new) = self.noted_entry(directory, name, created)?;
+            match self.look_now(node.clone(), patience) {
+                Ok(look) => {
+                    self.tell(parent, &look);
+                    Ok((look.entry, handle))
+                }
+                Err(error) => {
+                    self.discard(handle);
+                    if is_new {
+                        self.take_back(directory, name, &node);
+                    }
+                    Err(error)
+                }
+            }
+        })
     }
 
     /// What was just made and only the mount knows of is gone again, so that it can be tried anew.

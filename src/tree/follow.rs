@@ -10,14 +10,14 @@ use super::draft::{Bytes, Key};
 use super::handle::{Handle, HandleId, Place, Writer};
 use super::name::{self, Name};
 use super::node::{Ino, Node};
-use super::publish::keep_scratch_of;
+use super::publish::{keep_scratch_of, maps_of};
 use super::rename::End;
 use super::scratch::{Content, Scratch, ScratchId};
 use super::slot::{Slot, map_key};
 use super::{Tree, lock};
 use crate::error::{ErrorKind, Result};
 use crate::store::Patience;
-use crate::store::attribute::{Attributes, Kind};
+use crate::store::attribute::{AttributeKey, Attributes, Kind};
 
 /// A file of a scratch directory that becomes an object, or a map.
 #[derive(Debug)]
@@ -34,15 +34,29 @@ impl Tree {
     /// What is open of `node`, and of what is in it, has no name any more: it must not come back when it is closed.
     pub(super) fn cut_off(&self, node: &Node) {
         if let Some((token, id, slot)) = Slot::of(node) {
-            self.moved(&(token.clone(), id.clone()), |other| {
+            self.writers_moved(&(token.clone(), id.clone()), |other| {
                 (other == slot || other.is_in(slot)).then_some(Place::Gone)
             });
         }
     }
 
-    /// Something in the object `key` was renamed or removed: `place` says what becomes of those who have a file open that is in the
-    /// place that it is asked for.
+    /// The object `key`, or something in it, was renamed: `place` says what becomes of those who have a file open that is in the place that it
+    /// is asked for.
     pub(super) fn moved(&self, key: &Key, place: impl Fn(Slot) -> Option<Place>) {
+        self.writers_moved(key, &place);
+        // And of what the kernel knows by the number of the scratch that it was.
+        let is_in = |node: &Node| node.object() == Some((&key.0, &key.1));
+        let became = lock(&self.scratch).all_that_became(is_in);
+        for (id, node) in became {
+            if let Some((_, _, slot)) = Slot::of(&node)
+                && let Some(Place::Moved(now)) = place(slot)
+            {
+                lock(&self.scratch).becomes(id, now);
+            }
+        }
+    }
+
+    fn writers_moved(&self, key: &Key, place: impl Fn(Slot) -> Option<Place>) {
         let writers = lock(&self.handles).writers();
         for writer in writers {
             let Some(node) = self.committed_as(&writer) else {
@@ -119,17 +133,19 @@ impl Tree {
     ) {
         // Before they go, so that nobody writes into nothing.
         self.follow_published(files);
-        let last = {
+        let (last, maps) = {
             let mut scratch = lock(&self.scratch);
             let last = files_of(&scratch, node, target);
+            let maps = maps_of(&scratch, node);
             if let Node::Object(..) = target {
                 keep_scratch_of(&mut scratch, node, target);
             }
             scratch.remove(from.directory, from.name);
-            last
+            (last, maps)
         };
         // And who has opened one, or made it, meanwhile.
         self.follow_published(&last);
+        self.rebind_published(&last, &maps, target);
         for file in &last {
             let seen = files.iter().find(|seen| seen.node == file.node);
             if seen.is_none_or(|seen| seen.seen != file.seen) || *lock(&file.content) != file.seen {
@@ -138,11 +154,41 @@ impl Tree {
         }
     }
 
+    /// The kernel goes on to use the numbers that it has of what was in a scratch directory.
+    fn rebind_published(
+        &self,
+        files: &[Published],
+        maps: &[(AttributeKey, ScratchId)],
+        target: &Node,
+    ) {
+        let mut inodes = lock(&self.inodes);
+        let mut rebind = |was: &Node, is: Node| {
+            if let Some(ino) = inodes.find(was) {
+                inodes.rebind(ino, is, None);
+            }
+        };
+        if let Node::Object(token, id) = target {
+            for (key, map) in maps {
+                let is = Node::Attribute(token.clone(), id.clone(), *key);
+                rebind(&Node::Scratch(*map), is);
+            }
+        }
+        for file in files {
+            rebind(&file.node, file.becomes.clone());
+        }
+    }
+
     /// Files of a scratch directory have become attributes: who has one of them open goes on to write into that. Before they go, so that
     /// nobody writes into nothing.
     pub(super) fn follow_published(&self, files: &[Published]) {
         let writers = lock(&self.handles).writers();
+        // Most have become attributes, and are not scratch again.
+        let is_scratch = |node: &Node| matches!(node, Node::Scratch(_));
+        let became = lock(&self.scratch).all_that_became(is_scratch);
         for file in files {
+            for (id, _) in became.iter().filter(|(_, node)| *node == file.node) {
+                lock(&self.scratch).becomes(*id, file.becomes.clone());
+            }
             for writer in &writers {
                 let is_its = writer.node == file.node
                     || self.committed_as(writer).as_ref() == Some(&file.node);

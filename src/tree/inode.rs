@@ -166,6 +166,10 @@ impl InodeTable {
         let Some(inode) = self.inodes.get_mut(&ino) else {
             return;
         };
+        if inode.is_orphan {
+            // It has no name, and must not get that of what has taken its own.
+            return;
+        }
         let old = std::mem::replace(&mut inode.node, node.clone());
         inode.seen = None;
         if self.renamed.get(&old) == Some(&ino) {

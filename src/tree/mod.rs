@@ -11,7 +11,7 @@
 //! gets into its object, `follow` what an open file follows; `place`, `entries`, `remove`, `rename`, `publish` and `setattr` have what is made, removed, renamed and set; `draft` and `scratch` hold what the store does not
 //! have, `due` says when it is time to write that, `settle` writes it, `dates` has the times that attributes have beside the store's, and `building` keeps others off a token at the moment that it is published.
 //!
-//! Locks: each table (inodes, handles, labels, drafts, dates, scratch, gates, files that are being closed) has one. None is held while the store is asked, and
+//! Locks: each table (inodes, handles, labels, drafts, dates, scratch, spots, files that are being closed) has one. None is held while the store is asked, and
 //! none while another of them is taken. A writer's content, then its state, can be taken inside any of them.
 
 mod budget;
@@ -189,7 +189,6 @@ pub struct Tree {
     dates: Mutex<dates::AllDates>,
     scratch: Mutex<Scratch>,
     budget: Mutex<budget::Budget>,
-    gates: Mutex<building::Gates>,
     spots: Mutex<still::Spots>,
     listener: OnceLock<Listener>,
     /// What is to be looked after, and what somebody is doing of what was due.
@@ -220,7 +219,6 @@ impl Tree {
             dates: Mutex::default(),
             scratch: Mutex::default(),
             budget: Mutex::default(),
-            gates: Mutex::default(),
             spots: Mutex::default(),
             listener: OnceLock::new(),
             tasks: Arc::default(),

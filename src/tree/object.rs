@@ -126,7 +126,19 @@ impl Tree {
                 ..self.new_metadata(token, &new, patience)?
             });
         }
-        self.ask(token, patience, |token| token.object_metadata(id, patience))
+        let metadata = self.ask(token, patience, |token| token.object_metadata(id, patience))?;
+        // The same of the token's own as long as nobody has said that it is finished: who has given it its time too early (rsync, before it fills
+        // the directory) sees that, and does so again.
+        let build = lock(&self.drafts)
+            .build(token)
+            .map(|build| build.own_finished);
+        if *id == ObjectId::Token && build == Some(false) {
+            return Ok(Metadata {
+                mtime: SystemTime::now(),
+                ..metadata
+            });
+        }
+        Ok(metadata)
     }
 
     fn new_metadata(&self, token: &TokenName, new: &New, patience: Patience) -> Result<Metadata> {

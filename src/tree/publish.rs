@@ -1,6 +1,6 @@
 //! From scratch to an attribute or an object, in one step, and back.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 
 use super::entries::ScratchFile;
@@ -295,21 +295,23 @@ pub(super) fn access_of(attributes: &super::Attributes) -> Access {
     }
 }
 
+/// The directories in the scratch directory `node` that become attribute maps if it becomes an object.
+pub(super) fn maps_of(scratch: &Scratch, node: &Node) -> Vec<(AttributeKey, ScratchId)> {
+    let names = scratch.names(node).into_iter().flatten();
+    let map = |(name, id): (&OsString, &ScratchId)| match name::parse(name.as_bytes()) {
+        Name::Attribute(key) if key.kind == Kind::Map => Some((key, *id)),
+        _ => None,
+    };
+    names.filter_map(map).collect()
+}
+
 /// What is in the scratch directory `node` and is no attribute stays scratch, in the object that it becomes.
 pub(super) fn keep_scratch_of(scratch: &mut Scratch, node: &Node, target: &Node) {
     let Node::Object(token, id) = target else {
         return;
     };
     let is_scratch = |name: &OsStr| matches!(name::parse(name.as_bytes()), Name::Scratch);
-    let maps: Vec<(AttributeKey, ScratchId)> = scratch
-        .names(node)
-        .into_iter()
-        .flatten()
-        .filter_map(|(name, id)| match name::parse(name.as_bytes()) {
-            Name::Attribute(key) if key.kind == Kind::Map => Some((key, *id)),
-            _ => None,
-        })
-        .collect();
+    let maps = maps_of(scratch, node);
     scratch.move_all(node, target, is_scratch);
     for (map, of) in maps {
         let target = Node::Attribute(token.clone(), id.clone(), map);

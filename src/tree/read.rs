@@ -29,26 +29,22 @@ impl Tree {
         if name.len() > NAME_MAX {
             return Err(Error::new(ErrorKind::NameTooLong, "the name is too long"));
         }
-        loop {
-            let directory = self.node(parent)?;
-            let _at_it = Attending::while_looking(self, &directory, name);
-            let look = self
-                .child(&directory, name, patience)
-                .and_then(|node| self.look(node, patience));
-            if is_gone(&look) && self.has_moved(parent, &directory, patience)? {
-                continue;
-            }
-            let look = self.noted(look)?;
+        self.wherever(parent, patience, |directory| {
+            let _at_it = Attending::while_looking(self, directory, name);
+            let look = self.noted(
+                self.child(directory, name, patience)
+                    .and_then(|node| self.look(node, patience)),
+            )?;
             let mut inodes = lock(&self.inodes);
-            // Otherwise it was renamed meanwhile.
             if inodes
                 .get(parent)
-                .is_none_or(|inode| inode.node == directory)
+                .is_some_and(|inode| inode.node != *directory)
             {
-                tell(&mut inodes, parent, &look);
-                return Ok(look.entry);
+                return Err(Error::not_found("it was renamed meanwhile"));
             }
-        }
+            tell(&mut inodes, parent, &look);
+            Ok(look.entry)
+        })
     }
 
     /// What `stat` says of one entry of a directory that is being listed. It counts as an answer once [`Tree::tell`] is
@@ -143,7 +139,9 @@ impl Tree {
         if self.is_orphan(ino) {
             return Err(Error::not_found("it has lost its name"));
         }
-        let mut look = self.noted(self.look(self.node(ino)?, patience))?;
+        let mut look = self.wherever(ino, patience, |node| {
+            self.noted(self.look(node.clone(), patience))
+        })?;
         look.entry.attributes.ino = ino;
         let mut inodes = lock(&self.inodes);
         // Under a number that is not its own, which comes of a rename onto it, nobody would find it to say that it has changed.
@@ -210,42 +208,36 @@ impl Tree {
     /// # Errors
     /// [`ErrorKind::IsADirectory`]; [`ErrorKind::NotFound`] if it is gone by now, and what the store fails with.
     pub fn open(&self, ino: Ino, patience: Patience) -> Result<HandleId> {
-        loop {
-            let node = self.node(ino)?;
-            let opened = self.open_node(ino, node.clone(), patience);
-            if !is_gone(&opened) || !self.has_moved(ino, &node, patience)? {
-                return opened;
-            }
-        }
+        self.wherever(ino, patience, |node| self.open_node(ino, node, patience))
     }
 
-    fn open_node(&self, ino: Ino, mut node: Node, patience: Patience) -> Result<HandleId> {
+    fn open_node(&self, ino: Ino, node: &Node, patience: Patience) -> Result<HandleId> {
         if let Node::Scratch(id) = node {
-            match self.open_scratch(&node, id, OpenForWriting::default())? {
+            return match self.open_scratch(node, *id, OpenForWriting::default())? {
                 Scratched::Opened(handle) => {
                     lock(&self.handles).opened_by(handle, ino);
-                    return Ok(handle);
+                    Ok(handle)
                 }
-                Scratched::Became(attribute) => node = attribute,
-            }
+                Scratched::Became(now) => self.open_node(ino, &now, patience),
+            };
         }
-        if let Node::FileInLayout(token, file) = &node {
+        if let Node::FileInLayout(token, file) = node {
             let opened = self.open_in_layout(ino, token, file, patience);
-            return self.noted(opened.map_err(|error| error.of(&self.path_of(&node))));
+            return self.noted(opened.map_err(|error| error.of(&self.path_of(node))));
         }
-        self.wait_until_closed(&node, patience)?;
-        let (mut attributes, object) = self.noted(self.describe(&node, patience))?;
+        self.wait_until_closed(node, patience)?;
+        let (mut attributes, object) = self.noted(self.describe(node, patience))?;
         attributes.ino = ino;
         if attributes.kind == FileKind::Directory {
             return Err(Error::new(ErrorKind::IsADirectory, "a directory"));
         }
         self.check_told(ino, &attributes)?;
         let content = match object {
-            None => self.control_file(&node).into_bytes(),
-            Some(object) => match self.fresh_content(&node) {
-                Some(content) if view::value(&node, &object).is_none() => content,
+            None => self.control_file(node).into_bytes(),
+            Some(object) => match self.fresh_content(node) {
+                Some(content) if view::value(node, &object).is_none() => content,
                 _ => self
-                    .noted(view::content(&node, &object))?
+                    .noted(view::content(node, &object))?
                     .ok_or_else(|| Error::new(ErrorKind::IsADirectory, "a directory"))?,
             },
         };
@@ -288,10 +280,11 @@ impl Tree {
     /// # Errors
     /// [`ErrorKind::NotADirectory`], and what the store fails with.
     pub fn open_dir(&self, ino: Ino, patience: Patience) -> Result<HandleId> {
-        let node = self.node(ino)?;
-        let (mut attributes, _) = self.noted(self.describe(&node, patience))?;
+        let (mut attributes, children) = self.wherever(ino, patience, |node| {
+            let (attributes, _) = self.noted(self.describe(node, patience))?;
+            Ok((attributes, self.noted(self.children(node, patience))?))
+        })?;
         attributes.ino = ino;
-        let children = self.noted(self.children(&node, patience))?;
         let listing: Vec<Listed> = {
             let inodes = lock(&self.inodes);
             children
@@ -325,10 +318,6 @@ impl Tree {
             .get(ino)
             .map_or(ROOT, |inode| inode.parent)
     }
-}
-
-pub(super) fn is_gone<T>(outcome: &Result<T>) -> bool {
-    matches!(outcome, Err(error) if error.kind() == ErrorKind::NotFound)
 }
 
 /// Counts an answer.

@@ -70,11 +70,16 @@ impl Tree {
         }
     }
 
-    /// What nobody may be using while something is renamed: the objects that it is in, or that it is or becomes, and of scratch the files that
-    /// may become attributes.
+    /// What nobody may be using while something is renamed: the objects, or scratch directories, that it is in, or that it is or becomes, and of
+    /// scratch the files that may become attributes.
     fn spots_of_rename(&self, from: End<'_>, to: End<'_>) -> Vec<Spot> {
         let in_object = |end: &End<'_>| object_called(end.directory, end.name).map(Spot::Object);
         let mut spots: Vec<Spot> = [from, to].iter().filter_map(in_object).collect();
+        let directories = [from.directory, to.directory].into_iter();
+        spots.extend(directories.filter_map(|directory| match directory {
+            Node::Scratch(id) => Some(Spot::Scratch(*id)),
+            _ => None,
+        }));
         let scratch = lock(&self.scratch);
         if let Some(id) = scratch.find(from.directory, from.name) {
             spots.extend(scratch.below(id).into_iter().map(Spot::Scratch));

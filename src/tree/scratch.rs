@@ -348,9 +348,28 @@ impl Scratch {
         }
     }
 
-    /// The attribute that a file has been renamed to.
+    /// The attribute that a file has been renamed to, or what that is by now: scratch again, if its object is.
     pub fn became(&self, id: ScratchId) -> Option<Node> {
-        self.became.get(&id).cloned()
+        let mut now = self.became.get(&id)?;
+        while let Node::Scratch(id) = now
+            && let Some(next) = self.became.get(id)
+        {
+            now = next;
+        }
+        Some(now.clone())
+    }
+
+    /// Which files have been renamed to what is `wanted`, and to what.
+    pub fn all_that_became(&self, wanted: impl Fn(&Node) -> bool) -> Vec<(ScratchId, Node)> {
+        let all = self.became.iter().filter(|(_, node)| wanted(node));
+        all.map(|(id, node)| (*id, node.clone())).collect()
+    }
+
+    /// What a file had been renamed to is something else by now.
+    pub fn becomes(&mut self, id: ScratchId, node: Node) {
+        if let Some(became) = self.became.get_mut(&id) {
+            *became = node;
+        }
     }
 
     /// Forgets what was renamed to an attribute, once the kernel has.

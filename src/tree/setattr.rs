@@ -5,7 +5,6 @@ use std::time::SystemTime;
 use super::draft::Key;
 use super::handle::HandleId;
 use super::node::{Ino, Node};
-use super::read::is_gone;
 use super::slot::Slot;
 use super::{Entry, FileKind, Tree, lock};
 use crate::error::{Error, ErrorKind, Result};
@@ -41,24 +40,20 @@ impl Tree {
         if self.is_orphan(ino) {
             return self.set_orphan(ino, handle, change, patience);
         }
-        loop {
-            let node = self.node(ino)?;
-            let outcome = self.in_place(ino, patience, |node| {
+        let outcome = self.wherever(ino, patience, |_| {
+            self.in_place(ino, patience, |node| {
                 self.check_still_theirs(ino, node, change, patience)?;
                 self.set(node, handle, change, patience)
-            });
-            if is_gone(&outcome) && self.has_moved(ino, &node, patience)? {
-                continue;
-            }
-            let outcome = match (outcome, handle) {
-                // It is open and unlinked: nobody will ever see what was set.
-                (Err(error), Some(_)) if error.kind() == ErrorKind::NotFound => Ok(()),
-                (outcome, _) => outcome,
-            };
-            self.noted_write(&node, outcome)?;
-            self.note_dropped(&node, change.metadata.mode);
-            break;
-        }
+            })
+        });
+        let outcome = match (outcome, handle) {
+            // It is open and unlinked: nobody will ever see what was set.
+            (Err(error), Some(_)) if error.kind() == ErrorKind::NotFound => Ok(()),
+            (outcome, _) => outcome,
+        };
+        let node = self.node(ino)?;
+        self.noted_write(&node, outcome)?;
+        self.note_dropped(&node, change.metadata.mode);
         match handle {
             Some(handle) => self.open_attributes(ino, handle, patience),
             None => self.attributes(ino, patience),
@@ -370,19 +365,20 @@ impl Tree {
         let is_file = match node {
             Node::Attribute(_, _, key) => key.kind != Kind::Map,
             Node::MapEntry(..) => true,
+            Node::Scratch(id) => lock(&self.scratch)
+                .get(*id)
+                .is_ok_and(|entry| entry.kind() == FileKind::File),
             _ => false,
         };
         let most = if is_file { !mask & 0o666 } else { !mask };
         let dropped = wanted & 0o777 & !most;
         if dropped != 0 {
-            // Once for all that is in an object: there is as much to say of each file of a copy.
-            let about = match node.object() {
-                Some((token, id)) => Node::Object(token.clone(), id.clone()),
-                None => node.clone(),
-            };
+            // Once for all files of a directory: there is as much to say of each file of a copy.
+            let path = self.path_of(node);
+            let directory = path.parent().filter(|_| is_file);
             self.diagnostics.warning(format!(
                 "{}: of the mode {wanted:04o}, the bits {dropped:04o} were dropped: the mask is {mask:04o}, and files are never executable",
-                self.path_of(&about).display().to_string().escape_debug()
+                directory.unwrap_or(&path).display().to_string().escape_debug()
             ));
         }
     }

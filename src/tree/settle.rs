@@ -296,7 +296,7 @@ impl Tree {
     pub fn sync_file(&self, ino: Ino, handle: HandleId, patience: Patience) -> Result<()> {
         self.commit_all(handle, patience)?;
         match self.node(ino) {
-            Ok(node) => self.sync_node(&node, patience),
+            Ok(_) => self.in_place(ino, patience, |node| self.sync_node(node, patience)),
             // It is open and unlinked.
             Err(_) => Ok(()),
         }

@@ -2,7 +2,8 @@
 //! is and using it there.
 //!
 //! Who does that keeps the object still; who renames it shuts it, waits for those who are inside, and lets nobody in before all has followed.
-//! The files of a scratch directory that becomes an object, or a map, are shut one by one.
+//! The files of a scratch directory that becomes an object, or a map, are shut one by one. Who only reads keeps nothing still: he asks again if it
+//! was gone from where it was and has moved meanwhile.
 
 use std::collections::{BTreeSet, HashMap};
 
@@ -11,21 +12,39 @@ use super::node::{Ino, Node};
 use super::scratch::ScratchId;
 use super::settle::PAUSE;
 use super::{FileKind, Tree, lock};
-use crate::error::Result;
-use crate::store::Patience;
+use crate::error::{ErrorKind, Result};
+use crate::store::{Patience, TokenName};
 
 /// What is renamed as a whole.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) enum Spot {
     /// An object, with all that is in it.
     Object(Key),
-    /// A scratch file.
+    /// A scratch file, or what is in a scratch directory.
     Scratch(ScratchId),
+    /// A token that is being built.
+    Building(TokenName),
+    /// The right to publish one: each looks which slots all others are in.
+    Publishing,
+}
+
+impl Spot {
+    /// Why it is waited for.
+    fn is_shut_for(&self) -> &'static str {
+        match self {
+            Self::Object(_) | Self::Scratch(_) => "it is being renamed",
+            Self::Building(_) | Self::Publishing => "a token is being published",
+        }
+    }
 }
 
 /// Who is where.
 #[derive(Debug, Default)]
-pub(super) struct Spots(HashMap<Spot, State>);
+pub(super) struct Spots {
+    states: HashMap<Spot, State>,
+    /// How often something was shut and is not any more.
+    turns: u64,
+}
 
 #[derive(Debug, Default)]
 struct State {
@@ -35,9 +54,9 @@ struct State {
 
 impl Spots {
     fn tidy(&mut self, spot: &Spot) {
-        let state = self.0.get(spot);
+        let state = self.states.get(spot);
         if state.is_some_and(|state| state.inside == 0 && !state.is_shut) {
-            self.0.remove(spot);
+            self.states.remove(spot);
         }
     }
 }
@@ -52,7 +71,7 @@ pub(super) struct Still<'a> {
 impl Drop for Still<'_> {
     fn drop(&mut self) {
         let mut spots = lock(&self.tree.spots);
-        if let Some(state) = spots.0.get_mut(&self.spot) {
+        if let Some(state) = spots.states.get_mut(&self.spot) {
             state.inside = state.inside.saturating_sub(1);
         }
         spots.tidy(&self.spot);
@@ -69,8 +88,9 @@ pub(super) struct Shut<'a> {
 impl Drop for Shut<'_> {
     fn drop(&mut self) {
         let mut spots = lock(&self.tree.spots);
+        spots.turns += 1;
         for spot in &self.spots {
-            if let Some(state) = spots.0.get_mut(spot) {
+            if let Some(state) = spots.states.get_mut(spot) {
                 state.is_shut = false;
             }
             spots.tidy(spot);
@@ -81,37 +101,63 @@ impl Drop for Shut<'_> {
 impl Tree {
     /// What moves when `node` does, if it is not alone.
     fn spot_of(&self, node: &Node) -> Option<Spot> {
-        let object = |node: &Node| {
-            let (token, id) = node.object()?;
-            Some(Spot::Object((token.clone(), id.clone())))
-        };
-        match node {
-            Node::Scratch(id) => {
-                let became = lock(&self.scratch).became(*id);
-                became.map_or(Some(Spot::Scratch(*id)), |became| object(&became))
-            }
-            node => object(node),
+        if let Node::Scratch(id) = node {
+            let became = lock(&self.scratch).became(*id);
+            return match became {
+                Some(became) => self.spot_of(&became),
+                None => Some(Spot::Scratch(*id)),
+            };
         }
+        let (token, id) = node.object()?;
+        Some(Spot::Object((token.clone(), id.clone())))
     }
 
-    /// Keeps `node` where it is, for as long as what is returned lives. Whether it is still there has to be looked at again then.
+    /// Keeps what is there, for as long as what is returned lives.
     ///
     /// # Errors
-    /// [`crate::error::ErrorKind::WouldBlock`] or [`crate::error::ErrorKind::Busy`] if it is being renamed for longer than `patience` lasts.
-    pub(super) fn keep_still(&self, node: &Node, patience: Patience) -> Result<Option<Still<'_>>> {
-        let Some(spot) = self.spot_of(node) else {
-            return Ok(None);
-        };
+    /// [`crate::error::ErrorKind::WouldBlock`] or [`crate::error::ErrorKind::Busy`] if it is shut for longer than `patience` lasts.
+    pub(super) fn enter(&self, spot: Spot, patience: Patience) -> Result<Still<'_>> {
         loop {
             {
                 let mut spots = lock(&self.spots);
-                let state = spots.0.entry(spot.clone()).or_default();
+                let state = spots.states.entry(spot.clone()).or_default();
                 if !state.is_shut {
                     state.inside += 1;
-                    return Ok(Some(Still { tree: self, spot }));
+                    return Ok(Still { tree: self, spot });
                 }
             }
-            patience.wait(PAUSE, "it is being renamed")?;
+            patience.wait(PAUSE, spot.is_shut_for())?;
+        }
+    }
+
+    /// Keeps `node` where it is. Whether it is still there has to be looked at again then.
+    ///
+    /// # Errors
+    /// As [`Tree::enter`] if it is being renamed.
+    pub(super) fn keep_still(&self, node: &Node, patience: Patience) -> Result<Option<Still<'_>>> {
+        let spot = self.spot_of(node);
+        spot.map(|spot| self.enter(spot, patience)).transpose()
+    }
+
+    /// Answers a question about what the kernel knows by a number: if it is not where it was, and is being renamed or has been, it is asked again
+    /// where it is then.
+    ///
+    /// # Errors
+    /// As [`Tree::enter`], and what `ask` fails with.
+    pub(super) fn wherever<T>(
+        &self,
+        ino: Ino,
+        patience: Patience,
+        mut ask: impl FnMut(&Node) -> Result<T>,
+    ) -> Result<T> {
+        loop {
+            let turns = lock(&self.spots).turns;
+            let node = self.node(ino)?;
+            let answer = ask(&node);
+            let is_gone = matches!(&answer, Err(error) if error.kind() == ErrorKind::NotFound);
+            if !is_gone || !self.may_have_moved(&node, turns, patience)? {
+                return answer;
+            }
         }
     }
 
@@ -119,7 +165,7 @@ impl Tree {
     /// file: whoever makes an attribute of that looks at its end what has come into it since.
     ///
     /// # Errors
-    /// As [`Tree::keep_still`], and what `act` fails with.
+    /// As [`Tree::enter`], and what `act` fails with.
     pub(super) fn in_place<T>(
         &self,
         ino: Ino,
@@ -148,7 +194,7 @@ impl Tree {
     /// Keeps everybody from what is going to be renamed, or replaced, for as long as what is returned lives.
     ///
     /// # Errors
-    /// As [`Tree::keep_still`] if somebody is using it, or is renaming it too.
+    /// As [`Tree::enter`] if somebody is using it, or is renaming it too.
     pub(super) fn shut(
         &self,
         spots: impl IntoIterator<Item = Spot>,
@@ -163,43 +209,35 @@ impl Tree {
             loop {
                 {
                     let mut spots = lock(&self.spots);
-                    let state = spots.0.entry(spot.clone()).or_default();
+                    let state = spots.states.entry(spot.clone()).or_default();
                     if !state.is_shut {
                         state.is_shut = true;
                         break;
                     }
                 }
-                patience.wait(PAUSE, "it is being renamed")?;
+                patience.wait(PAUSE, spot.is_shut_for())?;
             }
             shut.spots.push(spot);
         }
         let is_used = |spot: &Spot| {
             let spots = lock(&self.spots);
-            spots.0.get(spot).is_some_and(|state| state.inside > 0)
+            spots.states.get(spot).is_some_and(|state| state.inside > 0)
         };
         while shut.spots.iter().any(is_used) {
-            patience.wait(PAUSE, "the file is being written")?;
+            patience.wait(PAUSE, "it is in use")?;
         }
         Ok(shut)
     }
 
-    /// What was `node` is not there. If it is just being renamed, or has been, what the kernel knows by the number is there, or will be in a moment,
-    /// which is waited for.
-    ///
-    /// # Errors
-    /// As [`Tree::keep_still`].
-    pub(super) fn has_moved(&self, ino: Ino, node: &Node, patience: Patience) -> Result<bool> {
-        let is_shut = self.spot_of(node).is_some_and(|spot| {
-            // Scratch is there until it is something else.
-            let is_scratch =
-                matches!(&spot, Spot::Scratch(id) if lock(&self.scratch).get(*id).is_ok());
-            let spots = lock(&self.spots);
-            !is_scratch && spots.0.get(&spot).is_some_and(|state| state.is_shut)
-        });
-        if is_shut {
-            self.keep_still(node, patience)?;
-            return Ok(true);
+    /// Whether what was not there as `node`, after so many turns, may have been somewhere else just then: what is being renamed is waited for.
+    fn may_have_moved(&self, node: &Node, turns: u64, patience: Patience) -> Result<bool> {
+        // Scratch is there until it is something else.
+        let is_scratch = matches!(node, Node::Scratch(id) if lock(&self.scratch).get(*id).is_ok());
+        if is_scratch {
+            return Ok(false);
         }
-        Ok(self.node(ino)? != *node)
+        // Shut or not.
+        self.keep_still(node, patience)?;
+        Ok(lock(&self.spots).turns != turns)
     }
 }

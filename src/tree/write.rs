@@ -12,7 +12,6 @@ use std::time::SystemTime;
 use super::draft::{Bytes, Key};
 use super::handle::{Handle, HandleId, State, Writer};
 use super::node::{Ino, Node};
-use super::read::is_gone;
 use super::scratch::{Content, ScratchId};
 use super::slot::Slot;
 use super::{Tree, lock, view};
@@ -52,10 +51,9 @@ impl Tree {
         how: OpenForWriting,
         patience: Patience,
     ) -> Result<HandleId> {
-        let handle = loop {
-            let node = self.node(ino)?;
-            self.wait_until_closed(&node, patience)?;
-            let opened = self.in_place(ino, patience, |node| {
+        let opened = self.wherever(ino, patience, |node| {
+            self.wait_until_closed(node, patience)?;
+            self.in_place(ino, patience, |node| {
                 let handle = self.open_writer(node, Some(ino), how, patience)?;
                 // What is unlinked while it is opened must not come back with what is written into it.
                 if self.is_pending(node)
@@ -65,14 +63,12 @@ impl Tree {
                     return Err(error);
                 }
                 Ok(handle)
-            });
-            if !is_gone(&opened) || !self.has_moved(ino, &node, patience)? {
-                // That it is gone is an ordinary answer: the kernel looks its name up anew.
-                break match opened {
-                    Err(error) if error.kind() == ErrorKind::NotFound => return Err(error),
-                    opened => self.noted_write(&node, opened)?,
-                };
-            }
+            })
+        });
+        let handle = match opened {
+            // An ordinary answer: the kernel looks its name up anew.
+            Err(error) if error.kind() == ErrorKind::NotFound => return Err(error),
+            opened => self.noted_write(&self.node(ino)?, opened)?,
         };
         // Under which it may be asked about when its name is that of another one.
         lock(&self.handles).opened_by(handle, ino);

@@ -317,17 +317,24 @@ fn is_below(path: &str, directory: &str) -> bool {
 type Files = BTreeMap<String, Option<Vec<u8>>>;
 
 fn add_to<W: World>(tree: &mut Files, world: &mut W, directory: &str) {
-    for name in world.list(directory).unwrap() {
+    for name in world
+        .list(directory)
+        .unwrap_or_else(|e| panic!("list {directory}: {e}"))
+    {
         let path = match directory {
             "" => name,
             _ => format!("{directory}/{name}"),
         };
-        let stat = world.stat(&path).unwrap();
+        let stat = world
+            .stat(&path)
+            .unwrap_or_else(|e| panic!("stat {path}: {e}"));
         if stat.is_directory {
             tree.insert(path.clone(), None);
             add_to(tree, world, &path);
         } else {
-            let content = world.content(&path).unwrap();
+            let content = world
+                .content(&path)
+                .unwrap_or_else(|e| panic!("content {path}: {e}"));
             assert_eq!(content.len() as u64, stat.size, "{path}");
             tree.insert(path, Some(content));
         }
