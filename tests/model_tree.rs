@@ -256,6 +256,42 @@ fn what_is_open_goes_with_its_object_when_that_is_renamed() {
     ]);
 }
 
+/// It is out of sight in an object and in a map, and in sight where these have become scratch themselves.
+#[test]
+fn scratch_goes_along_with_the_directory_that_it_is_in() {
+    let in_map = |map: &str| format!("{map}/.y");
+    let (gone, wrap, unwrap) = ("token-1/.gone", "CKA_WRAP_TEMPLATE", "CKA_UNWRAP_TEMPLATE");
+    found(&[
+        put(&a(".x"), b"beside"),
+        mkdir(&a(".d")),
+        put(&in_map(&a(".d")), b"deep"),
+        put(&in_map(&a(wrap)), b"in a map"),
+        rename(&a(wrap), &a(unwrap)),
+        content(&in_map(&a(unwrap))),
+        rename(&a(unwrap), &a(".m")),
+        list(&a(".m")),
+        content(&in_map(&a(".m"))),
+        rename(&a(".m"), &a(wrap)),
+        list(&a(wrap)),
+        content(&in_map(&a(wrap))),
+        rename(A, gone),
+        list(gone),
+        list(&format!("{gone}/{wrap}")),
+        content(&format!("{gone}/.x")),
+        content(&format!("{gone}/.d/.y")),
+        rename(gone, C),
+        list(C),
+        content(&format!("{C}/.x")),
+        content(&format!("{C}/.d/.y")),
+        content(&format!("{C}/{wrap}/.y")),
+        rename(C, A),
+        content(&a(".x")),
+        content(&in_map(&a(wrap))),
+        rm_r(&a(".d")),
+        rm_r(A),
+    ]);
+}
+
 /// The one that is open has no name any more, and does not take that of the other one along.
 #[test]
 fn what_has_replaced_an_open_file_is_there_when_its_object_is_renamed() {

@@ -182,7 +182,7 @@ impl Tree {
                 .committed_as(&writer)
                 .unwrap_or_else(|| writer.node.clone()),
         );
-        self.wake();
+        self.wake_when_left_alone();
         outcome
     }
 

@@ -243,8 +243,13 @@ impl Tree {
             drafts.touch(&key);
         }
         drafts.tidy(&key);
+        let can_be_due = outcome.is_err() || drafts.is_finished(&key.0);
         drop(drafts);
-        self.wake();
+        if can_be_due {
+            self.wake();
+        } else {
+            self.wake_when_left_alone();
+        }
         if outcome.is_ok() {
             // It may have been the last thing that the directory's time was kept for.
             self.restore_time(&key.0, patience);

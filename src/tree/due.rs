@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::draft::{Key, New};
+use super::draft::{Key, LEFT_ALONE, New};
 use super::node::Node;
 use super::settle::Finished;
 use super::{Tree, lock};
@@ -27,6 +27,9 @@ const AT_LEAST: Duration = Duration::from_secs(1);
 
 /// How long one waits for a lock that another one has waited for in vain.
 const BRIEFLY: Duration = Duration::from_millis(20);
+
+/// How long one waits for work at a time.
+const FOREVER: Duration = Duration::from_secs(3600);
 
 /// What there is to do.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -55,6 +58,24 @@ pub struct Task {
     objects: Vec<Key>,
     is_finished: bool,
     is_done: bool,
+}
+
+/// When the next look is due at what may be due. A look goes through all that is pending, so there is one only if it can find something: most of
+/// what is done in the mount does no more than begin the time anew for which an object has to be left alone.
+#[derive(Debug, Default)]
+pub(super) struct Work {
+    /// At the latest then, as far as is known since the last look.
+    look: Option<Instant>,
+    /// Until when somebody waits; without an end if there is none.
+    waiting: Option<Option<Instant>>,
+}
+
+impl Work {
+    /// Whether somebody waits for longer than until `at`.
+    fn sleeps_beyond(&self, at: Instant) -> bool {
+        self.waiting
+            .is_some_and(|until| until.is_none_or(|until| until > at))
+    }
 }
 
 impl Task {
@@ -195,20 +216,40 @@ impl Tree {
 
     /// Waits until `due`, or until there may be something to do before that.
     pub fn wait_for_work(&self, due: Option<Instant>) {
-        let mut woken = lock(&self.work.0);
-        if !*woken {
-            let most = Duration::from_secs(3600);
-            let limit = due.map_or(most, |due| due.saturating_duration_since(Instant::now()));
-            let waited = self.work.1.wait_timeout(woken, limit);
-            woken = waited.unwrap_or_else(PoisonError::into_inner).0;
+        let mut work = lock(&self.work.0);
+        loop {
+            let until = due.into_iter().chain(work.look).min();
+            let now = Instant::now();
+            let limit = until.map_or(FOREVER, |until| until.saturating_duration_since(now));
+            if limit.is_zero() {
+                break;
+            }
+            work.waiting = Some(until);
+            let waited = self.work.1.wait_timeout(work, limit);
+            work = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
-        *woken = false;
+        *work = Work::default();
     }
 
     /// Ends [`Tree::wait_for_work`].
     pub fn wake(&self) {
-        *lock(&self.work.0) = true;
-        self.work.1.notify_all();
+        self.wake_by(Instant::now());
+    }
+
+    /// Something was changed that has to be left alone from now on before it is due: ends [`Tree::wait_for_work`] when it may have been.
+    pub(super) fn wake_when_left_alone(&self) {
+        self.wake_by(Instant::now() + LEFT_ALONE);
+    }
+
+    fn wake_by(&self, at: Instant) {
+        let mut work = lock(&self.work.0);
+        if work.look.is_some_and(|look| look <= at) {
+            return;
+        }
+        work.look = Some(at);
+        if work.sleeps_beyond(at) {
+            self.work.1.notify_all();
+        }
     }
 
     /// Writes everything that is not in the store yet: the mount ends. What cannot be written is lost, and is in the log.

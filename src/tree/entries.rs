@@ -360,7 +360,7 @@ impl Tree {
         self.check_entries()?;
         let key = (token.clone(), ObjectId::Object(object.clone()));
         lock(&self.drafts).insert_new(key, new);
-        self.wake();
+        self.wake_when_left_alone();
         Ok(())
     }
 

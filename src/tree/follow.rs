@@ -137,9 +137,7 @@ impl Tree {
             let mut scratch = lock(&self.scratch);
             let last = files_of(&scratch, node, target);
             let maps = maps_of(&scratch, node);
-            if let Node::Object(..) = target {
-                keep_scratch_of(&mut scratch, node, target);
-            }
+            keep_scratch_of(&mut scratch, node, target);
             scratch.remove(from.directory, from.name);
             (last, maps)
         };
@@ -239,7 +237,7 @@ impl Tree {
         if let Some(Handle::Writer(writer) | Handle::Shared(writer)) = removed {
             self.touch_object(&writer.node);
         }
-        self.wake();
+        self.wake_when_left_alone();
     }
 
     /// Changes an object of the store. Where what was unlinked and is held back stands in the way, it goes in the same step: for whoever

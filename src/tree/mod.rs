@@ -195,8 +195,8 @@ pub struct Tree {
     tasks: Arc<Mutex<due::Tasks>>,
     /// Files whose last descriptor is closed and whose content is still being committed, and how long that may take.
     closing: Mutex<HashMap<Node, Instant>>,
-    /// Whether there may be something to settle, and the signal for it.
-    work: (Mutex<bool>, Condvar),
+    /// When there may be something to settle, and the signal that this is sooner than somebody waits.
+    work: (Mutex<due::Work>, Condvar),
     /// Counts the changes that were reported.
     changes: AtomicU64,
     numbers: AtomicU64,

@@ -305,14 +305,16 @@ pub(super) fn maps_of(scratch: &Scratch, node: &Node) -> Vec<(AttributeKey, Scra
     names.filter_map(map).collect()
 }
 
-/// What is in the scratch directory `node` and is no attribute stays scratch, in the object that it becomes.
+/// What is in the scratch directory `node` and is no attribute stays scratch, in the object or the attribute map that it becomes.
 pub(super) fn keep_scratch_of(scratch: &mut Scratch, node: &Node, target: &Node) {
+    let is_scratch = |name: &OsStr| matches!(name::parse(name.as_bytes()), Name::Scratch);
+    let maps = maps_of(scratch, node);
+    // What was out of sight in a directory that it replaces is gone with that.
+    scratch.clear(target);
+    scratch.move_all(node, target, is_scratch);
     let Node::Object(token, id) = target else {
         return;
     };
-    let is_scratch = |name: &OsStr| matches!(name::parse(name.as_bytes()), Name::Scratch);
-    let maps = maps_of(scratch, node);
-    scratch.move_all(node, target, is_scratch);
     for (map, of) in maps {
         let target = Node::Attribute(token.clone(), id.clone(), map);
         scratch.move_all(&Node::Scratch(of), &target, is_scratch);

@@ -76,18 +76,23 @@ impl<'a> Attending<'a> {
 impl Drop for Attending<'_> {
     fn drop(&mut self) {
         let mut drafts = lock(&self.tree.drafts);
+        let mut is_waited_for = false;
         if let Some(number) = self.number
             // Its object may have been renamed meanwhile.
             && let Some(key) = drafts.find(&self.key, number)
             && let Some(draft) = drafts.get_mut(&key)
         {
             draft.attended = draft.attended.saturating_sub(1);
+            // That of a new object does not wait for who is at it.
+            is_waited_for = draft.new.is_none();
         }
         if self.looking.is_none_or(|since| since.elapsed() > WAITED) {
             drafts.touch(&self.key);
         }
         drop(drafts);
-        self.tree.wake();
+        if is_waited_for {
+            self.tree.wake();
+        }
     }
 }
 

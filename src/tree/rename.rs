@@ -169,7 +169,7 @@ impl Tree {
                     let key = (token.clone(), id.clone());
                     self.follow_into_scratch(&key, Some(slot), made);
                 }
-                lock(&self.scratch).clear(&node);
+                lock(&self.scratch).move_all(&node, &Node::Scratch(made), |_| true);
                 self.rebind(ino, &Node::Scratch(made), to_parent, patience);
             }
             (
@@ -424,7 +424,9 @@ impl Tree {
         }
         drafts.touch(&(token.clone(), id.clone()));
         drop(drafts);
-        lock(&self.scratch).clear(from);
+        let mut scratch = lock(&self.scratch);
+        scratch.clear(to);
+        scratch.move_all(from, to, |_| true);
         Ok(())
     }
 

@@ -126,11 +126,17 @@ impl Tree {
                 drafts.tidy(key);
             }
         }
+        // What is left of it is due in a while, and a token that is being built is with the last of its objects.
+        let can_be_due = outcome.is_err() || drafts.is_finished(&key.0);
         drop(drafts);
         if outcome.is_ok() {
             self.restore_time(&key.0, patience);
         }
-        self.wake();
+        if can_be_due {
+            self.wake();
+        } else {
+            self.wake_when_left_alone();
+        }
         let (token, id) = key.clone();
         self.noted_write(&Node::Object(token, id), outcome)
     }

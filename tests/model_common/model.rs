@@ -794,6 +794,8 @@ impl Model {
             (Node::Directory(Role::Scratch, _), Place::Attribute) => {
                 let entries = self.parse_scratch(id, true)?;
                 self.set_value(to_directory, to_name, Value::Map(entries))?;
+                let map = self.named(to_directory, to_name).unwrap();
+                self.keep_scratch(id, map);
                 self.take_away(from_directory, from_name);
             }
             (Node::Scratch { .. } | Node::Directory(Role::Scratch, _), Place::Scratch) => {
@@ -804,11 +806,12 @@ impl Model {
                 let attributes = self.parse_scratch(id, false)?;
                 self.check_object_name(to_name)?;
                 validate::check_finished(None, &attributes).map_err(|_| EINVAL)?;
-                self.take_away(from_directory, from_name);
                 self.take_away(to_directory, to_name);
                 let role = Role::Object { pending: false };
                 let object = self.add_directory(to_directory, to_name, role);
                 self.fill(object, &attributes);
+                self.keep_scratch(id, object);
+                self.take_away(from_directory, from_name);
             }
             (Node::Attribute { .. } | Node::Directory(Role::Map, _), Place::Attribute) => {
                 if self.object_of(from_directory) != self.object_of(to_directory) {
@@ -822,7 +825,6 @@ impl Model {
                 }
                 self.check_object_name(to_name)?;
                 self.names_mut(from_directory).remove(from_name);
-                self.drop_scratch(id);
                 self.put_at(to_directory, to_name, id);
             }
             (Node::Directory(Role::Object { .. }, _), Place::Scratch)
@@ -898,7 +900,6 @@ impl Model {
             *self = before;
             return outcome;
         }
-        self.drop_scratch(id);
         self.put_at(to_directory, to_name, id);
         if let Node::Attribute { value: old, .. } = &mut self.nodes[id] {
             *old = Some(value);
@@ -906,16 +907,16 @@ impl Model {
         Ok(())
     }
 
-    /// What was put beside files is gone with the directory.
-    fn drop_scratch(&mut self, directory: Id) {
-        let Some(names) = self.names(directory).cloned() else {
-            return;
-        };
-        for (name, id) in names {
-            if self.is_scratch(id) {
-                self.take_away(directory, &name);
-            } else {
-                self.drop_scratch(id);
+    /// What is in a scratch directory and no attribute goes along into the object or map that this becomes.
+    fn keep_scratch(&mut self, from: Id, to: Id) {
+        for (name, id) in self.names(from).cloned().unwrap_or_default() {
+            if let Name::Scratch = name::parse(name.as_bytes()) {
+                self.names_mut(from).remove(&name);
+                self.put_at(to, &name, id);
+            } else if self.is_directory(id)
+                && let Some(map) = self.named(to, &name)
+            {
+                self.keep_scratch(id, map);
             }
         }
     }
@@ -925,9 +926,12 @@ impl Model {
             let bytes = self.buffer(self.text_of(id));
             self.nodes[id] = Node::Scratch { bytes };
         } else {
-            self.drop_scratch(id);
             let names = self.names(id).cloned().unwrap();
-            for below in names.into_values() {
+            for below in names
+                .into_values()
+                .filter(|id| !self.is_scratch(*id))
+                .collect::<Vec<_>>()
+            {
                 self.become_scratch(below);
             }
             if let Node::Directory(role, _) = &mut self.nodes[id] {
