@@ -19,6 +19,7 @@ use nix::sys::statfs::{FsType, fstatfs, statfs};
 
 use super::file::TOKEN_OBJECT;
 use super::layout::LayoutFile;
+use super::leftover::NEW_SUFFIX;
 use super::tokendir::{DATABASE, Store, replaced};
 use super::{ObjectId, TokenName};
 use crate::error::{Error, ErrorKind, Result};
@@ -317,9 +318,11 @@ impl Watcher {
 
 /// What the change of a file in a token's directory means.
 fn content_change(token: &TokenName, file: &OsString) -> Option<Change> {
-    // With the journal goes the last trace of a transaction: it is committed, or rolled back.
-    if file.as_bytes().starts_with(DATABASE.as_bytes()) {
-        return Some(Change::Database(token.clone()));
+    if let Some(rest) = file.as_bytes().strip_prefix(DATABASE.as_bytes()) {
+        // What is said of a token that is being built is not remembered. When it is published it gets its name, which is a change of the token.
+        let is_building = rest.starts_with(NEW_SUFFIX.as_bytes());
+        // With the journal goes the last trace of a transaction: it is committed, or rolled back.
+        return (!is_building).then(|| Change::Database(token.clone()));
     }
     Some(match LayoutFile::parse(file)? {
         LayoutFile::Object(id) => Change::Object(token.clone(), id),
