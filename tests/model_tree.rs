@@ -287,6 +287,12 @@ fn scratch_goes_along_with_the_directory_that_it_is_in() {
         rename(C, A),
         content(&a(".x")),
         content(&in_map(&a(wrap))),
+        mkdir(C),
+        put(&format!("{C}/.z"), b"in one that is replaced"),
+        rename(A, C),
+        content(&format!("{C}/.z")),
+        content(&format!("{C}/.x")),
+        rename(C, A),
         rm_r(&a(".d")),
         rm_r(A),
     ]);

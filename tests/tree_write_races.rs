@@ -909,3 +909,112 @@ fn who_may_open_a_file_is_decided_by_the_mode_that_it_has() {
     set_mode(0o600);
     f.tree.open(ino, patient()).unwrap();
 }
+
+/// A second object, which was there before.
+fn second_object(f: &F, name: &str, label: &[u8]) -> Ino {
+    let object = f.make_dir(f.token, name);
+    f.put(object, "CKA_CLASS", b"CKO_DATA\n");
+    f.put(object, "CKA_PRIVATE", b"false\n");
+    f.put(object, "CKA_LABEL", label);
+    f.tree.sync_dir(object, patient()).unwrap();
+    object
+}
+fn label_of(f: &F, object: &str) -> Vec<u8> {
+    let object = f.find(f.token, object);
+    let handle = f.tree.open(f.find(object, "CKA_LABEL"), patient()).unwrap();
+    let label = f.tree.read(handle, 0, 100).unwrap();
+    f.tree.release(handle, patient()).unwrap();
+    label
+}
+const NAMES: [&str; 2] = [
+    "00000000-0000-4000-8000-000000000001",
+    "00000000-0000-4000-8000-000000000002",
+];
+
+#[test]
+fn a_directory_that_is_renamed_while_it_is_listed_lists_what_is_in_it() {
+    let f = fixture();
+    let directory = second_object(&f, NAMES[0], b"first");
+    second_object(&f, NAMES[1], b"second");
+    let handle = f.tree.open_dir(directory, patient()).unwrap();
+    let rename = |from: &str, to: &str| {
+        let (from, to) = ((f.token, os(from)), (f.token, os(to)));
+        let renamed = f.tree.rename(from, to, RenameHow::default(), patient());
+        renamed.unwrap();
+    };
+    let other = "00000000-0000-4000-8000-000000000003";
+    rename(NAMES[0], other);
+    let listed = f.tree.read_dir(handle).unwrap();
+    assert!(!listed.is_empty());
+    for entry in &*listed {
+        f.tree.look_at(directory, entry, patient()).unwrap();
+    }
+    // Another one under the name that it had.
+    rename(NAMES[1], NAMES[0]);
+    for entry in &*listed {
+        let found = f.tree.look_at(directory, entry, patient()).unwrap();
+        if entry.name == "CKA_LABEL" {
+            let handle = f.open(found.attributes.ino);
+            f.tree.write(handle, 0, b"FIRST", patient()).unwrap();
+            f.close(handle);
+        }
+    }
+    assert_eq!(label_of(&f, other), b"FIRST");
+    assert_eq!(label_of(&f, NAMES[0]), b"second");
+}
+
+#[test]
+fn who_has_a_file_open_follows_it_from_object_to_scratch_to_object() {
+    let f = fixture();
+    let object = second_object(&f, NAMES[0], b"first");
+    let second = second_object(&f, NAMES[1], b"second");
+    let handle = f.create(object, ".tmp");
+    let rename = |from: (Ino, &str), to: (Ino, &str)| {
+        let (from, to) = ((from.0, os(from.1)), (to.0, os(to.1)));
+        let renamed = f.tree.rename(from, to, RenameHow::default(), patient());
+        renamed.unwrap();
+    };
+    f.tree.write(handle, 0, b"01", patient()).unwrap();
+    rename((object, ".tmp"), (object, "CKA_ID"));
+    rename((f.token, NAMES[0]), (f.token, ".gone"));
+    let gone = f.find(f.token, ".gone");
+    let scratch = f.find(gone, "CKA_ID");
+    rename((gone, "CKA_ID"), (second, "CKA_ID"));
+    // The kernel has heard of it once.
+    f.tree.forget(scratch, 1);
+    f.tree.write(handle, 0, b"23", patient()).unwrap();
+    f.close(handle);
+    let read = f.tree.open(f.find(second, "CKA_ID"), patient()).unwrap();
+    assert_eq!(f.tree.read(read, 0, 10).unwrap(), b"23");
+}
+
+#[test]
+fn a_new_object_is_finished_when_what_was_open_in_it_is_unlinked() {
+    let f = fixture();
+    let object = f.make_dir(f.token, NAMES[0]);
+    f.put(object, "CKA_CLASS", b"CKO_DATA\n");
+    f.put(object, "CKA_PRIVATE", b"false\n");
+    let open = f.create(object, ".tmp");
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    let file = f.dir.path().join(format!("t/{}.object", NAMES[0]));
+    std::thread::scope(|s| {
+        // As the thread of a mount does.
+        s.spawn(|| {
+            while !stop.load(std::sync::atomic::Ordering::Acquire) {
+                f.tree.wait_for_work(f.tree.settle());
+            }
+        });
+        std::thread::sleep(Duration::from_millis(500));
+        let was_open = file.exists();
+        f.tree.unlink(object, os(".tmp"), patient()).unwrap();
+        let begun = std::time::Instant::now();
+        while !file.exists() && begun.elapsed() < Duration::from_secs(5) {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        let is_written = file.exists();
+        stop.store(true, std::sync::atomic::Ordering::Release);
+        f.tree.wake();
+        assert_eq!((was_open, is_written), (false, true));
+    });
+    f.tree.release(open, patient()).unwrap();
+}

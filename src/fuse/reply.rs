@@ -91,8 +91,8 @@ pub(super) fn fill(
     }
     let first = usize::try_from(offset.saturating_sub(2)).unwrap_or(usize::MAX);
     for (index, entry) in listing.iter().enumerate().skip(first) {
-        let look = match tree.look_at(entry, patience) {
-            Ok(look) => look,
+        let found = match tree.look_at(ino, entry, patience) {
+            Ok(found) => found,
             // It has gone since the directory was opened.
             Err(error) if error.kind() == ErrorKind::NotFound => continue,
             // The next request begins with it.
@@ -103,7 +103,6 @@ pub(super) fn fill(
                 return Ok(());
             }
         };
-        let found = &look.entry;
         let full = reply.add(
             INodeNo(found.attributes.ino),
             index as u64 + 3,
@@ -113,10 +112,10 @@ pub(super) fn fill(
             Generation(found.generation),
         );
         if full {
+            tree.forget(found.attributes.ino, 1);
             break;
         }
         is_empty = false;
-        tree.tell(ino, &look);
     }
     reply.ok();
     Ok(())

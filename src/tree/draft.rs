@@ -189,6 +189,12 @@ impl Draft {
         }
     }
 
+    /// Writing it failed: not again at once.
+    pub fn failed(&mut self) {
+        self.busy = false;
+        self.not_before = Some(Instant::now() + TRY_AGAIN);
+    }
+
     /// Whether it has been left alone for long enough to be written.
     pub fn is_due(&self, now: Instant, is_open: bool) -> bool {
         self.due(is_open).is_some_and(|due| due <= now)
@@ -386,14 +392,6 @@ impl Drafts {
         }
         if let Some(build) = self.builds.get_mut(&key.0) {
             build.touched = now;
-        }
-    }
-
-    /// Writing an object failed: not again at once.
-    pub fn failed(&mut self, key: &Key) {
-        if let Some(draft) = self.objects.get_mut(key) {
-            draft.busy = false;
-            draft.not_before = Some(Instant::now() + TRY_AGAIN);
         }
     }
 

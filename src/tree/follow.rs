@@ -72,6 +72,21 @@ impl Tree {
         }
     }
 
+    /// The kernel has forgotten the number of what was scratch. Who came by that to what it is now goes there without.
+    pub(super) fn forget_scratch(&self, id: ScratchId) {
+        let became = lock(&self.scratch).became(id);
+        if let Some(now) = became {
+            let was_there = Place::Moved(Node::Scratch(id));
+            for writer in lock(&self.handles).writers() {
+                let mut place = lock(&writer.place);
+                if *place == was_there {
+                    *place = Place::Moved(now.clone());
+                }
+            }
+        }
+        lock(&self.scratch).forget(id);
+    }
+
     /// The numbers by which the kernel knows the file `node` where it is open: its own, or that of the scratch that was renamed to it.
     pub(super) fn open_numbers(&self, node: &Node) -> Vec<Ino> {
         let open = lock(&self.handles).files();

@@ -156,9 +156,9 @@ pub struct Entry {
 
 /// What there is to say of something, before it has been said.
 #[derive(Clone, Debug)]
-pub struct Look {
+struct Look {
     /// The answer.
-    pub entry: Entry,
+    entry: Entry,
     node: Node,
     seen: Option<Arc<Object>>,
 }

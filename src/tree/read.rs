@@ -35,29 +35,42 @@ impl Tree {
                 self.child(directory, name, patience)
                     .and_then(|node| self.look(node, patience)),
             )?;
-            let mut inodes = lock(&self.inodes);
-            if inodes
-                .get(parent)
-                .is_some_and(|inode| inode.node != *directory)
-            {
-                return Err(Error::not_found("it was renamed meanwhile"));
-            }
-            tell(&mut inodes, parent, &look);
-            Ok(look.entry)
+            self.answer((parent, directory), look)
         })
     }
 
-    /// What `stat` says of one entry of a directory that is being listed. It counts as an answer once [`Tree::tell`] is
-    /// called with it.
+    /// What `stat` says of one entry of a directory that is being listed, where that is by now. It counts as an answer, as that of
+    /// [`Tree::lookup`].
     ///
     /// # Errors
     /// As [`Tree::lookup`]; [`ErrorKind::NotFound`] if it is gone by now.
-    pub fn look_at(&self, listed: &Listed, patience: Patience) -> Result<Look> {
-        self.noted(self.look(listed.node.clone(), patience))
+    pub fn look_at(&self, parent: Ino, listed: &Listed, patience: Patience) -> Result<Entry> {
+        self.wherever(parent, patience, |directory| {
+            let node = if listed.node.can_be_in(directory) {
+                listed.node.clone()
+            } else {
+                self.child(directory, &listed.name, patience)?
+            };
+            let look = self.noted(self.look(node, patience))?;
+            self.answer((parent, directory), look)
+        })
     }
 
-    /// Counts an answer about something in the directory `parent`: the kernel has been told.
-    pub fn tell(&self, parent: Ino, look: &Look) {
+    /// Counts what was found in a directory, if that is there still: whoever renames it takes along what has been answered.
+    fn answer(&self, (parent, directory): (Ino, &Node), look: Look) -> Result<Entry> {
+        let mut inodes = lock(&self.inodes);
+        if inodes
+            .get(parent)
+            .is_some_and(|inode| inode.node != *directory)
+        {
+            return Err(Error::not_found("it was renamed meanwhile"));
+        }
+        tell(&mut inodes, parent, &look);
+        Ok(look.entry)
+    }
+
+    /// Counts an answer about something in the directory `parent`, which stays where it is.
+    pub(super) fn tell(&self, parent: Ino, look: &Look) {
         tell(&mut lock(&self.inodes), parent, look);
     }
 
@@ -65,7 +78,7 @@ impl Tree {
     pub fn forget(&self, ino: Ino, count: u64) {
         let forgotten = lock(&self.inodes).forget(ino, count);
         if let Some(Node::Scratch(id)) = forgotten {
-            lock(&self.scratch).forget(id);
+            self.forget_scratch(id);
         }
     }
 

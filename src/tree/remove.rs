@@ -141,6 +141,8 @@ impl Tree {
             self.cut_off(&node);
         }
         self.orphan(known);
+        // It may have been what was open in a new object.
+        self.wake_when_left_alone();
         Ok(())
     }
 

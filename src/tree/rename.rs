@@ -61,9 +61,12 @@ impl Tree {
                 name: to.1,
             };
             let spots = self.spots_of_rename(source, target);
-            let _shut = self.shut(spots, patience)?;
-            // Otherwise their object was renamed meanwhile.
-            if (self.node(from.0)?, self.node(to.0)?) == directories {
+            let _shut = self.shut(spots.iter().cloned(), patience)?;
+            // Otherwise their object was renamed meanwhile, or more was put into what is renamed.
+            let is_all = |now: Vec<Spot>| now.iter().all(|spot| spots.contains(spot));
+            if (self.node(from.0)?, self.node(to.0)?) == directories
+                && is_all(self.spots_of_rename(source, target))
+            {
                 let outcome = self.rename_nodes(source, target, to.0, how, patience);
                 return self.noted_entry(&directories.1, to.1, outcome);
             }
@@ -137,14 +140,14 @@ impl Tree {
                     let files = self.files_below(&node, &target);
                     self.publish_map(*id, &target, patience)?;
                     self.end_scratch((&node, from), &target, &files);
-                    self.rebind(ino, &target, to_parent, patience);
+                    self.rebind(ino, &target, to_parent);
                 } else {
                     self.publish_file(*id, from, &target, patience)?;
                 }
             }
             (Node::Scratch(_), Place::Scratch) => {
                 lock(&self.scratch).rename((from.directory, from.name), (to.directory, to.name))?;
-                self.rebind(ino, &node, to_parent, patience);
+                self.rebind(ino, &node, to_parent);
             }
             (Node::Scratch(id), Place::Object(token, object)) => {
                 self.check_may_write(&token, how.by, patience)?;
@@ -152,14 +155,14 @@ impl Tree {
                 let files = self.files_below(&node, &target);
                 self.publish_object(*id, (&token, &object), replaces_damaged, patience)?;
                 self.end_scratch((&node, from), &target, &files);
-                self.rebind(ino, &target, to_parent, patience);
+                self.rebind(ino, &target, to_parent);
             }
             (Node::Attribute(..) | Node::MapEntry(..), Place::Attribute(target)) => {
                 if node.object() != target.object() {
                     return Err(other_device());
                 }
                 self.move_value(&node, &target, patience)?;
-                self.rebind(ino, &target, to_parent, patience);
+                self.rebind(ino, &target, to_parent);
             }
             (Node::Attribute(..) | Node::MapEntry(..), Place::Scratch) => {
                 let made = self.move_to_scratch((&node, false), to, patience, || {
@@ -170,7 +173,7 @@ impl Tree {
                     self.follow_into_scratch(&key, Some(slot), made);
                 }
                 lock(&self.scratch).move_all(&node, &Node::Scratch(made), |_| true);
-                self.rebind(ino, &Node::Scratch(made), to_parent, patience);
+                self.rebind(ino, &Node::Scratch(made), to_parent);
             }
             (
                 Node::Object(token, id @ ObjectId::Object(object)),
@@ -186,14 +189,19 @@ impl Tree {
                     Some(super::handle::Place::Moved(now))
                 });
                 let key = (token.clone(), id.clone());
-                lock(&self.scratch).move_along(&key, |_, map| {
+                let mut scratch = lock(&self.scratch);
+                // What was out of sight in the one that it replaces is gone with that.
+                let replaced = (token.clone(), to_id.clone());
+                scratch.move_along(&replaced, |_, _| None);
+                scratch.move_along(&key, |_, map| {
                     Some(match map {
                         Some(map) => Node::Attribute(token.clone(), to_id.clone(), map_key(map)),
                         None => Node::Object(token.clone(), to_id.clone()),
                     })
                 });
+                drop(scratch);
                 let target = Node::Object(to_token, ObjectId::Object(to_object));
-                self.rebind(ino, &target, to_parent, patience);
+                self.rebind(ino, &target, to_parent);
             }
             (Node::Object(token, ObjectId::Object(object)), Place::Scratch) => {
                 let is_here = matches!(to.directory, Node::Token(other) if other == token);
@@ -230,7 +238,7 @@ impl Tree {
                     let map = scratch.find(&Node::Scratch(made), OsStr::new(&*name))?;
                     Some(Node::Scratch(map))
                 });
-                self.rebind(ino, &Node::Scratch(made), to_parent, patience);
+                self.rebind(ino, &Node::Scratch(made), to_parent);
             }
             // mv(1) copies what has to be copied.
             (Node::Token(_), _) | (_, Place::Token(_)) => return Err(other_device()),
@@ -316,7 +324,7 @@ impl Tree {
     }
 
     /// The kernel goes on to use the numbers that it has: they stand for what was renamed, and what is in it.
-    fn rebind(&self, ino: Option<Ino>, target: &Node, parent: Ino, patience: Patience) {
+    fn rebind(&self, ino: Option<Ino>, target: &Node, parent: Ino) {
         let Some(ino) = ino else {
             return;
         };
@@ -335,23 +343,28 @@ impl Tree {
                 let directory = inodes.get(inode.parent).map(|parent| parent.node.clone());
                 (inode.node.clone(), directory)
             };
-            let Some(name) = self.name_of(&old) else {
+            // Scratch stays what it is.
+            let Some((_, _, slot)) = Slot::of(&old) else {
                 continue;
             };
-            // Parents come before their children, and are what they are now by the time that these are looked up.
-            if let Some(directory) = directory
-                && let Ok(node) = self.child(&directory, &name, patience)
-            {
+            // Parents come before their children, and are what they are now by the time that it is their turn. Nothing is asked of the store: it
+            // could have no answer just now, and who holds the old number would come to another object.
+            let node = match directory {
+                Some(Node::Object(token, id)) => Some(Node::Attribute(token, id, slot.key)),
+                Some(Node::Attribute(token, id, map)) => {
+                    Some(Node::MapEntry(token, id, map.attribute_type, slot.key))
+                }
+                Some(Node::Scratch(of)) => {
+                    let name = name::file_name(slot.key);
+                    let found = lock(&self.scratch).find(&Node::Scratch(of), OsStr::new(&*name));
+                    found.map(Node::Scratch)
+                }
+                _ => None,
+            };
+            if let Some(node) = node {
                 lock(&self.inodes).rebind(child, node, None);
             }
         }
-    }
-
-    fn name_of(&self, node: &Node) -> Option<std::ffi::OsString> {
-        if let Some((_, _, slot)) = Slot::of(node) {
-            return Some(name::file_name(slot.key).into_owned().into());
-        }
-        None
     }
 
     /// What is to be replaced by an object is an empty directory or a damaged object, as `rename` has seen to: one that the store has

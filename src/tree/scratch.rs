@@ -374,7 +374,15 @@ impl Scratch {
 
     /// Forgets what was renamed to an attribute, once the kernel has.
     pub fn forget(&mut self, id: ScratchId) {
+        let now = self.became(id);
         self.became.remove(&id);
+        if let Some(now) = now {
+            for node in self.became.values_mut() {
+                if *node == Node::Scratch(id) {
+                    node.clone_from(&now);
+                }
+            }
+        }
     }
 
     /// What the files hold.

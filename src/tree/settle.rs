@@ -94,9 +94,11 @@ impl Tree {
             self.write_unlinked(key, &draft, patience)
         };
         let mut drafts = lock(&self.drafts);
+        // The object may have been removed meanwhile, and another one begun under its name.
+        let is_same = |now: &&mut Draft| now.number == draft.number;
         match &outcome {
             Ok(()) => {
-                if let Some(written) = drafts.get_mut(key) {
+                if let Some(written) = drafts.get_mut(key).filter(is_same) {
                     written.busy = false;
                     written.new = None;
                     written.gone = false;
@@ -110,19 +112,19 @@ impl Tree {
                 drafts.tidy(key);
             }
             Err(error) if error.kind() == ErrorKind::WouldBlock => {
-                if let Some(waiting) = drafts.get_mut(key) {
+                if let Some(waiting) = drafts.get_mut(key).filter(is_same) {
                     waiting.busy = false;
                 }
             }
             Err(error) => {
                 // Somebody else's lock will be free one day. Where it cannot be done what was unlinked is back, as it would be where
                 // unlinking fails at once.
-                if error.kind() != ErrorKind::Busy
-                    && let Some(kept) = drafts.get_mut(key)
-                {
-                    kept.removed.clear();
+                if let Some(kept) = drafts.get_mut(key).filter(is_same) {
+                    if error.kind() != ErrorKind::Busy {
+                        kept.removed.clear();
+                    }
+                    kept.failed();
                 }
-                drafts.failed(key);
                 drafts.tidy(key);
             }
         }

@@ -162,7 +162,8 @@ impl Tree {
     }
 
     /// Does something with what the kernel knows by a number, which stays where it is meanwhile. Nobody has to wait who writes into a scratch
-    /// file: whoever makes an attribute of that looks at its end what has come into it since.
+    /// file: whoever makes an attribute of that looks at its end what has come into it since. What was scratch when the kernel heard of it is what
+    /// it has become.
     ///
     /// # Errors
     /// As [`Tree::enter`], and what `act` fails with.
@@ -173,15 +174,22 @@ impl Tree {
         act: impl FnOnce(&Node) -> Result<T>,
     ) -> Result<T> {
         loop {
-            let node = self.node(ino)?;
-            let _still = match self.spot_of(&node) {
-                Some(Spot::Scratch(id)) if !self.is_scratch_directory(id) => None,
+            let node = self.node_now(ino)?;
+            let _still = match &node {
+                Node::Scratch(id) if !self.is_scratch_directory(*id) => None,
                 _ => self.keep_still(&node, patience)?,
             };
-            if self.node(ino)? == node {
+            if self.node_now(ino)? == node {
                 return act(&node);
             }
         }
+    }
+
+    fn node_now(&self, ino: Ino) -> Result<Node> {
+        Ok(match self.node(ino)? {
+            Node::Scratch(id) => lock(&self.scratch).became(id).unwrap_or(Node::Scratch(id)),
+            node => node,
+        })
     }
 
     fn is_scratch_directory(&self, id: ScratchId) -> bool {
@@ -236,8 +244,12 @@ impl Tree {
         if is_scratch {
             return Ok(false);
         }
-        // Shut or not.
-        self.keep_still(node, patience)?;
+        // Tokens stay where they are, and so does the root.
+        let Some(spot) = self.spot_of(node) else {
+            return Ok(false);
+        };
+        // Only to wait until it is not being renamed.
+        drop(self.enter(spot, patience)?);
         Ok(lock(&self.spots).turns != turns)
     }
 }

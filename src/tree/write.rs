@@ -111,7 +111,8 @@ impl Tree {
         if let Node::Scratch(id) = node {
             return match self.open_scratch(node, *id, how)? {
                 Scratched::Opened(handle) => Ok(handle),
-                Scratched::Became(attribute) => self.open_writer(&attribute, None, how, patience),
+                // Which nobody keeps where it is: it is asked for again (`Tree::wherever`).
+                Scratched::Became(_) => Err(Error::not_found("it was renamed meanwhile")),
             };
         }
         let (attributes, object) = self.noted(self.describe(node, patience))?;
@@ -485,16 +486,15 @@ impl Tree {
         check_length(size)?;
         if let Node::Scratch(id) = node {
             let scratch = lock(&self.scratch);
-            if let Some(became) = scratch.became(*id) {
-                drop(scratch);
-                return self.resize(&became, size, patience);
-            }
             let Content::File(bytes) = scratch.get(*id)?.content.clone() else {
                 return Err(Error::new(ErrorKind::IsADirectory, "a directory"));
             };
             drop(scratch);
             let present = lock(&bytes).len() as u64;
             self.check_memory(size.saturating_sub(present))?;
+            // If it has been renamed to an attribute meanwhile it is asked for again (`Tree::wherever`), and otherwise whoever does that sees it.
+            let scratch = lock(&self.scratch);
+            scratch.get(*id)?;
             lock(&bytes).resize(as_index(size), 0);
             return Ok(());
         }

@@ -274,14 +274,16 @@ impl World for TreeWorld {
     }
 
     fn list(&mut self, path: &str) -> Answer<BTreeSet<String>> {
-        let handle = errno(self.tree.open_dir(self.walk(path)?, patient()))?;
+        let directory = self.walk(path)?;
+        let handle = errno(self.tree.open_dir(directory, patient()))?;
         let listed = errno(self.tree.read_dir(handle))?;
         let names: Vec<String> = listed
             .iter()
             .map(|listed| {
-                let look = self.tree.look_at(listed, patient());
-                let look = look.unwrap_or_else(|error| panic!("{listed:?}: {error}"));
-                assert_eq!(look.entry.attributes.kind, listed.kind);
+                let found = self.tree.look_at(directory, listed, patient());
+                let found = found.unwrap_or_else(|error| panic!("{listed:?}: {error}"));
+                assert_eq!(found.attributes.kind, listed.kind);
+                self.tree.forget(found.attributes.ino, 1);
                 listed.name.to_str().unwrap().to_owned()
             })
             .collect();
