@@ -317,6 +317,16 @@ both_backends! {
         assert_eq!(text, "value", "of an object that was removed");
     }
 
+    fn what_is_written_through_a_shared_mapping_is_where_it_was_mapped(backend) {
+        let bench = Bench::alone(backend);
+        for (flag, letters) in [("0", "DA"), ("os.O_APPEND", "Da")] {
+            bench.quiet("printf data >$o/CKA_LABEL");
+            bench.quiet(&format!("python3 -c 'import mmap,os,sys; fd=os.open(sys.argv[1],os.O_RDWR|{flag}); \
+                m=mmap.mmap(fd,0,mmap.MAP_SHARED); m[:2]=b\"{letters}\"; m.flush(); m.close(); os.close(fd)' $o/CKA_LABEL"));
+            bench.assert_label(&format!("{letters}ta"), flag);
+        }
+    }
+
     fn a_value_that_cannot_be_is_refused_by_write_or_by_close(backend) {
         let mut bench = Bench::alone(backend);
         bench.quiet("echo CKM_RSA_PKCS >$o/CKA_ALLOWED_MECHANISMS");

@@ -954,7 +954,7 @@ fn a_directory_that_is_renamed_while_it_is_listed_lists_what_is_in_it() {
     for entry in &*listed {
         let found = f.tree.look_at(directory, entry, patient()).unwrap();
         if entry.name == "CKA_LABEL" {
-            let handle = f.open(found.attributes.ino);
+            let handle = f.open(found.entry.attributes.ino);
             f.tree.write(handle, 0, b"FIRST", patient()).unwrap();
             f.close(handle);
         }
@@ -1017,4 +1017,116 @@ fn a_new_object_is_finished_when_what_was_open_in_it_is_unlinked() {
         assert_eq!((was_open, is_written), (false, true));
     });
     f.tree.release(open, patient()).unwrap();
+}
+
+#[test]
+fn what_is_made_in_the_place_of_an_object_gets_nothing_of_what_is_open_of_that() {
+    let f = fixture();
+    let object = second_object(&f, NAMES[0], b"first");
+    let open = f.open(f.find(object, "CKA_LABEL"));
+    f.tree.write(open, 0, b"of the first", patient()).unwrap();
+    // A SoftHSM destroys it, and a backup is copied back.
+    for file in ["object", "lock"] {
+        fs::remove_file(f.dir.path().join(format!("t/{}.{file}", NAMES[0]))).unwrap();
+    }
+    second_object(&f, NAMES[0], b"restored");
+    f.close(open);
+    assert_eq!(label_of(&f, NAMES[0]), b"restored");
+    // The same where one is renamed to its name.
+    let open = f.open(f.find(f.find(f.token, NAMES[0]), "CKA_LABEL"));
+    f.tree.write(open, 0, b"of the second", patient()).unwrap();
+    for file in ["object", "lock"] {
+        fs::remove_file(f.dir.path().join(format!("t/{}.{file}", NAMES[0]))).unwrap();
+    }
+    second_object(&f, NAMES[1], b"renamed");
+    let (from, to) = ((f.token, os(NAMES[1])), (f.token, os(NAMES[0])));
+    f.tree
+        .rename(from, to, RenameHow::default(), patient())
+        .unwrap();
+    f.close(open);
+    assert_eq!(label_of(&f, NAMES[0]), b"renamed");
+}
+
+#[test]
+fn the_times_of_attributes_are_those_of_their_object_and_of_no_other_that_had_its_name() {
+    let f = fixture();
+    let at = |seconds| SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
+    let time_of = |object: Ino| {
+        let found = f.tree.lookup(object, os("CKA_LABEL"), patient());
+        found.unwrap().attributes.mtime
+    };
+    let make = |name: &str, seconds| {
+        let object = f.make_dir(f.token, name);
+        f.put(object, "CKA_CLASS", b"CKO_DATA\n");
+        f.put(object, "CKA_PRIVATE", b"false\n");
+        f.put(object, "CKA_LABEL", b"label");
+        f.date(object, at(seconds));
+        f.tree.sync_dir(object, patient()).unwrap();
+        object
+    };
+    let rename = |from: &str, to: &str| {
+        let (from, to) = ((f.token, os(from)), (f.token, os(to)));
+        let renamed = f.tree.rename(from, to, RenameHow::default(), patient());
+        renamed.unwrap();
+    };
+    let object = make(NAMES[0], 2_000_000_000);
+    // As rsync does first. It keeps them under another name, and the next one of its own does not get them.
+    let before = time_of(object);
+    assert_eq!(before, at(2_000_000_000));
+    f.date(object, at(1_500_000_000));
+    assert_eq!(time_of(object), before);
+    rename(NAMES[0], NAMES[1]);
+    assert_eq!(time_of(f.find(f.token, NAMES[1])), before);
+    assert_eq!(time_of(make(NAMES[0], 1_500_000_000)), at(1_500_000_000));
+    // Nor does one that is made when it was removed.
+    rename(NAMES[1], ".gone");
+    assert_eq!(time_of(make(NAMES[1], 1_500_000_000)), at(1_500_000_000));
+}
+
+#[test]
+fn an_answer_that_is_taken_back_was_not_given() {
+    let f = fixture();
+    let label = f.find(f.object, "CKA_LABEL");
+    let handle = f.tree.open_dir(f.object, patient()).unwrap();
+    let listed = f.tree.read_dir(handle).unwrap();
+    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o400);
+    fs::set_permissions(f.dir.path().join("t/key.object"), mode).unwrap();
+    for entry in &*listed {
+        let answer = f.tree.look_at(f.object, entry, patient()).unwrap();
+        f.tree.take_back_answer(answer);
+    }
+    let opened = f
+        .tree
+        .open_for_writing(label, OpenForWriting::default(), patient());
+    assert_eq!(opened.unwrap_err().kind(), tokenfs::error::ErrorKind::Stale);
+}
+
+#[test]
+fn what_was_moved_out_of_a_scratch_directory_is_not_listed_in_it_any_more() {
+    let f = fixture();
+    let (from, to) = (f.make_dir(f.token, ".d"), f.make_dir(f.token, ".e"));
+    f.put(from, "CKA_LABEL", b"label");
+    let handle = f.tree.open_dir(from, patient()).unwrap();
+    let (old, new) = ((from, os("CKA_LABEL")), (to, os("CKA_LABEL")));
+    f.tree
+        .rename(old, new, RenameHow::default(), patient())
+        .unwrap();
+    for entry in &*f.tree.read_dir(handle).unwrap() {
+        let found = f.tree.look_at(from, entry, patient());
+        assert_eq!(
+            found.unwrap_err().kind(),
+            tokenfs::error::ErrorKind::NotFound
+        );
+    }
+}
+
+#[test]
+fn what_is_open_of_a_token_that_is_gone_can_be_synced() {
+    let f = fixture();
+    let label = f.find(f.object, "CKA_LABEL");
+    let open = f.open(label);
+    fs::remove_dir_all(f.dir.path().join("t")).unwrap();
+    f.tree.sync_file(label, open, patient()).unwrap();
+    f.tree.sync_dir(f.token, patient()).unwrap();
+    f.tree.sync_dir(f.object, patient()).unwrap();
 }

@@ -546,20 +546,27 @@ impl Filesystem for Adapter {
         handle: FileHandle,
         offset: u64,
         data: &[u8],
-        _write_flags: WriteFlags,
+        write_flags: WriteFlags,
         _flags: OpenFlags,
         _owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
         let handle = HandleId(handle.0);
         self.tree.used_by(handle, request.pid());
-        let written = self.tree.write(handle, offset, data, Patience::Now);
-        match written {
+        let is_page = write_flags.contains(WriteFlags::FUSE_WRITE_CACHE);
+        let write = move |tree: &Tree, data: &[u8], patience| {
+            if is_page {
+                tree.write_page(handle, offset, data, patience)
+            } else {
+                tree.write(handle, offset, data, patience)
+            }
+        };
+        match write(&self.tree, data, Patience::Now) {
             Err(error) if error.kind() == ErrorKind::WouldBlock => {
                 // It outlives the request, which is the only one that is copied for that.
                 let data = data.to_vec();
                 self.waiting.wait(reply, move |tree, reply, patience| {
-                    let written = tree.write(handle, offset, &data, patience);
+                    let written = write(tree, &data, patience);
                     reply::written(reply, data.len(), written);
                 });
             }

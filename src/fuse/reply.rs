@@ -91,8 +91,8 @@ pub(super) fn fill(
     }
     let first = usize::try_from(offset.saturating_sub(2)).unwrap_or(usize::MAX);
     for (index, entry) in listing.iter().enumerate().skip(first) {
-        let found = match tree.look_at(ino, entry, patience) {
-            Ok(found) => found,
+        let answer = match tree.look_at(ino, entry, patience) {
+            Ok(answer) => answer,
             // It has gone since the directory was opened.
             Err(error) if error.kind() == ErrorKind::NotFound => continue,
             // The next request begins with it.
@@ -103,6 +103,7 @@ pub(super) fn fill(
                 return Ok(());
             }
         };
+        let found = &answer.entry;
         let full = reply.add(
             INodeNo(found.attributes.ino),
             index as u64 + 3,
@@ -112,7 +113,7 @@ pub(super) fn fill(
             Generation(found.generation),
         );
         if full {
-            tree.forget(found.attributes.ino, 1);
+            tree.take_back_answer(answer);
             break;
         }
         is_empty = false;

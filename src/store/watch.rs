@@ -319,7 +319,7 @@ impl Watcher {
 /// What the change of a file in a token's directory means.
 fn content_change(token: &TokenName, file: &OsString) -> Option<Change> {
     if let Some(rest) = file.as_bytes().strip_prefix(DATABASE.as_bytes()) {
-        // What is said of a token that is being built is not remembered. When it is published it gets its name, which is a change of the token.
+        // What is said of a token that is being built is hardly remembered. When it is published it gets its name, which is a change of the token.
         let is_building = rest.starts_with(NEW_SUFFIX.as_bytes());
         // With the journal goes the last trace of a transaction: it is committed, or rolled back.
         return (!is_building).then(|| Change::Database(token.clone()));

@@ -108,7 +108,7 @@ impl Tree {
         let (mut all, mut sources) = (Vec::new(), Vec::new());
         let mut lasts = self.coverage.has_tokendir();
         for token in self.store.tokens()? {
-            lasts &= self.coverage.has_token(&token);
+            lasts &= self.coverage.has_token(&token) && !self.store.is_building(&token);
             let own = self.token(&token).and_then(|opened| {
                 sources.extend(opened.metadata());
                 opened.object(&ObjectId::Token, patience)
@@ -168,7 +168,7 @@ impl Tree {
             lock(&self.labels).objects.remove(token);
         })?;
         let (mut all, mut sources) = (Vec::new(), Vec::new());
-        let mut lasts = self.coverage.has_token(token);
+        let mut lasts = self.coverage.has_token(token) && !self.store.is_building(token);
         for object in opened.list(patience)?.iter() {
             let id = ObjectId::Object(object.clone());
             let (label, class) = match opened.object(&id, patience) {

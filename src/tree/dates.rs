@@ -14,7 +14,7 @@ use super::node::Node;
 use super::slot::Slot;
 use super::{Tree, lock};
 use crate::error::Result;
-use crate::store::{Object, Patience};
+use crate::store::{Object, Patience, TokenName};
 
 /// The times of the attributes of one object.
 #[derive(Clone, Debug)]
@@ -175,6 +175,20 @@ impl Tree {
     /// The object has one time again.
     pub(super) fn forget_dates(&self, key: &Key) {
         lock(&self.dates).objects.remove(key);
+    }
+
+    /// The same of all objects of a token.
+    pub(super) fn forget_dates_of(&self, token: &TokenName) {
+        lock(&self.dates).objects.retain(|(of, _), _| of != token);
+    }
+
+    /// An object has another name.
+    pub(super) fn move_dates(&self, from: &Key, to: &Key) {
+        let mut dates = lock(&self.dates);
+        match dates.objects.remove(from) {
+            Some(moved) => dates.objects.insert(to.clone(), moved),
+            None => dates.objects.remove(to),
+        };
     }
 
     /// The time of an attribute in a version of its object.

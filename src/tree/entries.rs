@@ -256,6 +256,13 @@ impl Tree {
             if let Some(ino) = self.known_number(&node) {
                 self.bury(ino);
             }
+            // An attribute map is made at once in a token that is being built, and cannot be made again by who has more patience.
+            let patience = match (&node, patience) {
+                (Node::Attribute(..), Patience::Now) => {
+                    Patience::at_most(self.store.options().lock_wait)
+                }
+                _ => patience,
+            };
             match self.noted(self.look_now(node.clone(), patience)) {
                 Ok(look) => {
                     self.tell(parent, &look);
@@ -288,6 +295,7 @@ impl Tree {
             Place::Object(token, object) => {
                 self.check_may_make(&token, caller, patience)?;
                 let access = self.access(directory, mode, 0o666, caller, patience)?;
+                self.abandon(&(token.clone(), ObjectId::Object(object.clone())));
                 self.begin_object(&token, &object, access, caller)?;
                 Ok(Node::Object(token, ObjectId::Object(object)))
             }
@@ -317,6 +325,7 @@ impl Tree {
                     mode: access.mode | parent.mode & libc::S_ISGID,
                     ..access
                 };
+                self.abandon_all(&token);
                 let made = self.store.create_token(&token, access, files)?;
                 let mut drafts = lock(&self.drafts);
                 drafts.insert_build(token.clone(), caller.pid);

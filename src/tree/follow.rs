@@ -16,8 +16,8 @@ use super::scratch::{Content, Scratch, ScratchId};
 use super::slot::{Slot, map_key};
 use super::{Tree, lock};
 use crate::error::{ErrorKind, Result};
-use crate::store::Patience;
 use crate::store::attribute::{AttributeKey, Attributes, Kind};
+use crate::store::{Patience, TokenName};
 
 /// A file of a scratch directory that becomes an object, or a map.
 #[derive(Debug)]
@@ -104,6 +104,25 @@ impl Tree {
         for ino in files {
             inodes.orphan(ino);
         }
+    }
+
+    /// The object `key` is gone, or none was there: what is made in its place is another one, which gets nothing of what anybody has open of this
+    /// one, nor the times of its attributes.
+    pub(super) fn abandon(&self, key: &Key) {
+        self.writers_moved(key, |_| Some(Place::Gone));
+        self.forget_dates(key);
+    }
+
+    /// The same of all that is in a token.
+    pub(super) fn abandon_all(&self, token: &TokenName) {
+        let writers = lock(&self.handles).writers();
+        for writer in writers {
+            let node = self.committed_as(&writer);
+            if node.is_some_and(|node| node.token() == Some(token)) {
+                *lock(&writer.place) = Place::Gone;
+            }
+        }
+        self.forget_dates_of(token);
     }
 
     /// The directory with this number is gone, and what is in it.

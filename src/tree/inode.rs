@@ -37,6 +37,17 @@ pub struct Inode {
     children: HashSet<Ino>,
 }
 
+/// What the kernel was told of an inode, and when.
+#[derive(Clone, Debug)]
+pub struct Told {
+    seen: Option<Arc<Object>>,
+    told_at: Instant,
+    told: Option<Access>,
+    parent: Ino,
+    generation: u64,
+    is_dead: bool,
+}
+
 impl Inode {
     fn new(node: Node, parent: Ino) -> Self {
         Self {
@@ -159,6 +170,33 @@ impl InodeTable {
             self.renamed.insert(node.clone(), ino);
         }
         ino
+    }
+
+    /// What there is to know of `ino` before another answer names it: for [`InodeTable::untell`].
+    #[must_use]
+    pub fn told(&self, ino: Ino) -> Option<Told> {
+        let inode = self.inodes.get(&ino)?;
+        Some(Told {
+            seen: inode.seen.clone(),
+            told_at: inode.told_at,
+            told: inode.told,
+            parent: inode.parent,
+            generation: inode.generation,
+            is_dead: inode.is_dead,
+        })
+    }
+
+    /// The last answer that named `ino` was not given: it was `told` that before. Returns what it stood for, if it is not known now.
+    pub fn untell(&mut self, ino: Ino, told: Option<Told>) -> Option<Node> {
+        if let (Some(inode), Some(told)) = (self.inodes.get_mut(&ino), told) {
+            inode.seen = told.seen;
+            inode.told_at = told.told_at;
+            inode.told = told.told;
+            inode.generation = told.generation;
+            inode.is_dead = told.is_dead;
+            self.put_below(ino, told.parent);
+        }
+        self.forget(ino, 1)
     }
 
     /// What was renamed is something else now: the kernel goes on to use the number that it had.

@@ -163,6 +163,14 @@ struct Look {
     seen: Option<Arc<Object>>,
 }
 
+/// What was found of an entry of a directory, and counts as an answer.
+#[derive(Clone, Debug)]
+pub struct Answer {
+    /// The answer.
+    pub entry: Entry,
+    before: Option<inode::Told>,
+}
+
 /// One name in a directory.
 #[derive(Clone, Debug)]
 pub struct Listed {

@@ -77,8 +77,8 @@ impl Node {
         }
     }
 
-    /// Whether this, which was in a directory, can still be in it, now that this is `directory`. (Nothing but objects, maps and scratch is
-    /// renamed with what is in it.)
+    /// Whether this, which was in a directory, is still in it if it is anywhere, now that this is `directory`: of scratch that is not to be told.
+    /// (Nothing but objects, maps and scratch is renamed with what is in it.)
     pub(super) fn can_be_in(&self, directory: &Self) -> bool {
         match (self, directory) {
             (Self::Attribute(token, id, _), Self::Object(in_token, in_id)) => {
@@ -87,7 +87,6 @@ impl Node {
             (Self::MapEntry(token, id, map, _), Self::Attribute(in_token, in_id, in_map)) => {
                 (token, id, *map) == (in_token, in_id, in_map.attribute_type)
             }
-            (Self::Scratch(_), Self::Scratch(_)) => true,
             (Self::Attribute(..) | Self::MapEntry(..) | Self::Scratch(_), _) => false,
             _ => true,
         }

@@ -12,6 +12,7 @@ use super::slot::Slot;
 use super::text::{self, Context};
 use super::{FileKind, Tree, lock, view};
 use crate::error::{Error, ErrorKind, Result};
+use crate::store::Object;
 use crate::store::attribute::{AttributeKey, Attributes, Kind, Value};
 use crate::store::{Access, NewObject, ObjectId, ObjectName, Patience, TokenName, validate};
 
@@ -180,6 +181,10 @@ impl Tree {
     ) -> Result<ScratchId> {
         let seen = match node {
             Node::Object(token, id) if !is_damaged => Some(self.object(token, id, patience)?),
+            Node::Attribute(token, id, _) | Node::MapEntry(token, id, _, _) => {
+                // One that has no value yet is not in the store.
+                self.stored(token, id, patience).ok()
+            }
             _ => None,
         };
         // No program makes a name with a newline in it, and no two threads are given the same number.
@@ -208,10 +213,41 @@ impl Tree {
             && last != seen.attributes
         {
             let access = access_of(&view::file(&seen.metadata, self.settings.mask));
-            self.refill(made, &last, access)?;
+            match Slot::of(node) {
+                Some((_, _, slot)) => self.refill_slot(made, slot, &last, &seen, access)?,
+                None => self.refill(made, &last, access)?,
+            }
         }
         lock(&self.scratch).rename((aside.directory, aside.name), (to.directory, to.name))?;
         Ok(made)
+    }
+
+    /// Puts what was taken away into the copy of it, if somebody else had given it another value since it was `seen`.
+    fn refill_slot(
+        &self,
+        made: ScratchId,
+        slot: Slot,
+        last: &Attributes,
+        seen: &Object,
+        access: Access,
+    ) -> Result<()> {
+        let value = slot.get(last);
+        if value.is_none() || value == slot.get(&seen.attributes) {
+            return Ok(());
+        }
+        match value {
+            Some(Value::Map(entries)) => self.refill(made, entries, access),
+            Some(value) => {
+                let context = slot.siblings(last).map(Context::of).unwrap_or_default();
+                let text = text::render(slot.key.attribute_type, value, context)?.into_owned();
+                let scratch = lock(&self.scratch);
+                if let Content::File(bytes) = &scratch.get(made)?.content {
+                    *lock(bytes) = text;
+                }
+                Ok(())
+            }
+            None => Ok(()),
+        }
     }
 
     /// Puts the files of these attributes into a scratch directory, in the place of all that is in it.

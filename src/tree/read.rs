@@ -11,7 +11,8 @@ use super::publish::access_of;
 use super::remove::Attending;
 use super::write::Scratched;
 use super::{
-    Attributes, Entry, FileKind, Listed, Look, NAME_MAX, OpenForWriting, Tree, by_label, lock, view,
+    Answer, Attributes, Entry, FileKind, Listed, Look, NAME_MAX, OpenForWriting, Tree, by_label,
+    lock, view,
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::Patience;
@@ -36,15 +37,16 @@ impl Tree {
                     .and_then(|node| self.look(node, patience)),
             )?;
             self.answer((parent, directory), look)
+                .map(|answer| answer.entry)
         })
     }
 
     /// What `stat` says of one entry of a directory that is being listed, where that is by now. It counts as an answer, as that of
-    /// [`Tree::lookup`].
+    /// [`Tree::lookup`], unless it is taken back with [`Tree::take_back_answer`].
     ///
     /// # Errors
     /// As [`Tree::lookup`]; [`ErrorKind::NotFound`] if it is gone by now.
-    pub fn look_at(&self, parent: Ino, listed: &Listed, patience: Patience) -> Result<Entry> {
+    pub fn look_at(&self, parent: Ino, listed: &Listed, patience: Patience) -> Result<Answer> {
         self.wherever(parent, patience, |directory| {
             let node = if listed.node.can_be_in(directory) {
                 listed.node.clone()
@@ -57,7 +59,7 @@ impl Tree {
     }
 
     /// Counts what was found in a directory, if that is there still: whoever renames it takes along what has been answered.
-    fn answer(&self, (parent, directory): (Ino, &Node), look: Look) -> Result<Entry> {
+    fn answer(&self, (parent, directory): (Ino, &Node), look: Look) -> Result<Answer> {
         let mut inodes = lock(&self.inodes);
         if inodes
             .get(parent)
@@ -65,8 +67,19 @@ impl Tree {
         {
             return Err(Error::not_found("it was renamed meanwhile"));
         }
-        tell(&mut inodes, parent, &look);
-        Ok(look.entry)
+        let before = inodes.told(inodes.number(&look.node));
+        let mut entry = look.entry;
+        entry.attributes.ino = tell(&mut inodes, parent, &look);
+        Ok(Answer { entry, before })
+    }
+
+    /// The kernel was not told after all, since there was no room for it in the reply.
+    pub fn take_back_answer(&self, answer: Answer) {
+        let ino = answer.entry.attributes.ino;
+        let forgotten = lock(&self.inodes).untell(ino, answer.before);
+        if let Some(Node::Scratch(id)) = forgotten {
+            self.forget_scratch(id);
+        }
     }
 
     /// Counts an answer about something in the directory `parent`, which stays where it is.
@@ -152,21 +165,23 @@ impl Tree {
         if self.is_orphan(ino) {
             return Err(Error::not_found("it has lost its name"));
         }
-        let mut look = self.wherever(ino, patience, |node| {
-            self.noted(self.look(node.clone(), patience))
-        })?;
-        look.entry.attributes.ino = ino;
-        let mut inodes = lock(&self.inodes);
-        // Under a number that is not its own, which comes of a rename onto it, nobody would find it to say that it has changed.
-        if inodes.number(&look.node) != ino {
-            look.entry.valid = Duration::ZERO;
-        }
-        if let Some(inode) = inodes.get_mut(ino) {
-            inode.tell(look.seen);
-            inode.told = Some(access_of(&look.entry.attributes));
-        }
-        drop(inodes);
-        Ok(look.entry)
+        self.wherever(ino, patience, |node| {
+            let mut look = self.noted(self.look(node.clone(), patience))?;
+            look.entry.attributes.ino = ino;
+            let mut inodes = lock(&self.inodes);
+            if inodes.get(ino).is_some_and(|inode| inode.node != *node) {
+                return Err(Error::not_found("it was renamed meanwhile"));
+            }
+            // Under a number that is not its own, which comes of a rename onto it, nobody would find it to say that it has changed.
+            if inodes.number(&look.node) != ino {
+                look.entry.valid = Duration::ZERO;
+            }
+            if let Some(inode) = inodes.get_mut(ino) {
+                inode.tell(look.seen);
+                inode.told = Some(access_of(&look.entry.attributes));
+            }
+            Ok(look.entry)
+        })
     }
 
     pub(super) fn look(&self, node: Node, patience: Patience) -> Result<Look> {
@@ -221,7 +236,15 @@ impl Tree {
     /// # Errors
     /// [`ErrorKind::IsADirectory`]; [`ErrorKind::NotFound`] if it is gone by now, and what the store fails with.
     pub fn open(&self, ino: Ino, patience: Patience) -> Result<HandleId> {
-        self.wherever(ino, patience, |node| self.open_node(ino, node, patience))
+        self.wherever(ino, patience, |node| {
+            let handle = self.open_node(ino, node, patience)?;
+            if self.node(ino)? == *node {
+                return Ok(handle);
+            }
+            // What was opened may be another file that has its name by now.
+            self.discard(handle);
+            Err(Error::not_found("it was renamed meanwhile"))
+        })
     }
 
     fn open_node(&self, ino: Ino, node: &Node, patience: Patience) -> Result<HandleId> {
@@ -334,11 +357,12 @@ impl Tree {
 }
 
 /// Counts an answer.
-fn tell(inodes: &mut InodeTable, parent: Ino, look: &Look) {
+fn tell(inodes: &mut InodeTable, parent: Ino, look: &Look) -> Ino {
     let ino = inodes.remember(&look.node, parent, look.seen.clone());
     if let Some(inode) = inodes.get_mut(ino) {
         inode.told = Some(access_of(&look.entry.attributes));
     }
+    ino
 }
 
 fn slice(content: &[u8], offset: u64, size: u32) -> Vec<u8> {

@@ -146,13 +146,13 @@ impl Tree {
         Ok(())
     }
 
-    /// Takes a value out of its object: held back if the store has it.
-    pub(super) fn take_out(&self, node: &Node, patience: Patience) -> Result<()> {
+    /// Takes a value out of its object: held back if the store has it. Returns what the store has of the object at that moment.
+    pub(super) fn take_out(&self, node: &Node, patience: Patience) -> Result<Attributes> {
         let Some((token, id, slot)) = Slot::of(node) else {
             return Err(Error::new(ErrorKind::Invalid, "not an attribute"));
         };
         let key = (token.clone(), id.clone());
-        loop {
+        let then = loop {
             let (commits, was_new) = {
                 let drafts = lock(&self.drafts);
                 (drafts.commits, drafts.is_new(&key))
@@ -172,11 +172,11 @@ impl Tree {
                 Ok(is_so)
             })?;
             if is_out {
-                break;
+                break then;
             }
-        }
+        };
         self.wake();
-        Ok(())
+        Ok(then)
     }
 
     /// Takes a value out of a draft, or holds it back if the store has it, where it was one of those of `then`.
@@ -249,6 +249,7 @@ impl Tree {
             Node::Object(token, ObjectId::Token) => self.remove_own(token),
             Node::Object(token, ObjectId::Object(object)) => {
                 self.remove_object(token, object, Expected::empty(is_damaged), patience)?;
+                self.abandon(&(token.clone(), ObjectId::Object(object.clone())));
             }
             Node::Token(token) => {
                 self.end_building(token, patience, || self.store.remove_token(token, patience))?;
@@ -258,6 +259,7 @@ impl Tree {
                 }
                 drafts.remove_build(token);
                 drop(drafts);
+                self.abandon_all(token);
                 self.warn_of_slots(token, patience);
             }
             _ => return Err(Error::new(ErrorKind::ReadOnly, "cannot be removed")),

@@ -133,7 +133,10 @@ impl Tree {
         let place = self.place(to.directory, to.name, kind)?;
         // There is nothing, or nothing that stays: what the kernel knows by that name is something that is gone.
         let target = place.directory().filter(|_| kind == FileKind::Directory);
-        let buried = target.and_then(|target| self.known_number(&target));
+        let buried = target.as_ref().and_then(|target| self.known_number(target));
+        if let Some(Node::Object(token, id)) = target {
+            self.abandon(&(token, id));
+        }
         match (&node, place) {
             (Node::Scratch(id), Place::Attribute(target)) => {
                 if kind == FileKind::Directory {
@@ -166,7 +169,7 @@ impl Tree {
             }
             (Node::Attribute(..) | Node::MapEntry(..), Place::Scratch) => {
                 let made = self.move_to_scratch((&node, false), to, patience, || {
-                    self.take_out(&node, patience).map(|()| None)
+                    self.take_out(&node, patience).map(Some)
                 })?;
                 if let Some((token, id, slot)) = Slot::of(&node) {
                     let key = (token.clone(), id.clone());
@@ -184,6 +187,10 @@ impl Tree {
                 }
                 self.rename_object(token, (object, &to_object), replaces_damaged, patience)?;
                 let to_id = ObjectId::Object(to_object.clone());
+                self.move_dates(
+                    &(token.clone(), id.clone()),
+                    &(token.clone(), to_id.clone()),
+                );
                 self.moved(&(token.clone(), id.clone()), |slot| {
                     let now = slot.node(token, &to_id);
                     Some(super::handle::Place::Moved(now))
@@ -230,6 +237,7 @@ impl Tree {
                         .map(Some)
                 })?;
                 self.follow_into_scratch(&key, None, made);
+                self.forget_dates(&key);
                 lock(&self.scratch).move_along(&key, |scratch, map| {
                     let Some(map) = map else {
                         return Some(Node::Scratch(made));

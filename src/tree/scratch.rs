@@ -234,8 +234,10 @@ impl Scratch {
     pub fn rename(&mut self, from: (&Node, &OsStr), to: (&Node, &OsStr)) -> Result<()> {
         let id = self.find(from.0, from.1).ok_or_else(gone)?;
         let object = self.object_of(to.0);
-        if let Some(entry) = self.entries.get_mut(&id) {
-            entry.object = object;
+        for moved in self.below(id) {
+            if let Some(entry) = self.entries.get_mut(&moved) {
+                entry.object.clone_from(&object);
+            }
         }
         let replaced = self.names_mut(to.0)?.insert(to.1.to_os_string(), id);
         if let Some(replaced) = replaced.filter(|replaced| *replaced != id) {

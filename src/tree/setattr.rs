@@ -128,10 +128,7 @@ impl Tree {
         match node {
             Node::Scratch(id) => {
                 let mut scratch = lock(&self.scratch);
-                if let Some(became) = scratch.became(*id) {
-                    drop(scratch);
-                    return self.set(&became, None, change, patience);
-                }
+                // If it has been renamed to an attribute meanwhile it is asked for again (`Tree::wherever`).
                 let entry = scratch.get_mut(*id)?;
                 let most = match entry.kind() {
                     FileKind::Directory => 0o777,

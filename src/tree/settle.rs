@@ -394,8 +394,11 @@ impl Tree {
         if self.store.options().read_only || self.store.is_building(token) {
             return Ok(());
         }
-        let synced = self.ask(token, patience, |token| token.sync(patience));
-        self.noted(synced)
+        match self.ask(token, patience, |token| token.sync(patience)) {
+            // It is gone, and nothing of it can be lost any more: as fsync(2) of what is removed and open.
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+            synced => self.noted(synced),
+        }
     }
 
     /// The times of a new object's directory were set, so it is finished, unless nothing was put into it yet (rsync sets the times of

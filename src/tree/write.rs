@@ -283,16 +283,41 @@ impl Tree {
         patience: Patience,
     ) -> Result<()> {
         let writer = self.writer(handle)?;
-        let outcome = self.write_into(&writer, offset, data, patience);
+        let at = (!writer.append).then_some(offset);
+        self.write_to(&writer, at, data, patience)
+    }
+
+    /// Writes back a page of a shared mapping (`mmap(2)`), which knows nothing of appending.
+    ///
+    /// # Errors
+    /// As [`Tree::write`].
+    pub fn write_page(
+        &self,
+        handle: HandleId,
+        offset: u64,
+        data: &[u8],
+        patience: Patience,
+    ) -> Result<()> {
+        self.write_to(&*self.writer(handle)?, Some(offset), data, patience)
+    }
+
+    fn write_to(
+        &self,
+        writer: &Writer,
+        at: Option<u64>,
+        data: &[u8],
+        patience: Patience,
+    ) -> Result<()> {
+        let outcome = self.write_into(writer, at, data, patience);
         let outcome = self.noted_write(&writer.node, outcome);
         if let Err(error) = &outcome
             && !matches!(
                 error.kind(),
                 ErrorKind::Invalid | ErrorKind::WouldBlock | ErrorKind::NotFound
             )
-            && let Some(node) = self.committed_as(&writer)
+            && let Some(node) = self.committed_as(writer)
         {
-            let at = if writer.append { writer.size() } else { offset };
+            let at = at.unwrap_or_else(|| writer.size());
             lock(&writer.state).failed(error.clone(), at);
             if matches!(error.kind(), ErrorKind::NoSpace | ErrorKind::TooLarge) {
                 self.note_unwritten(&node);
@@ -314,7 +339,7 @@ impl Tree {
     fn write_into(
         &self,
         writer: &Writer,
-        offset: u64,
+        at: Option<u64>,
         data: &[u8],
         patience: Patience,
     ) -> Result<()> {
@@ -325,7 +350,7 @@ impl Tree {
         let is_scratch = matches!(writer.node, Node::Scratch(_));
         let node = self.committed_as(writer);
         let range = |length: usize| {
-            let start = if writer.append { length as u64 } else { offset };
+            let start = at.unwrap_or(length as u64);
             (start, start.saturating_add(more))
         };
         let length = lock(&writer.content).len();
@@ -379,7 +404,7 @@ impl Tree {
         }
         state.refused = false;
         state.error = None;
-        state.appended = if !writer.append || state.resized {
+        state.appended = if at.is_some() || state.resized {
             None
         } else if state.written {
             state.appended.map(|appended| appended + data.len())

@@ -282,8 +282,8 @@ impl World for TreeWorld {
             .map(|listed| {
                 let found = self.tree.look_at(directory, listed, patient());
                 let found = found.unwrap_or_else(|error| panic!("{listed:?}: {error}"));
-                assert_eq!(found.attributes.kind, listed.kind);
-                self.tree.forget(found.attributes.ino, 1);
+                assert_eq!(found.entry.attributes.kind, listed.kind);
+                self.tree.take_back_answer(found);
                 listed.name.to_str().unwrap().to_owned()
             })
             .collect();
