@@ -317,6 +317,32 @@ both_backends! {
         assert_eq!(text, "value", "of an object that was removed");
     }
 
+    fn an_object_is_listed_once_while_it_is_renamed(backend) {
+        let bench = Bench::alone(backend);
+        let token = bench.at("");
+        let names = ["a", "b"].map(|last| format!("00000000-0000-4000-8000-00000000000{last}"));
+        let wanted = fs::read_dir(&token).unwrap().count();
+        bench.quiet(&format!("mv $o {}", names[0]));
+        let over = Instant::now() + Duration::from_secs(2);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for round in 0.. {
+                    if Instant::now() > over && round % 2 == 0 {
+                        break;
+                    }
+                    fs::rename(token.join(&names[round % 2]), token.join(&names[(round + 1) % 2])).unwrap();
+                }
+            });
+            let mut listings = 0;
+            while Instant::now() < over {
+                let listed: Vec<_> = fs::read_dir(&token).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+                assert_eq!(listed.len(), wanted, "{listed:?}");
+                listings += 1;
+            }
+            assert!(listings > 20, "{listings}");
+        });
+    }
+
     fn what_is_written_through_a_shared_mapping_is_where_it_was_mapped(backend) {
         let bench = Bench::alone(backend);
         for (flag, letters) in [("0", "DA"), ("os.O_APPEND", "Da")] {

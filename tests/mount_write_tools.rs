@@ -338,6 +338,24 @@ both_backends! {
         agree(&other, &bench.token, &mut client);
     }
 
+    fn a_token_is_restored_where_the_file_system_cannot_rename_to_a_free_name_in_one_step(backend) {
+        // As NFS: renameat2(2) with a flag is EINVAL.
+        let bench = Bench::new(backend);
+        bench.quiet("cp -a $t $out/token && mkdir $out/real $out/tokens $out/mnt");
+        let tokenfs = env!("CARGO_BIN_EXE_tokenfs");
+        let options = format!("--backend {} --tokendir $out/tokens", bench.backend());
+        bench.quiet(&format!(
+            "trap 'umount -l $out/mnt 2>/dev/null || true; umount -l $out/tokens' EXIT; bindfs $out/real $out/tokens
+             {tokenfs} mount {options} $out/mnt
+             cp -a $out/token $out/mnt/$(basename $t)
+             diff -r $out/token $out/mnt/$(basename $t)
+             {tokenfs} umount $out/mnt"
+        ));
+        bench.quiet(&format!("{tokenfs} check --backend {} --tokendir $out/real >$out/said", bench.backend()));
+        let said = fs::read_to_string(bench.outside.path().join("said")).unwrap();
+        assert!(said.contains("1 token, ") && said.contains(": clean"), "{said}");
+    }
+
     fn tokens_are_made_and_removed(backend) {
         let mut bench = Bench::new(backend);
         let whole = expected(&bench.softhsm);

@@ -1130,3 +1130,101 @@ fn what_is_open_of_a_token_that_is_gone_can_be_synced() {
     f.tree.sync_dir(f.token, patient()).unwrap();
     f.tree.sync_dir(f.object, patient()).unwrap();
 }
+
+/// As another process holds it.
+fn locked(f: &F, object: &str) -> File {
+    lock(
+        &f.dir.path().join(format!("t/{object}.lock")),
+        libc::F_RDLCK,
+    )
+}
+fn destroy(f: &F, object: &str) {
+    for file in ["object", "lock"] {
+        fs::remove_file(f.dir.path().join(format!("t/{object}.{file}"))).unwrap();
+    }
+}
+
+#[test]
+fn a_close_that_waits_does_not_get_into_the_next_object_of_that_name() {
+    let f = fixture();
+    let object = second_object(&f, NAMES[0], b"first");
+    let open = f.open(f.find(object, "CKA_LABEL"));
+    f.tree.write(open, 0, b"of the first", patient()).unwrap();
+    let held = locked(&f, NAMES[0]);
+    std::thread::scope(|s| {
+        let closing = s.spawn(|| f.tree.flush(open, patient()));
+        std::thread::sleep(Duration::from_millis(200));
+        destroy(&f, NAMES[0]);
+        s.spawn(|| {
+            std::thread::sleep(Duration::from_millis(300));
+            drop(held);
+        });
+        second_object(&f, NAMES[0], b"restored");
+        let _ = closing.join().unwrap();
+    });
+    let _ = f.tree.release(open, patient());
+    assert_eq!(label_of(&f, NAMES[0]), b"restored");
+}
+
+#[test]
+fn a_removal_that_waits_takes_nothing_from_the_next_object_of_that_name() {
+    let f = fixture();
+    let object = second_object(&f, NAMES[0], b"label");
+    f.tree.unlink(object, os("CKA_LABEL"), patient()).unwrap();
+    let held = locked(&f, NAMES[0]);
+    std::thread::scope(|s| {
+        let syncing = s.spawn(|| f.tree.sync_dir(object, patient()));
+        std::thread::sleep(Duration::from_millis(200));
+        destroy(&f, NAMES[0]);
+        s.spawn(|| {
+            std::thread::sleep(Duration::from_millis(300));
+            drop(held);
+        });
+        second_object(&f, NAMES[0], b"label");
+        let _ = syncing.join().unwrap();
+    });
+    assert_eq!(label_of(&f, NAMES[0]), b"label");
+}
+
+#[test]
+fn what_was_pending_in_a_token_that_is_gone_is_not_in_the_next_one_of_its_name() {
+    let f = fixture();
+    let object = f.make_dir(f.token, NAMES[0]);
+    f.put(object, "CKA_PRIVATE", b"false\n");
+    fs::remove_dir_all(f.dir.path().join("t")).unwrap();
+    // What is synced then, as `tokenfs umount` does, waits for nothing of it.
+    f.tree.sync_dir(ROOT, patient()).unwrap();
+    let object = f.make_dir(ROOT, "t");
+    let handle = f.tree.open_dir(object, patient()).unwrap();
+    assert!(f.tree.read_dir(handle).unwrap().is_empty());
+    let log = f.tree.diagnostics().render();
+    assert!(log.contains("its token was removed"), "{log}");
+}
+
+#[test]
+fn a_mode_that_waits_is_not_given_to_another_object_of_that_name() {
+    let f = fixture();
+    let object = second_object(&f, NAMES[0], b"first");
+    let at = |file: &str| f.dir.path().join(format!("t/{}.{file}", NAMES[0]));
+    let held = locked(&f, NAMES[0]);
+    std::thread::scope(|s| {
+        let setting = s.spawn(|| {
+            let mut change = SetAttributes::default();
+            change.metadata.mode = Some(0o400);
+            f.tree.set_attributes(object, None, &change, patient())
+        });
+        std::thread::sleep(Duration::from_millis(200));
+        // Others put another one there.
+        let bytes = fs::read(at("object")).unwrap();
+        destroy(&f, NAMES[0]);
+        fs::write(at("lock"), b"").unwrap();
+        fs::write(at("object"), bytes).unwrap();
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o600);
+        fs::set_permissions(at("object"), mode).unwrap();
+        drop(held);
+        let _ = setting.join().unwrap();
+    });
+    let mode = fs::metadata(at("object")).unwrap().permissions();
+    let mode = std::os::unix::fs::PermissionsExt::mode(&mode);
+    assert_eq!(mode & 0o777, 0o600);
+}

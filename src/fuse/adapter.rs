@@ -17,13 +17,11 @@ use fuser::{
     ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 
-use super::reply::{self, attributes, by_inode, errno, file_type, fill};
+use super::reply::{self, attributes, begin_listing, by_inode, errno, fill, names};
 use super::wait::{MOST_REQUESTS, Waiting};
 use crate::error::ErrorKind;
 use crate::store::{MetadataChange, Patience, Time};
-use crate::tree::{
-    Caller, Creation, FileKind, HandleId, OpenForWriting, RenameHow, SetAttributes, Tree,
-};
+use crate::tree::{Caller, Creation, HandleId, OpenForWriting, RenameHow, SetAttributes, Tree};
 
 /// The tree, as the kernel asks for it.
 #[derive(Clone, Debug)]
@@ -247,25 +245,17 @@ impl Filesystem for Adapter {
         ino: INodeNo,
         handle: FileHandle,
         offset: u64,
-        mut reply: ReplyDirectory,
+        reply: ReplyDirectory,
     ) {
-        let listing = match self.tree.read_dir(HandleId(handle.0)) {
-            Ok(listing) => listing,
-            Err(error) => return reply.error(errno(&error)),
-        };
-        let dots = [(ino.0, "."), (self.tree.parent(ino.0), "..")];
-        let dots = dots.map(|(ino, name)| (ino, FileKind::Directory, OsStr::new(name)));
-        let entries = listing
-            .iter()
-            .map(|entry| (entry.ino, entry.kind, entry.name.as_os_str()));
-        let skip = usize::try_from(offset).unwrap_or(usize::MAX);
-        for (index, (ino, kind, name)) in dots.into_iter().chain(entries).enumerate().skip(skip) {
-            // The offset of an entry is that of the one behind it.
-            if reply.add(INodeNo(ino), index as u64 + 1, file_type(kind), name) {
-                break;
-            }
+        let (ino, handle) = (ino.0, HandleId(handle.0));
+        match begin_listing(&self.tree, ino, handle, offset, Patience::Now) {
+            Ok(()) => names(&self.tree, reply, ino, handle, offset),
+            // Whatever comes of it: there is the listing of before.
+            Err(_) => self.waiting.wait(reply, move |tree, reply, patience| {
+                let _ = begin_listing(tree, ino, handle, offset, patience);
+                names(tree, reply, ino, handle, offset);
+            }),
         }
-        reply.ok();
     }
 
     fn readdirplus(
@@ -276,16 +266,18 @@ impl Filesystem for Adapter {
         offset: u64,
         reply: ReplyDirectoryPlus,
     ) {
-        let listing = match self.tree.read_dir(HandleId(handle.0)) {
-            Ok(listing) => listing,
-            Err(error) => return reply.error(errno(&error)),
+        let (ino, handle) = (ino.0, HandleId(handle.0));
+        let reply = match begin_listing(&self.tree, ino, handle, offset, Patience::Now) {
+            Ok(()) => match fill(&self.tree, reply, ino, handle, offset, Patience::Now) {
+                Ok(()) => return,
+                Err(reply) => reply,
+            },
+            Err(_) => reply,
         };
-        let Err(reply) = fill(&self.tree, reply, ino.0, &listing, offset, Patience::Now) else {
-            return;
-        };
-        // The first entry has to be waited for.
+        // The first entry has to be waited for, or all of it.
         self.waiting.wait(reply, move |tree, reply, patience| {
-            if let Err(reply) = fill(tree, reply, ino.0, &listing, offset, patience) {
+            let _ = begin_listing(tree, ino, handle, offset, patience);
+            if let Err(reply) = fill(tree, reply, ino, handle, offset, patience) {
                 reply.error(Errno::EBUSY);
             }
         });

@@ -1,15 +1,16 @@
 //! From the tree's plain types to what `fuser` sends.
 
+use std::ffi::OsStr;
 use std::time::{Duration, SystemTime};
 
 use fuser::{
-    Errno, FileAttr, FileType, Generation, INodeNo, ReplyAttr, ReplyDirectoryPlus, ReplyEmpty,
-    ReplyEntry, ReplyWrite,
+    Errno, FileAttr, FileType, Generation, INodeNo, ReplyAttr, ReplyDirectory, ReplyDirectoryPlus,
+    ReplyEmpty, ReplyEntry, ReplyWrite,
 };
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::Patience;
-use crate::tree::{self, Entry, FileKind, Listed, Tree};
+use crate::tree::{self, Entry, FileKind, HandleId, Tree};
 
 /// The size that directories and files are read in best.
 const BLOCK_SIZE: u32 = 4096;
@@ -64,10 +65,17 @@ pub(super) fn fill(
     tree: &Tree,
     mut reply: ReplyDirectoryPlus,
     ino: u64,
-    listing: &[Listed],
+    handle: HandleId,
     offset: u64,
     patience: Patience,
 ) -> Result<(), ReplyDirectoryPlus> {
+    let listing = match tree.read_dir(handle) {
+        Ok(listing) => listing,
+        Err(error) => {
+            reply.error(errno(&error));
+            return Ok(());
+        }
+    };
     let mut is_empty = true;
     // The kernel takes no attributes of these two.
     let dots = [(ino, "."), (tree.parent(ino), "..")];
@@ -120,6 +128,47 @@ pub(super) fn fill(
     }
     reply.ok();
     Ok(())
+}
+
+/// Answers with the names alone.
+pub(super) fn names(
+    tree: &Tree,
+    mut reply: ReplyDirectory,
+    ino: u64,
+    handle: HandleId,
+    offset: u64,
+) {
+    let listing = match tree.read_dir(handle) {
+        Ok(listing) => listing,
+        Err(error) => return reply.error(errno(&error)),
+    };
+    let dots = [(ino, "."), (tree.parent(ino), "..")];
+    let dots = dots.map(|(ino, name)| (ino, FileKind::Directory, OsStr::new(name)));
+    let entries = listing
+        .iter()
+        .map(|entry| (entry.ino, entry.kind, entry.name.as_os_str()));
+    let skip = usize::try_from(offset).unwrap_or(usize::MAX);
+    for (index, (ino, kind, name)) in dots.into_iter().chain(entries).enumerate().skip(skip) {
+        // The offset of an entry is that of the one behind it.
+        if reply.add(INodeNo(ino), index as u64 + 1, file_type(kind), name) {
+            break;
+        }
+    }
+    reply.ok();
+}
+
+/// Whoever reads a directory from its beginning reads it as it is by now.
+pub(super) fn begin_listing(
+    tree: &Tree,
+    ino: u64,
+    handle: HandleId,
+    offset: u64,
+    patience: Patience,
+) -> Result<(), Error> {
+    if offset > 0 {
+        return Ok(());
+    }
+    tree.begin_listing(ino, handle, patience)
 }
 
 pub(super) fn errno(error: &Error) -> Errno {

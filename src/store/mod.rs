@@ -21,6 +21,7 @@ pub mod layout;
 pub mod leftover;
 mod lock;
 mod metadata;
+mod rename;
 pub mod snapshot;
 mod tokendir;
 pub mod validate;

@@ -364,6 +364,16 @@ impl Store {
     }
 
     /// Whether a directory is a token, and of which backend; no backend if we may not look into it.
+    /// Whether there is a directory of that name, a token or none. What cannot be told counts as one.
+    #[must_use]
+    pub fn has_directory(&self, name: &TokenName) -> bool {
+        let Ok(tokendir) = self.directory() else {
+            return true;
+        };
+        let found = fstatat(tokendir, name.as_os_str(), AtFlags::AT_SYMLINK_NOFOLLOW);
+        !matches!(found, Err(Errno::ENOENT))
+    }
+
     fn probe(&self, name: &TokenName) -> Result<(FileStat, Option<Backend>)> {
         let failed = |errno| Error::system("stat", errno).at(self.path.join(name.as_os_str()));
         let directory = self.directory()?;

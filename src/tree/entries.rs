@@ -249,6 +249,8 @@ impl Tree {
         patience: Patience,
     ) -> Result<Entry> {
         self.in_place(parent, patience, |directory| {
+            // Who is writing into an object of that name, which is gone, does not write into the new one.
+            let _shut = self.shut_object(directory, name, patience)?;
             let made = self.make_dir_in(directory, name, mode, caller, patience);
             let node = self.noted_entry(directory, name, made)?;
             // What the kernel knows by that name is a directory that somebody else removed. Told of the same one, it would find in it again
@@ -296,7 +298,7 @@ impl Tree {
                 self.check_may_make(&token, caller, patience)?;
                 let access = self.access(directory, mode, 0o666, caller, patience)?;
                 self.abandon(&(token.clone(), ObjectId::Object(object.clone())));
-                self.begin_object(&token, &object, access, caller)?;
+                self.begin_object(&token, &object, access, caller, patience)?;
                 Ok(Node::Object(token, ObjectId::Object(object)))
             }
             Place::Own(token) => {
@@ -325,7 +327,7 @@ impl Tree {
                     mode: access.mode | parent.mode & libc::S_ISGID,
                     ..access
                 };
-                self.abandon_all(&token);
+                self.drop_pending(&token);
                 let made = self.store.create_token(&token, access, files)?;
                 let mut drafts = lock(&self.drafts);
                 drafts.insert_build(token.clone(), caller.pid);
@@ -352,6 +354,7 @@ impl Tree {
         object: &ObjectName,
         access: Access,
         caller: Caller,
+        patience: Patience,
     ) -> Result<()> {
         let opened = self.token(token)?;
         opened.check_name(object)?;
@@ -368,7 +371,10 @@ impl Tree {
         };
         self.check_entries()?;
         let key = (token.clone(), ObjectId::Object(object.clone()));
-        lock(&self.drafts).insert_new(key, new);
+        self.with_drafts(&key, patience, |drafts| {
+            drafts.insert_new(key.clone(), new.clone());
+            Ok(())
+        })?;
         self.wake_when_left_alone();
         Ok(())
     }

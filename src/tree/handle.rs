@@ -23,8 +23,9 @@ pub(super) enum Handle {
     Shared(Arc<Writer>),
     /// A file that is open for writing: a copy of its own until it is closed or synced.
     Writer(Arc<Writer>),
-    /// The entries of a directory as they were when it was opened, and what `stat` said then.
-    Listing(Arc<[Listed]>, Attributes),
+    /// The entries of a directory as they were when it was opened or read from its beginning, what `stat` said then, and how often something had
+    /// been renamed, made or removed before that.
+    Listing(Arc<[Listed]>, Attributes, u64),
 }
 
 /// A descriptor that a file is being written through.
@@ -142,6 +143,12 @@ impl Handles {
         id
     }
 
+    pub(super) fn replace(&mut self, id: HandleId, handle: Handle) {
+        if let Some(open) = self.open.get_mut(&id) {
+            *open = handle;
+        }
+    }
+
     pub(super) fn get(&self, id: HandleId) -> Option<&Handle> {
         self.open.get(&id)
     }
@@ -197,7 +204,7 @@ impl Handles {
         let mut opened = self.users.iter().filter(|(_, user)| of(user));
         opened.find_map(|(id, _)| {
             let attributes = match self.open.get(id)? {
-                Handle::Content(_, attributes) | Handle::Listing(_, attributes) => *attributes,
+                Handle::Content(_, attributes) | Handle::Listing(_, attributes, _) => *attributes,
                 Handle::Writer(writer) | Handle::Shared(writer) => Attributes {
                     size: writer.size(),
                     ..writer.attributes

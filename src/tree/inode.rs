@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::node::{Ino, Node, ROOT};
+use super::scratch::ScratchId;
 use crate::store::{Access, Object};
 
 /// One inode that the kernel knows.
@@ -31,6 +32,8 @@ pub struct Inode {
     pub is_orphan: bool,
     /// How often the number was taken anew while the kernel still knew a directory by it that was removed.
     generation: u64,
+    /// The scratch that it was before it was renamed to an attribute.
+    was_scratch: Option<ScratchId>,
     /// It was a directory, and was removed. The kernel finds nothing in that any more, not even what is made in the next one of its number.
     is_dead: bool,
     lookups: u64,
@@ -58,6 +61,7 @@ impl Inode {
             told: None,
             is_orphan: false,
             generation: 0,
+            was_scratch: None,
             is_dead: false,
             lookups: 0,
             children: HashSet::new(),
@@ -210,6 +214,9 @@ impl InodeTable {
         }
         let old = std::mem::replace(&mut inode.node, node.clone());
         inode.seen = None;
+        if let Node::Scratch(id) = old {
+            inode.was_scratch = Some(id);
+        }
         if self.renamed.get(&old) == Some(&ino) {
             self.renamed.remove(&old);
         }
@@ -239,7 +246,7 @@ impl InodeTable {
         }
     }
 
-    /// Takes back `count` answers that named `ino`. The last one removes it, and returns what it stood for.
+    /// Takes back `count` answers that named `ino`. The last one removes it, and returns what it stood for, or the scratch that it was.
     pub fn forget(&mut self, ino: Ino, count: u64) -> Option<Node> {
         let inode = self.inodes.get_mut(&ino)?;
         inode.lookups = inode.lookups.saturating_sub(count);
@@ -253,7 +260,7 @@ impl InodeTable {
         if let Some(directory) = self.inodes.get_mut(&forgotten.parent) {
             directory.children.remove(&ino);
         }
-        Some(forgotten.node)
+        Some(forgotten.was_scratch.map_or(forgotten.node, Node::Scratch))
     }
 
     /// The known inodes in the directory `ino`.

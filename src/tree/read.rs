@@ -316,6 +316,34 @@ impl Tree {
     /// # Errors
     /// [`ErrorKind::NotADirectory`], and what the store fails with.
     pub fn open_dir(&self, ino: Ino, patience: Patience) -> Result<HandleId> {
+        let opened = self.list_now(ino, patience)?;
+        Ok(self.open_handle(opened))
+    }
+
+    /// An open directory is read from its beginning: what was renamed, made or removed since it was opened, or is being just then, is in the
+    /// listing once. (The kernel keeps everybody from doing so while it asks for the entries.) What cannot be listed any more stays as it was.
+    ///
+    /// # Errors
+    /// [`ErrorKind::WouldBlock`] if that has to be waited for.
+    pub fn begin_listing(&self, ino: Ino, handle: HandleId, patience: Patience) -> Result<()> {
+        let turns = self.turns();
+        let is_old = match lock(&self.handles).get(handle) {
+            Some(Handle::Listing(_, _, then)) => *then != turns,
+            _ => false,
+        };
+        if !is_old || self.is_orphan(ino) {
+            return Ok(());
+        }
+        match self.list_now(ino, patience) {
+            Ok(now) => lock(&self.handles).replace(handle, now),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => return Err(error),
+            Err(_) => {}
+        }
+        Ok(())
+    }
+
+    fn list_now(&self, ino: Ino, patience: Patience) -> Result<Handle> {
+        let turns = self.turns();
         let (mut attributes, children) = self.wherever(ino, patience, |node| {
             let (attributes, _) = self.noted(self.describe(node, patience))?;
             Ok((attributes, self.noted(self.children(node, patience))?))
@@ -333,16 +361,16 @@ impl Tree {
                 })
                 .collect()
         };
-        Ok(self.open_handle(Handle::Listing(listing.into(), attributes)))
+        Ok(Handle::Listing(listing.into(), attributes, turns))
     }
 
-    /// The entries of an open directory, without `.` and `..`. They stay as they are while it is open.
+    /// The entries of an open directory, without `.` and `..`. They stay as they are until [`Tree::begin_listing`].
     ///
     /// # Errors
     /// [`ErrorKind::NotFound`] if the handle is not known.
     pub fn read_dir(&self, handle: HandleId) -> Result<Arc<[Listed]>> {
         match lock(&self.handles).get(handle) {
-            Some(Handle::Listing(listing, _)) => Ok(Arc::clone(listing)),
+            Some(Handle::Listing(listing, ..)) => Ok(Arc::clone(listing)),
             _ => Err(Error::not_found("no such handle")),
         }
     }

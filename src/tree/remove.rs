@@ -219,6 +219,7 @@ impl Tree {
         self.in_place(parent, patience, |directory| {
             let key = object_called(directory, name);
             let _at_it = key.map(|key| Attending::begin(self, key));
+            let _shut = self.shut_object(directory, name, patience)?;
             let outcome = self.remove_dir_in(directory, name, by, patience);
             self.noted_entry(directory, name, outcome)
         })

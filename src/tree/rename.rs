@@ -134,9 +134,6 @@ impl Tree {
         // There is nothing, or nothing that stays: what the kernel knows by that name is something that is gone.
         let target = place.directory().filter(|_| kind == FileKind::Directory);
         let buried = target.as_ref().and_then(|target| self.known_number(target));
-        if let Some(Node::Object(token, id)) = target {
-            self.abandon(&(token, id));
-        }
         match (&node, place) {
             (Node::Scratch(id), Place::Attribute(target)) => {
                 if kind == FileKind::Directory {
@@ -157,6 +154,7 @@ impl Tree {
                 let target = Node::Object(token.clone(), ObjectId::Object(object.clone()));
                 let files = self.files_below(&node, &target);
                 self.publish_object(*id, (&token, &object), replaces_damaged, patience)?;
+                self.abandon(&(token.clone(), ObjectId::Object(object.clone())));
                 self.end_scratch((&node, from), &target, &files);
                 self.rebind(ino, &target, to_parent);
             }
@@ -185,8 +183,10 @@ impl Tree {
                 if *token != to_token {
                     return Err(other_device());
                 }
+                self.check_may_write(token, how.by, patience)?;
                 self.rename_object(token, (object, &to_object), replaces_damaged, patience)?;
                 let to_id = ObjectId::Object(to_object.clone());
+                self.abandon(&(token.clone(), to_id.clone()));
                 self.move_dates(
                     &(token.clone(), id.clone()),
                     &(token.clone(), to_id.clone()),

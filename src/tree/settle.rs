@@ -82,7 +82,11 @@ impl Tree {
         let Some(draft) = draft else {
             return Ok(());
         };
-        let outcome = if draft.gone {
+        let outcome = if self.is_gone(&key.0) {
+            // As what is in a directory that somebody else removes. Another token of its name does not get it.
+            self.drop_pending(&key.0);
+            return Ok(());
+        } else if draft.gone {
             self.diagnostics.warning(format!(
                 "{}: the directory token was removed and the token was not; it is back",
                 key.0
@@ -141,6 +145,31 @@ impl Tree {
         }
         let (token, id) = key.clone();
         self.noted_write(&Node::Object(token, id), outcome)
+    }
+
+    /// Whether somebody else has removed a token, with its directory: one that is just being put right has that.
+    fn is_gone(&self, token: &TokenName) -> bool {
+        let gone = |error: &Error| error.kind() == ErrorKind::NotFound;
+        self.store.token(token).is_err_and(|error| gone(&error)) && !self.store.has_directory(token)
+    }
+
+    /// A token is gone, and with it all that was pending in it.
+    pub(super) fn drop_pending(&self, token: &TokenName) {
+        let mut drafts = lock(&self.drafts);
+        for key in drafts.keys(Some(token)) {
+            let dropped = drafts.remove(&key);
+            if dropped.is_some_and(|draft| draft.new.is_some() || draft.unlinked().next().is_some())
+            {
+                self.diagnostics.warning(format!(
+                    "{}: its token was removed, and what was pending of it is gone with that",
+                    self.path_of(&Node::Object(key.0.clone(), key.1.clone()))
+                        .display()
+                ));
+            }
+        }
+        drafts.remove_build(token);
+        drop(drafts);
+        self.abandon_all(token);
     }
 
     fn write_new(

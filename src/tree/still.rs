@@ -6,9 +6,11 @@
 //! was gone from where it was and has moved meanwhile.
 
 use std::collections::{BTreeSet, HashMap};
+use std::ffi::OsStr;
 
 use super::draft::Key;
 use super::node::{Ino, Node};
+use super::remove::object_called;
 use super::scratch::ScratchId;
 use super::settle::PAUSE;
 use super::{FileKind, Tree, lock};
@@ -139,6 +141,11 @@ impl Tree {
         spot.map(|spot| self.enter(spot, patience)).transpose()
     }
 
+    /// How often something was renamed, made or removed.
+    pub(super) fn turns(&self) -> u64 {
+        lock(&self.spots).turns
+    }
+
     /// Answers a question about what the kernel knows by a number: if it is not where it was, and is being renamed or has been, it is asked again
     /// where it is then.
     ///
@@ -235,6 +242,24 @@ impl Tree {
             patience.wait(PAUSE, "it is in use")?;
         }
         Ok(shut)
+    }
+
+    /// Keeps everybody from the object that is called `name` in the directory of a token, which is going to be made or removed.
+    ///
+    /// # Errors
+    /// As [`Tree::shut`].
+    pub(super) fn shut_object(
+        &self,
+        directory: &Node,
+        name: &OsStr,
+        patience: Patience,
+    ) -> Result<Option<Shut<'_>>> {
+        let Node::Token(_) = directory else {
+            return Ok(None);
+        };
+        let key = object_called(directory, name);
+        key.map(|key| self.shut([Spot::Object(key)], patience))
+            .transpose()
     }
 
     /// Whether what was not there as `node`, after so many turns, may have been somewhere else just then: what is being renamed is waited for.

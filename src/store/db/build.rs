@@ -9,7 +9,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use nix::libc;
-use rustix::fs::{CWD, RenameFlags, renameat_with};
+use rustix::fs::CWD;
 
 use super::connection::{Database, stat};
 use super::failure::{Failure, classify_write};
@@ -19,6 +19,7 @@ use crate::diagnostics::Diagnostics;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::crash::point;
 use crate::store::leftover::NEW_SUFFIX;
+use crate::store::rename::rename_to_free;
 use crate::store::{Access, Options, Patience, TokenName};
 
 /// The tables as `DBObject::createTables` of SoftHSM's `DBObject.cpp` makes them, word for word: they are compared as text.
@@ -128,10 +129,8 @@ impl DbToken {
             .map_err(|error| Error::io("sync", &error).at(&self.path))?;
         point("db.publish.synced");
         let target = self.directory.join(DATABASE);
-        renameat_with(CWD, &self.path, CWD, &target, RenameFlags::NOREPLACE).map_err(|errno| {
-            let errno = nix::errno::Errno::from_raw(errno.raw_os_error());
-            Error::system("rename", errno).at(&target)
-        })?;
+        rename_to_free(CWD, &self.path, &target)
+            .map_err(|errno| Error::system("rename", errno).at(&target))?;
         point("db.publish.renamed");
         // It is a token, whatever becomes of this.
         let synced = self.sync_directory();

@@ -43,7 +43,7 @@ pub(crate) struct Examined {
 
 /// What a journal beside the database means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Journal {
+pub(super) enum Journal {
     /// There is none, or none that counts.
     None,
     /// Of a transaction that goes on.
@@ -113,8 +113,8 @@ impl DbToken {
     /// each journal that it opens to the owner of the database (`unixOpen` in its `os_unix.c`), and nothing is to be changed here.
     ///
     /// This opens the database beside SQLite, and closing it would drop SQLite's locks in this process. So it is not done while
-    /// the token has a connection, and there must be no other one: this is for `tokenfs check` and no server.
-    fn journal(&self, patience: Patience) -> Result<Journal> {
+    /// the token has a connection, and there must be no other one: this is for `tokenfs check`, and for a server before it has opened anything.
+    pub(super) fn journal(&self, patience: Patience) -> Result<Journal> {
         let path = journal_of(&self.path);
         let failed = |what, errno| Error::system(what, errno).at(&path);
         let before = match lstat(&path) {
@@ -156,8 +156,12 @@ impl DbToken {
             return Ok(Journal::InUse);
         }
         // A commit deletes the journal first and unlocks then, and the next transaction makes a new one.
-        let is_same = lstat(&path)
-            .is_ok_and(|after| (after.st_dev, after.st_ino) == (before.st_dev, before.st_ino));
+        // That can have the same number, and not the same time.
+        let identity = |stat: &nix::sys::stat::FileStat| {
+            let changed = (stat.st_ctime, stat.st_ctime_nsec);
+            (stat.st_dev, stat.st_ino, stat.st_size, changed)
+        };
+        let is_same = lstat(&path).is_ok_and(|after| identity(&after) == identity(&before));
         Ok(if is_same {
             Journal::Left
         } else {

@@ -9,6 +9,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use nix::fcntl::OFlag;
 
 use super::DbToken;
+use super::check::Journal;
 use super::failure::journal_of;
 use crate::error::{Error, Result};
 use crate::store::{Patience, Token};
@@ -17,17 +18,20 @@ use crate::store::{Patience, Token};
 const MAGIC: [u8; 8] = [0xd9, 0xd5, 0x05, 0xf9, 0x20, 0xa1, 0x63, 0xd7];
 
 impl DbToken {
-    /// Has SQLite roll back what a crashed writer left, if there is a journal; nothing is opened where there is none.
+    /// Has SQLite roll back what a crashed writer left, if there is a journal; nothing is opened where there is none. If it `is_alone`, which
+    /// is that nobody else in this process has the database open, it is said.
     ///
     /// # Errors
     /// As [`Token::list`].
-    pub fn roll_back(&self, patience: Patience) -> Result<()> {
+    pub fn roll_back(&self, is_alone: bool, patience: Patience) -> Result<()> {
         if self.options.read_only || !self.has_journal()? {
             return Ok(());
         }
-        // SQLite does so before it reads anything.
+        // The journal of a SoftHSM that is just committing is none of a crash.
+        let was_left = is_alone && self.journal(patience)? == Journal::Left;
+        // SQLite rolls back before it reads anything.
         self.list(patience)?;
-        if !self.has_journal()? {
+        if was_left && !self.has_journal()? {
             let journal = journal_of(&self.path).display().to_string();
             self.diagnostics.warning(format!(
                 "{}: a crash had left this journal, and SQLite has rolled back the change that was not finished",

@@ -11,7 +11,6 @@ use nix::dir::Dir;
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, openat};
 use nix::sys::stat::Mode;
-use rustix::fs::{RenameFlags, renameat_with};
 
 use super::attire::{access_of, create_flags, set_access};
 use super::encode::encode;
@@ -23,6 +22,7 @@ use crate::diagnostics::Diagnostics;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::attribute::Attributes;
 use crate::store::crash::point;
+use crate::store::rename::rename_to_free;
 use crate::store::{Access, ObjectId, Options, TokenName};
 
 /// Up to how many files are synced one by one. Beyond that, the whole file system is, which costs less.
@@ -97,14 +97,8 @@ impl FileToken {
         self.sync_files()?;
         sync_directory(directory)?;
         point("file.publish.synced");
-        renameat_with(
-            directory,
-            names.object(),
-            directory,
-            TOKEN_OBJECT,
-            RenameFlags::NOREPLACE,
-        )
-        .map_err(|errno| Error::system("rename", Errno::from_raw(errno.raw_os_error())))?;
+        rename_to_free(directory, names.object(), Path::new(TOKEN_OBJECT))
+            .map_err(|errno| Error::system("rename", errno))?;
         self.building.store(false, Ordering::Release);
         self.cache().clear();
         point("file.publish.renamed");

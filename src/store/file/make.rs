@@ -8,7 +8,7 @@ use std::sync::PoisonError;
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, renameat};
 use nix::sys::stat::fstat;
-use rustix::fs::{AtFlags as LinkFlags, RenameFlags, linkat, renameat_with};
+use rustix::fs::{AtFlags as LinkFlags, linkat};
 use rustix::io::Errno as Refusal;
 
 use super::FileToken;
@@ -19,10 +19,11 @@ use super::guard::{
     Temporary, Transaction, exists, stat_regular, sync, sync_directory, unlink_if_there,
 };
 use super::names::Names;
-use super::read::{Reading, open_regular, read_locked, settled};
+use super::read::{Reading, is_named, open_regular, read_locked, settled};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::attribute::Attributes;
 use crate::store::crash::point;
+use crate::store::rename::rename_to_free;
 use crate::store::{
     MetadataChange, NewObject, ObjectId, ObjectName, Patience, Target, lock, validate,
 };
@@ -106,16 +107,10 @@ impl FileToken {
             Err(Refusal::EXIST) => return Err(already()),
             // A file system without hard links. A crash before the next step leaves no trace there of what SoftHSM was not told.
             Err(Refusal::PERM | Refusal::OPNOTSUPP | Refusal::NOSYS | Refusal::MLINK) => {
-                renameat_with(
-                    directory,
-                    names.next(),
-                    directory,
-                    names.object(),
-                    RenameFlags::NOREPLACE,
-                )
-                .map_err(|errno| match errno {
-                    Refusal::EXIST => already(),
-                    errno => Error::system("rename", Errno::from_raw(errno.raw_os_error())),
+                let renamed = rename_to_free(directory, names.next(), names.object());
+                renamed.map_err(|errno| match errno {
+                    Errno::EEXIST => already(),
+                    errno => Error::system("rename", errno),
                 })?;
             }
             Err(errno) => {
@@ -237,14 +232,12 @@ impl FileToken {
         point("file.remove.renamed");
         if !building && let Err(error) = self.raise_generation(patience) {
             // An object that SoftHSM believes in is still there.
-            if names.fit() {
-                let _ = renameat_with(
-                    directory,
-                    names.next(),
-                    directory,
-                    names.object(),
-                    RenameFlags::NOREPLACE,
-                );
+            if names.fit()
+                && let Err(errno) = rename_to_free(directory, names.next(), names.object())
+            {
+                let path = self.path.join(names.next());
+                self.diagnostics
+                    .error(&Error::system("rename it back", errno).at(path));
             }
             return Err(error);
         }
@@ -311,6 +304,18 @@ impl FileToken {
                 },
             },
         };
+        // Another object can have got its name while its lock was waited for: who may change that was not asked.
+        let now = stat_regular(directory, names.object())?;
+        let is_its = match (&held, names.lock()) {
+            (Some(lock), Some(name)) => {
+                let stat = fstat(lock).map_err(|errno| Error::system("stat", errno))?;
+                is_named(directory, name, &stat)?
+            }
+            _ => true,
+        };
+        if !is_its || (now.st_uid, now.st_gid) != (stat.st_uid, stat.st_gid) {
+            return Err(Error::not_found("another object has its name by now"));
+        }
         apply(directory, names.object(), change)?;
         self.unsynced(names.object());
         let access = MetadataChange {

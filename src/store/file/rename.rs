@@ -12,10 +12,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::fcntl::renameat;
 use nix::sys::stat::{FileStat, fstat};
 use rustix::fs::{RenameFlags, renameat_with};
-use rustix::io::Errno as Refusal;
 
 use super::FileToken;
 use super::attire::{access_of, set_access_if_possible, set_mtime};
@@ -28,6 +26,7 @@ use super::names::{Names, TOKEN_STEM};
 use super::read::{Reading, is_named};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::crash::point;
+use crate::store::rename::rename_to_free;
 use crate::store::{ObjectId, ObjectName, Patience};
 
 /// How often it is looked, for [`AT_ONCE`], whether a SoftHSM has stored an object under its old name.
@@ -342,18 +341,7 @@ fn rename(token: &FileToken, from: &Names, to: &Names) -> Result<()> {
         errno => Error::system("rename", errno),
     };
     let (from, to) = (from.object(), to.object());
-    match renameat_with(directory, from, directory, to, RenameFlags::NOREPLACE) {
-        Ok(()) => Ok(()),
-        // Where the file system cannot look and rename in one step, the lock has to do: whoever makes an object of a given name
-        // holds it, and SoftHSM gives its own names nobody has.
-        Err(Refusal::INVAL | Refusal::NOSYS | Refusal::OPNOTSUPP) => {
-            if exists(directory, to) {
-                return Err(already());
-            }
-            renameat(directory, from, directory, to).map_err(failed)
-        }
-        Err(errno) => Err(failed(Errno::from_raw(errno.raw_os_error()))),
-    }
+    rename_to_free(directory, from, to).map_err(failed)
 }
 
 fn gone() -> Error {

@@ -99,7 +99,7 @@ impl Store {
         let tokendir = self.directory()?;
         if self.has(name)? {
             // What a crash left of a token of that name is in nobody's way.
-            self.recover_directory(name);
+            self.recover_directory(name, false);
             if self.has(name)? {
                 return Err(exists());
             }
@@ -151,7 +151,7 @@ impl Store {
             ) {
                 Ok(()) => {}
                 Err(Errno::EEXIST) => {
-                    self.recover_directory(&staging);
+                    self.recover_directory(&staging, false);
                     if self.has(&staging)? {
                         // Somebody else is making it now.
                         return Err(exists());
@@ -166,7 +166,7 @@ impl Store {
                 // Taken for what a crash had left, before it was marked.
                 Ok(None) => {}
                 Err(error) => {
-                    self.recover_directory(&staging);
+                    self.recover_directory(&staging, false);
                     return Err(error);
                 }
             }

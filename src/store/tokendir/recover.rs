@@ -31,7 +31,7 @@ impl Store {
             Ok(names) => {
                 for name in names {
                     if !self.is_building(&name) {
-                        self.recover_directory(&name);
+                        self.recover_directory(&name, true);
                     }
                 }
             }
@@ -56,8 +56,8 @@ impl Store {
         Ok(names)
     }
 
-    /// The same in one directory.
-    pub(super) fn recover_directory(&self, name: &TokenName) {
+    /// The same in one directory; if it `is_alone`, nobody in this process has opened anything yet.
+    pub(super) fn recover_directory(&self, name: &TokenName, is_alone: bool) {
         // What is no directory, or may not be looked into, is none of ours.
         let Ok(tokendir) = self.directory() else {
             return;
@@ -67,7 +67,7 @@ impl Store {
         };
         let path = self.path.join(name.as_os_str());
         let recovered = if mark::is_staging(name.as_os_str()) {
-            self.recover_staging(name, directory.as_fd())
+            self.recover_staging(name, directory.as_fd(), is_alone)
         } else {
             self.recover_marks(name, directory.as_fd())
         };
@@ -82,7 +82,7 @@ impl Store {
         };
         let has = |wanted: &str| content.names.iter().any(|name| name == wanted);
         if has(DATABASE)
-            && let Err(error) = self.roll_back(name, &path)
+            && let Err(error) = self.roll_back(name, &path, is_alone)
             && error.kind() != ErrorKind::Busy
         {
             self.diagnostics.error(&error);
@@ -102,16 +102,21 @@ impl Store {
     }
 
     /// Has SQLite roll back what a crashed writer left.
-    fn roll_back(&self, name: &TokenName, path: &Path) -> Result<()> {
+    fn roll_back(&self, name: &TokenName, path: &Path, is_alone: bool) -> Result<()> {
         // SQLite opens by path, which must lead to where we look.
         self.check_in_place()?;
         let (options, log) = (self.options.clone(), Arc::clone(&self.diagnostics));
         let patience = Patience::at_most(self.options.lock_wait);
-        DbToken::open(name.clone(), path, options, log)?.roll_back(patience)
+        DbToken::open(name.clone(), path, options, log)?.roll_back(is_alone, patience)
     }
 
     /// Clears away a directory that has not got its name yet, or has lost it; whether there still is one.
-    fn recover_staging(&self, name: &TokenName, directory: BorrowedFd<'_>) -> Result<bool> {
+    fn recover_staging(
+        &self,
+        name: &TokenName,
+        directory: BorrowedFd<'_>,
+        is_alone: bool,
+    ) -> Result<bool> {
         let building = mark::find(directory, BUILDING)?;
         let removing = mark::find(directory, REMOVING)?;
         let none = building.is_none() && removing.is_none();
@@ -129,7 +134,7 @@ impl Store {
             sync_directory(self.directory()?)?;
             point("store.recover.renamed");
             drop((building, removing));
-            self.recover_directory(&original);
+            self.recover_directory(&original, is_alone);
             return Ok(false);
         }
         // Whoever made the directory a moment ago finds the mark, and begins anew.
