@@ -1228,3 +1228,57 @@ fn a_mode_that_waits_is_not_given_to_another_object_of_that_name() {
     let mode = std::os::unix::fs::PermissionsExt::mode(&mode);
     assert_eq!(mode & 0o777, 0o600);
 }
+
+#[test]
+fn a_file_that_was_cut_and_closed_gives_its_object_no_later_time_than_it_is_given_then() {
+    let f = fixture();
+    let time = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000_000);
+    let class = f.find(f.object, "CKA_CLASS");
+    for _ in 0..2 {
+        let how = OpenForWriting {
+            truncate: true,
+            ..OpenForWriting::default()
+        };
+        f.put(f.object, "CKA_LABEL", b"label");
+        let label = f.find(f.object, "CKA_LABEL");
+        let open = f.tree.open_for_writing(label, how, patient()).unwrap();
+        let held = lock(&f.dir.path().join("t/key.lock"), libc::F_RDLCK);
+        // close(2) has returned by now, and a thread goes on with it.
+        let closed = f.tree.release(open, Patience::Now);
+        assert!(closed.is_err());
+        std::thread::scope(|s| {
+            s.spawn(|| {
+                std::thread::sleep(Duration::from_millis(100));
+                f.tree.release(open, patient()).unwrap();
+            });
+            s.spawn(|| f.date(class, time));
+            std::thread::sleep(Duration::from_millis(20));
+            drop(held);
+        });
+        let found = f.tree.attributes(class, patient()).unwrap();
+        assert_eq!(found.attributes.mtime, time);
+    }
+}
+
+#[test]
+fn what_is_closed_later_is_written_later() {
+    let f = fixture();
+    let how = |truncate, append| OpenForWriting { truncate, append };
+    let label = f.find(f.object, "CKA_LABEL");
+    let open = |how| f.tree.open_for_writing(label, how, patient()).unwrap();
+    let (cut, appending) = (open(how(true, false)), open(how(false, true)));
+    f.tree.write(appending, 0, b"more", patient()).unwrap();
+    let held = lock(&f.dir.path().join("t/key.lock"), libc::F_RDLCK);
+    assert!(f.tree.release(cut, Patience::Now).is_err());
+    std::thread::scope(|s| {
+        // The thread that goes on with it takes its time.
+        s.spawn(|| {
+            std::thread::sleep(Duration::from_millis(200));
+            f.tree.release(cut, patient()).unwrap();
+        });
+        s.spawn(|| f.close(appending));
+        std::thread::sleep(Duration::from_millis(20));
+        drop(held);
+    });
+    assert_eq!(label_of(&f, "key"), b"more");
+}

@@ -43,6 +43,12 @@ impl Tree {
             // There is nothing to say of a file that is read.
             _ => return Ok(()),
         };
+        let has_something = wanted(&lock(&writer.state));
+        if has_something {
+            // What was closed before comes first: that it was cut would take away what is written now.
+            let node = self.committed_as(&writer);
+            self.wait_until_closed(node.as_ref().unwrap_or(&writer.node), patience)?;
+        }
         self.commit_writer(&writer, patience, wanted)
     }
 
@@ -195,6 +201,22 @@ impl Tree {
                 return Ok(());
             }
             patience.wait(super::settle::PAUSE, "the file is being closed")?;
+        }
+    }
+
+    /// The same of all that is in an object: what it does would give the object another time than it is given now.
+    pub(super) fn wait_until_all_closed(&self, node: &Node, patience: Patience) -> Result<()> {
+        let Some(object) = node.object() else {
+            return Ok(());
+        };
+        loop {
+            let now = Instant::now();
+            let is_closing =
+                |(node, until): (&Node, &Instant)| node.object() == Some(object) && *until >= now;
+            if !lock(&self.closing).iter().any(is_closing) {
+                return Ok(());
+            }
+            patience.wait(super::settle::PAUSE, "a file in it is being closed")?;
         }
     }
 

@@ -40,7 +40,10 @@ impl Tree {
         if self.is_orphan(ino) {
             return self.set_orphan(ino, handle, change, patience);
         }
-        let outcome = self.wherever(ino, patience, |_| {
+        let outcome = self.wherever(ino, patience, |node| {
+            if change.metadata.mtime.is_some() {
+                self.wait_until_all_closed(node, patience)?;
+            }
             self.in_place(ino, patience, |node| {
                 self.check_still_theirs(ino, node, change, patience)?;
                 self.set(node, handle, change, patience)
