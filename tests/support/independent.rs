@@ -88,6 +88,20 @@ pub fn read_store(tokendir: &Path) -> BTreeMap<String, Token> {
 
 /// A token of the `file` backend.
 pub fn read_file_token(directory: &Path) -> Token {
+    // Somebody may rename or remove an object while its token is read: that is begun anew then, so that it is found under its new name.
+    for _ in 0..100 {
+        if let Some(token) = read_file_token_once(directory) {
+            return token;
+        }
+    }
+    panic!(
+        "{}: objects came and went all the while",
+        directory.display()
+    );
+}
+
+/// Nothing if an object was gone before it was read.
+fn read_file_token_once(directory: &Path) -> Option<Token> {
     let mut token = Token {
         rows: BTreeMap::new(),
         backend: Backend::File,
@@ -105,7 +119,11 @@ pub fn read_file_token(directory: &Path) -> Token {
             .unwrap_or_default()
             .to_string_lossy()
             .into_owned();
-        match parse_object(&fs::read(&path).expect("reading an object")) {
+        let bytes = match fs::read(&path) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return None,
+            bytes => bytes.expect("reading an object"),
+        };
+        match parse_object(&bytes) {
             Ok((_, object)) if stem == "token" => token.token = object,
             Ok((_, object)) => {
                 token.objects.insert(stem, object);
@@ -115,7 +133,7 @@ pub fn read_file_token(directory: &Path) -> Token {
             }
         }
     }
-    token
+    Some(token)
 }
 
 /// An `.object` file: its generation and its attributes; of a type that comes twice, the last.
