@@ -339,7 +339,7 @@ both_backends! {
     }
 
     fn a_token_is_restored_where_the_file_system_cannot_rename_to_a_free_name_in_one_step(backend) {
-        // As NFS: renameat2(2) with a flag is EINVAL.
+        // There renameat2(2) with a flag is EINVAL.
         let bench = Bench::new(backend);
         bench.quiet("cp -a $t $out/token && mkdir $out/real $out/tokens $out/mnt");
         let tokenfs = env!("CARGO_BIN_EXE_tokenfs");

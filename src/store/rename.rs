@@ -9,8 +9,8 @@ use nix::sys::stat::fstatat;
 use rustix::fs::{RenameFlags, renameat_with};
 use rustix::io::Errno as Refusal;
 
-/// Renames `from` to `to` in `directory`; both can be paths that begin at the root. Where the file system cannot look and rename in one step, as NFS
-/// and most that are served by a program cannot (`EINVAL`, rename(2)), one is done after the other: whoever makes a file of a given name here holds
+/// Renames `from` to `to` in `directory`; both can be paths that begin at the root. Where the file system cannot look and rename in one step, as many
+/// that are served by a program cannot (`EINVAL`, rename(2)), one is done after the other: whoever makes a file of a given name here holds
 /// the lock of that, and SoftHSM gives its own names nobody has.
 ///
 /// # Errors

@@ -363,7 +363,6 @@ impl Store {
         Ok(())
     }
 
-    /// Whether a directory is a token, and of which backend; no backend if we may not look into it.
     /// Whether there is a directory of that name, a token or none. What cannot be told counts as one.
     #[must_use]
     pub fn has_directory(&self, name: &TokenName) -> bool {
@@ -374,6 +373,7 @@ impl Store {
         !matches!(found, Err(Errno::ENOENT))
     }
 
+    /// Whether a directory is a token, and of which backend; no backend if we may not look into it.
     fn probe(&self, name: &TokenName) -> Result<(FileStat, Option<Backend>)> {
         let failed = |errno| Error::system("stat", errno).at(self.path.join(name.as_os_str()));
         let directory = self.directory()?;

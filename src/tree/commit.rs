@@ -245,11 +245,7 @@ impl Tree {
         drafts.tidy(&key);
         let can_be_due = outcome.is_err() || drafts.is_finished(&key.0);
         drop(drafts);
-        if can_be_due {
-            self.wake();
-        } else {
-            self.wake_when_left_alone();
-        }
+        self.wake_for(can_be_due);
         if outcome.is_ok() {
             // It may have been the last thing that the directory's time was kept for.
             self.restore_time(&key.0, patience);

@@ -111,11 +111,8 @@ impl Tree {
         mtime: Option<SystemTime>,
         patience: Patience,
     ) {
-        // It is done, and cannot be done again by who has more of it: only what is made at once in a token that is being built comes here.
-        let patience = match patience {
-            Patience::Now => Patience::at_most(self.store.options().lock_wait),
-            until @ Patience::Until(_) => until,
-        };
+        // Only what is made at once in a token that is being built comes here without any.
+        let patience = self.to_see_through(patience);
         let (mut dates, stored) = self.look_at_time(key, false, patience);
         dates.changed(key);
         match stored {

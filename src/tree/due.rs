@@ -241,6 +241,15 @@ impl Tree {
         self.wake_by(Instant::now() + LEFT_ALONE);
     }
 
+    /// Ends [`Tree::wait_for_work`] at once where something `can_be_due`, and otherwise when it may have been left alone.
+    pub(super) fn wake_for(&self, can_be_due: bool) {
+        if can_be_due {
+            self.wake();
+        } else {
+            self.wake_when_left_alone();
+        }
+    }
+
     fn wake_by(&self, at: Instant) {
         let mut work = lock(&self.work.0);
         if work.look.is_some_and(|look| look <= at) {

@@ -258,11 +258,9 @@ impl Tree {
             if let Some(ino) = self.known_number(&node) {
                 self.bury(ino);
             }
-            // An attribute map is made at once in a token that is being built, and cannot be made again by who has more patience.
-            let patience = match (&node, patience) {
-                (Node::Attribute(..), Patience::Now) => {
-                    Patience::at_most(self.store.options().lock_wait)
-                }
+            // An attribute map is made at once in a token that is being built.
+            let patience = match node {
+                Node::Attribute(..) => self.to_see_through(patience),
                 _ => patience,
             };
             match self.noted(self.look_now(node.clone(), patience)) {

@@ -56,6 +56,7 @@ impl Tree {
         }
     }
 
+    /// The same of the writers alone: what the kernel knows by the number of scratch stays what it is.
     fn writers_moved(&self, key: &Key, place: impl Fn(Slot) -> Option<Place>) {
         let writers = lock(&self.handles).writers();
         for writer in writers {
@@ -244,8 +245,8 @@ impl Tree {
             return;
         }
         let now = lock(&file.content).clone();
-        // It is closed already, and cannot be asked for again.
-        let patience = Patience::at_most(self.store.options().lock_wait);
+        // It is closed already.
+        let patience = self.to_see_through(Patience::Now);
         let outcome = self.commit_text(&file.becomes, &now, None, patience);
         let _ = self.noted_write(&file.becomes, outcome);
     }

@@ -59,7 +59,7 @@ use crate::diagnostics::Diagnostics;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::attribute::Kind;
 use crate::store::watch::Coverage;
-use crate::store::{Object, Store, Token, TokenName};
+use crate::store::{Object, Patience, Store, Token, TokenName};
 
 use draft::Drafts;
 pub use due::Task;
@@ -323,6 +323,14 @@ impl Tree {
             path.push(&*name::file_name(slot.key));
         }
         path
+    }
+
+    /// Patience for what has been done already, and cannot be done again by who has more of it.
+    fn to_see_through(&self, patience: Patience) -> Patience {
+        match patience {
+            Patience::Now => Patience::at_most(self.store.options().lock_wait),
+            until @ Patience::Until(_) => until,
+        }
     }
 
     fn node(&self, ino: Ino) -> Result<Node> {

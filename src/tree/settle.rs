@@ -138,11 +138,7 @@ impl Tree {
         if outcome.is_ok() {
             self.restore_time(&key.0, patience);
         }
-        if can_be_due {
-            self.wake();
-        } else {
-            self.wake_when_left_alone();
-        }
+        self.wake_for(can_be_due);
         let (token, id) = key.clone();
         self.noted_write(&Node::Object(token, id), outcome)
     }

@@ -13,8 +13,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, openat, renameat};
 use nix::sys::stat::{Mode, fstat, fstatat, mkdirat};
-use rustix::fs::{RenameFlags, renameat_with};
-use rustix::io::Errno as Refusal;
 
 use super::mark::{
     self, Content, HIDDEN_DATABASE, HIDDEN_OBJECT, clear, in_use, not_empty, open_directory,
@@ -27,6 +25,7 @@ use crate::store::db::DbToken;
 use crate::store::file::{FileToken, TOKEN_OBJECT, set_access};
 use crate::store::leftover::{BUILDING, REMOVING};
 use crate::store::metadata::is_file;
+use crate::store::rename::rename_to_free;
 use crate::store::{Access, Backend, Patience, Token, TokenName, lock};
 
 /// How often a directory is begun anew that another process has cleared away before it was marked.
@@ -517,16 +516,7 @@ pub(super) fn restore(directory: BorrowedFd<'_>) -> Result<bool> {
         }
         let failed = |errno| Error::system("rename", errno);
         let (from, to) = (Path::new(hidden), Path::new(name));
-        match renameat_with(directory, from, directory, to, RenameFlags::NOREPLACE) {
-            Ok(()) => {}
-            // Where the file system cannot look and rename in one step.
-            Err(Refusal::INVAL | Refusal::NOSYS | Refusal::OPNOTSUPP)
-                if fstatat(directory, name, AtFlags::AT_SYMLINK_NOFOLLOW).is_err() =>
-            {
-                renameat(directory, from, directory, to).map_err(failed)?;
-            }
-            Err(errno) => return Err(failed(Errno::from_raw(errno.raw_os_error()))),
-        }
+        rename_to_free(directory, from, to).map_err(failed)?;
         sync_directory(directory)?;
         return Ok(true);
     }
