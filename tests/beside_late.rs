@@ -20,8 +20,6 @@ use support::*;
 use tokenfs::store::file::{decode, encode};
 use write_common::*;
 
-const OTHER: &str = "11111111-2222-4333-8444-555555555555";
-
 /// Is set when it goes, so that whoever looks at it ends with whatever else ends.
 struct Raised<'a>(&'a AtomicBool);
 

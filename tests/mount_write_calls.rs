@@ -11,6 +11,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use mount_common::*;
@@ -69,6 +70,125 @@ impl Bench {
 }
 
 both_backends! {
+    fn what_becomes_an_attribute_is_what_was_closed_last(backend) {
+        let bench = Bench::alone(backend);
+        let label = || String::from_utf8(bench.stored(format!("{OTHER}/CKA_LABEL")).unwrap()).unwrap();
+        let reopened = || File::options().write(true).truncate(true).open(bench.at(".new/CKA_LABEL")).unwrap();
+        let begin = || {
+            bench.quiet(&format!("rm -rf {OTHER}; cp -r $o .new; printf one >.new/CKA_LABEL"));
+            let open = reopened();
+            assert_eq!(fs::read(bench.at(".new/CKA_LABEL")).unwrap(), b"", "it is scratch");
+            open
+        };
+        let publish = || fs::rename(bench.at(".new"), bench.at(OTHER)).unwrap();
+        let mut open = begin();
+        publish();
+        assert_eq!(label(), "one", "it was cut and is being written");
+        open.write_all(b"tw").unwrap();
+        assert_eq!(label(), "one");
+        open.write_all(b"o").unwrap();
+        close(open).unwrap();
+        assert_eq!(label(), "two");
+        // Half of it is written by then.
+        let mut open = begin();
+        open.write_all(b"thr").unwrap();
+        publish();
+        assert_eq!(label(), "one");
+        open.write_all(b"ee").unwrap();
+        close(open).unwrap();
+        assert_eq!(label(), "three");
+        // Somebody else has closed it meanwhile.
+        let mut open = begin();
+        bench.quiet("printf four >>.new/CKA_LABEL");
+        open.write_all(b"x").unwrap();
+        publish();
+        assert_eq!(label(), "four");
+        close(open).unwrap();
+        assert_eq!(label(), "xour");
+        // What was closed is not being written, also where nothing was written into it, which is heard later.
+        for _ in 0..20 {
+            drop(begin());
+            publish();
+            assert_eq!(label(), "");
+        }
+        bench.quiet(&format!("rm -rf {OTHER}; cp -r $o .new; : >.new/CKA_LABEL; mv .new {OTHER}"));
+        assert_eq!(label(), "");
+        // The same of a single file.
+        let single = || bench.stored_data("CKA_LABEL").unwrap();
+        bench.quiet("printf one >$o/.t");
+        let mut open = File::options().write(true).truncate(true).open(bench.of_data(".t")).unwrap();
+        open.write_all(b"tw").unwrap();
+        fs::rename(bench.of_data(".t"), bench.of_data("CKA_LABEL")).unwrap();
+        assert_eq!(single(), b"one");
+        open.write_all(b"o").unwrap();
+        close(open).unwrap();
+        assert_eq!(single(), b"two");
+        bench.quiet("printf one >$o/.t; : >$o/.t; mv $o/.t $o/CKA_LABEL");
+        assert_eq!(single(), b"");
+        assert_eq!(bench.log(), "");
+    }
+
+    fn what_is_written_without_a_pause_while_its_directory_becomes_an_object_gets_there(backend) {
+        let bench = Bench::alone(backend);
+        for truncate in [false, true] {
+            for round in 0..lasting(15, 60).as_secs() {
+                bench.quiet(&format!("rm -rf {OTHER}; cp -r $o .new; printf 0000 >.new/CKA_LABEL"));
+                let label = |of: &str| bench.at(of).join("CKA_LABEL");
+                let closed = std::sync::atomic::AtomicU64::new(0);
+                let over = std::sync::atomic::AtomicBool::new(false);
+                let mut writer = File::options().write(true).truncate(truncate).open(label(".new")).unwrap();
+                thread::scope(|scope| {
+                    scope.spawn(|| {
+                        for number in 1.. {
+                            writer.write_all(format!("{number:04}").as_bytes()).unwrap();
+                            close(writer).unwrap();
+                            closed.store(number, std::sync::atomic::Ordering::SeqCst);
+                            let opened = [".new", OTHER].iter().find_map(|of| {
+                                File::options().write(true).truncate(truncate).open(label(of)).ok()
+                            });
+                            let Some(opened) = opened else { break };
+                            writer = opened;
+                            if over.load(std::sync::atomic::Ordering::SeqCst) {
+                                break;
+                            }
+                        }
+                    });
+                    thread::sleep(Duration::from_millis(3));
+                    fs::rename(bench.at(".new"), bench.at(OTHER)).unwrap();
+                    let before = closed.load(std::sync::atomic::Ordering::SeqCst);
+                    let stored = bench.stored(format!("{OTHER}/CKA_LABEL")).unwrap();
+                    over.store(true, std::sync::atomic::Ordering::SeqCst);
+                    let stored: u64 = String::from_utf8(stored).unwrap().parse().unwrap_or(0);
+                    assert!(stored >= before, "{stored} in the store, {before} was closed; {truncate}, round {round}");
+                });
+            }
+        }
+    }
+
+    fn what_scratch_was_renamed_over_keeps_the_number_that_it_has_then(backend) {
+        let bench = Bench::alone(backend);
+        let label = bench.label();
+        for pause in [0, 20, 60, 100] {
+            bench.quiet("echo -n new >$o/.t; mv $o/.t $o/CKA_LABEL");
+            let number = || fs::metadata(&label).unwrap().ino();
+            let then = number();
+            thread::sleep(Duration::from_millis(pause));
+            let file = truncated(&label);
+            let opened = file.metadata().unwrap();
+            assert_eq!((opened.ino(), opened.len()), (then, 0), "when it is opened and cut, after {pause} ms");
+            file.write_all_at(b"newer", 0).unwrap();
+            assert_eq!(file.metadata().unwrap().len(), 5);
+            drop(file);
+            thread::sleep(Duration::from_millis(pause));
+            assert_eq!(number(), then, "after {pause} ms");
+            bench.assert_label("newer", "after it was renamed over");
+            // What the kernel has of the scratch is not what the attribute is.
+            bench.quiet("echo 1 >$o/.t; cat $o/.t >/dev/null; stat $o/.t >/dev/null; mv $o/.t $o/CKA_MODIFIABLE");
+            let text = bench.quiet("stat -c %s $o/CKA_MODIFIABLE; cat $o/CKA_MODIFIABLE");
+            assert_eq!(text, "5\ntrue\n", "after {pause} ms");
+        }
+    }
+
     fn a_value_takes_effect_with_the_first_flush_after_a_write(backend) {
         let bench = Bench::alone(backend);
         // echo x >f: open with O_TRUNC, dup, close, write, close.
@@ -118,7 +238,7 @@ both_backends! {
         let old = bench.stored_data("CKA_COPYABLE");
         assert_eq!(nix::unistd::truncate(&flag, 0), Err(nix::errno::Errno::EINVAL), "a boolean cannot be empty");
         drop(truncated(&flag));
-        std::thread::sleep(HELD);
+        thread::sleep(HELD);
         assert_eq!(bench.stored_data("CKA_COPYABLE"), old, "a boolean that was only truncated");
         assert_eq!(fs::read(&flag).ok(), old, "the same in the mount");
         assert_logged(&bench, &["CKA_COPYABLE"]);
@@ -190,7 +310,7 @@ both_backends! {
         drop(file);
         assert_eq!(errno(create(".scratch")), libc::EEXIST, "scratch that is closed too");
         // Of many that try at once, one succeeds.
-        let won = std::thread::scope(|scope| {
+        let won = thread::scope(|scope| {
             let tries: Vec<_> = (0..8).map(|_| scope.spawn(|| create("CKA_SUBJECT").is_ok())).collect();
             tries.into_iter().map(|t| t.join().unwrap()).filter(|won| *won).count()
         });
@@ -220,7 +340,7 @@ both_backends! {
         fs::write(bench.label(), &texts[0]).unwrap();
         let over = Instant::now() + Duration::from_secs(1);
         let (mut writes, mut reads) = (0, 0);
-        std::thread::scope(|scope| {
+        thread::scope(|scope| {
             let bench = &bench;
             let writers: Vec<_> = texts.iter().map(|text| scope.spawn(move || {
                 let mut count = 0;
@@ -257,7 +377,7 @@ both_backends! {
         assert_eq!(parts, BTreeSet::from(["data", "1", "2", "3", "4"]), "what two appended: {label}");
         assert_eq!(label.len(), "data+1+2+3+4".len(), "{label}");
         fs::write(bench.label(), "").unwrap();
-        std::thread::scope(|scope| {
+        thread::scope(|scope| {
             for who in ["a", "b", "c"] {
                 let path = bench.label();
                 scope.spawn(move || {
@@ -282,7 +402,7 @@ both_backends! {
             let mut file = appending(&bench.label());
             let duplicate = file.try_clone().unwrap();
             file.write_all(format!("{round}\n").as_bytes()).unwrap();
-            std::thread::scope(|scope| {
+            thread::scope(|scope| {
                 scope.spawn(|| close(duplicate));
                 scope.spawn(|| close(file));
             });
@@ -324,7 +444,7 @@ both_backends! {
         let wanted = fs::read_dir(&token).unwrap().count();
         bench.quiet(&format!("mv $o {}", names[0]));
         let over = Instant::now() + Duration::from_secs(2);
-        std::thread::scope(|scope| {
+        thread::scope(|scope| {
             scope.spawn(|| {
                 for round in 0.. {
                     if Instant::now() > over && round % 2 == 0 {
@@ -448,7 +568,7 @@ both_backends! {
         assert_ne!(bench.log(), log, "a line in .tokenfs/log says why");
         // And a new object from being made. It stays pending, or is refused when its directory is synced.
         bench.quiet("mkdir 00000000-0000-4000-8000-000000000001; cd 00000000-0000-4000-8000-000000000001; echo CKO_DATA >CKA_CLASS; printf clear >CKA_LABEL; ! echo true 2>/dev/null >CKA_PRIVATE");
-        std::thread::sleep(HELD);
+        thread::sleep(HELD);
         bench.assert_sessions_agree();
     }
 
@@ -474,15 +594,15 @@ both_backends! {
         fs::write(path.join("CKA_TOKEN"), "true\n").unwrap();
         fs::write(path.join("CKA_LABEL"), "in the clear").unwrap();
         let synced = File::open(&path).and_then(|directory| directory.sync_all());
-        std::thread::sleep(HELD);
+        thread::sleep(HELD);
         assert_works(&bench.softhsm, &format!("a new object without CKA_PRIVATE (fsync: {})", name(errno(synced))));
         let _ = fs::remove_dir_all(&path);
         bench.settle();
         let _ = fs::remove_file(bench.of_data("CKA_PRIVATE"));
-        std::thread::sleep(HELD);
+        thread::sleep(HELD);
         assert_works(&bench.softhsm, "CKA_PRIVATE unlinked");
         fs::write(bench.of_data("CKA_PRIVATE"), "false\n").unwrap();
-        std::thread::sleep(HELD);
+        thread::sleep(HELD);
         bench.assert_sessions_agree();
     }
 
@@ -524,7 +644,7 @@ both_backends! {
             }
         };
         assert!(said.contains("busy"), "{said}");
-        std::thread::sleep(HELD * 4);
+        thread::sleep(HELD * 4);
         bench.settle();
         assert_same(&before, &expected(&bench.softhsm));
         bench.client.set_label(bench.handles.0, "data").unwrap();
@@ -554,7 +674,7 @@ both_backends! {
         let copy = bench.mount.path().join("copy");
         for (lacks, has) in [("CKA_OS_TOKENSERIAL", "TOKENFLAGS"), ("CKA_OS_TOKENFLAGS", "TOKENSERIAL")] {
             bench.quiet(&format!("mkdir -p {0}/token; cp token/CKA_OS_TOKENLABEL {0}/token/; printf 42 >{0}/token/CKA_OS_TOKENFLAGS; printf 0123456789abcdef >{0}/token/CKA_OS_TOKENSERIAL; rm {0}/token/{lacks}", copy.display()));
-            std::thread::sleep(HELD);
+            thread::sleep(HELD);
             bench.fails(&format!("sync {}", copy.display()));
             assert_logged(&bench, &[lacks, "stays pending"]);
             assert!(copy.join(format!("token/CKA_OS_{has}")).exists());
@@ -694,7 +814,7 @@ both_backends! {
         assert!(wrong.is_empty(), "{backend} backend:\n{}\n--- log\n{}", wrong.join("\n"), bench.log());
         let said = bench.fails("setfattr -n user.x -v y $o/CKA_LABEL");
         assert!(said.contains("Operation not supported"), "{said}");
-        std::thread::sleep(HELD);
+        thread::sleep(HELD);
         assert_same(&before, &expected(&bench.softhsm));
         bench.assert_in_agreement();
         assert_logged(&bench, &["CKA_NEWNAME"]);
@@ -808,7 +928,7 @@ both_backends! {
         assert!(bench.quiet("ls -A").contains(name), "a pending object is listed");
         assert_eq!(fs::read(path.join("CKA_LABEL")).unwrap(), b"pending");
         // Without a class it is none, however long that takes.
-        std::thread::sleep(HELD * 2);
+        thread::sleep(HELD * 2);
         assert_same(&before, &expected(&bench.softhsm));
         assert_eq!(fs::read(path.join("CKA_LABEL")).unwrap(), b"pending");
         let watcher = Watcher::start(&bench.softhsm, &bench.token);
@@ -816,14 +936,14 @@ both_backends! {
         // Whoever goes on writing is not interrupted.
         let started = Instant::now();
         for (pieces, attribute) in ["CKA_VALUE", "CKA_APPLICATION", "CKA_OBJECT_ID", "CKA_TOKEN", "CKA_PRIVATE", "CKA_MODIFIABLE"].into_iter().enumerate() {
-            std::thread::sleep(Duration::from_millis(60));
+            thread::sleep(Duration::from_millis(60));
             let text = if pieces < 3 { "bytes" } else { "true\n" };
             let text = if attribute == "CKA_PRIVATE" { "false\n" } else { text };
             fs::write(path.join(attribute), text).unwrap();
         }
         let slow = started.elapsed() > Duration::from_secs(1);
         eventually(SOON, "a pending object that is left alone", || bench.has(name));
-        std::thread::sleep(Duration::from_millis(100));
+        thread::sleep(Duration::from_millis(100));
         let sizes = watcher.stop();
         // Two attributes, and six more.
         assert!(slow || sizes == BTreeSet::from([8]), "numbers of attributes that the store had of it: {sizes:?}");
@@ -860,7 +980,7 @@ both_backends! {
         bench.quiet("mkdir 00000000-0000-4000-8000-000000000001 && echo CKO_DATA >00000000-0000-4000-8000-000000000001/CKA_CLASS && rm -r 00000000-0000-4000-8000-000000000001");
         bench.quiet("mkdir .scratch && echo CKO_DATA >.scratch/CKA_CLASS && mkdir -p .scratch/CKA_WRAP_TEMPLATE && rm -r .scratch");
         bench.quiet("mkdir .left && echo CKO_DATA >.left/CKA_CLASS");
-        std::thread::sleep(HELD);
+        thread::sleep(HELD);
         before.assert_same(&bench.softhsm.snapshot());
         bench.assert_in_agreement();
     }
@@ -879,7 +999,7 @@ both_backends! {
                 fs::write(&path, old).unwrap();
             }
         }
-        std::thread::sleep(HELD);
+        thread::sleep(HELD);
         let sizes = watcher.stop();
         assert_eq!(sizes.len(), 0, "objects that came or lost attributes: {sizes:?}");
         assert_same(&before, &expected(&bench.softhsm));
@@ -890,7 +1010,7 @@ both_backends! {
         if started.elapsed() < Duration::from_millis(150) {
             assert_same(&before, &stored);
         }
-        std::thread::sleep(HELD);
+        thread::sleep(HELD);
         assert_eq!(bench.stored_data("CKA_LABEL"), None, "an unlink that was left alone");
         assert_eq!(bench.stored_data("CKA_VALUE").as_deref(), Some(&b"value"[..]));
         bench.settle();
@@ -917,7 +1037,7 @@ both_backends! {
         for name in names.iter().chain(&[".dir", ".dir2"]) {
             assert!(!listed.lines().any(|line| line == *name), "{name} is listed: {listed}");
         }
-        std::thread::sleep(HELD);
+        thread::sleep(HELD);
         before.assert_same(&bench.softhsm.snapshot());
         bench.assert_in_agreement();
         // It is bounded.
@@ -993,7 +1113,7 @@ both_backends! {
             assert_eq!(fs::read_to_string(bench.label()).unwrap(), text);
             if round == 0 {
                 held.clear();
-                std::thread::sleep(Duration::from_millis(100));
+                thread::sleep(Duration::from_millis(100));
             }
         }
         replace(&bench, "in the end");
@@ -1162,7 +1282,7 @@ both_backends! {
         let bench = Bench::alone(backend);
         let over = Instant::now() + Duration::from_secs(2);
         let count = std::sync::atomic::AtomicU64::new(0);
-        std::thread::scope(|scope| {
+        thread::scope(|scope| {
             for worker in 0..4 {
                 let (bench, count) = (&bench, &count);
                 scope.spawn(move || {
@@ -1214,7 +1334,7 @@ fn assert_works(softhsm: &Softhsm, when: &str) {
 #[derive(Debug)]
 struct Watcher {
     over: std::sync::Arc<std::sync::atomic::AtomicBool>,
-    thread: std::thread::JoinHandle<BTreeSet<usize>>,
+    thread: thread::JoinHandle<BTreeSet<usize>>,
 }
 
 impl Watcher {
@@ -1234,7 +1354,7 @@ impl Watcher {
             Backend::Db => counts(&path.join("sqlite3.db")),
         };
         let first: BTreeSet<(String, usize)> = sizes();
-        let thread = std::thread::spawn(move || {
+        let thread = thread::spawn(move || {
             let mut seen = BTreeSet::new();
             while !done.load(std::sync::atomic::Ordering::Relaxed) {
                 seen.extend(
@@ -1243,7 +1363,7 @@ impl Watcher {
                         .filter(|entry| !first.contains(entry))
                         .map(|(_, size)| size),
                 );
-                std::thread::sleep(Duration::from_millis(1));
+                thread::sleep(Duration::from_millis(1));
             }
             seen
         });

@@ -20,8 +20,6 @@ use tokenfs::store::attribute::{Attributes, Value};
 use tokenfs::store::file::{decode, encode};
 use write_common::*;
 
-const OTHER: &str = "11111111-2222-4333-8444-555555555555";
-
 /// What keeps all others from writing an object, as a SoftHSM does that is about to.
 enum Held {
     File(File, PathBuf),

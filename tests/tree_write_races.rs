@@ -9,6 +9,7 @@ use std::time::{Duration, SystemTime};
 use tokenfs::diagnostics::Diagnostics;
 use tokenfs::store::attribute::{Attributes, Value};
 use tokenfs::store::file::encode;
+use tokenfs::store::watch::Change;
 use tokenfs::store::{ObjectId, ObjectName, Options, Patience, Store, TokenName};
 use tokenfs::tree::node::ROOT;
 use tokenfs::tree::*;
@@ -669,19 +670,21 @@ fn what_is_given_a_time_has_it_while_what_was_unlinked_before_is_written() {
 }
 
 #[test]
-fn what_was_scratch_and_is_an_attribute_is_remembered_no_more() {
+fn what_was_scratch_and_is_an_attribute_is_told_of_under_the_number_of_the_scratch() {
     let f = fixture();
     f.put(f.object, ".CKA_LABEL.x", b"new");
     let scratch = f.find(f.object, ".CKA_LABEL.x");
-    let valid = || f.tree.attributes(scratch, patient()).unwrap().valid;
-    assert!(!valid().is_zero());
     let (from, to) = (os(".CKA_LABEL.x"), os("CKA_LABEL"));
     let how = RenameHow::default();
     f.tree
         .rename((f.object, from), (f.object, to), how, patient())
         .unwrap();
-    // Whoever changes the attribute from now on says so under its own number.
-    assert!(valid().is_zero());
+    // Whoever looks the name up comes by that number too, and whoever changes the attribute says so under it.
+    assert_eq!(f.find(f.object, "CKA_LABEL"), scratch);
+    let name = |name| TokenName::new(os(name)).unwrap();
+    let id = ObjectId::Object(ObjectName::new(os("key")).unwrap());
+    let (stale, _) = f.tree.stale(&[Change::Object(name("t"), id)], patient());
+    assert!(stale.contains(&Stale::Content(scratch)), "{stale:?}");
 }
 
 #[test]
@@ -1281,4 +1284,27 @@ fn what_is_closed_later_is_written_later() {
         drop(held);
     });
     assert_eq!(label_of(&f, "key"), b"more");
+}
+
+#[test]
+fn a_time_that_a_token_is_given_is_there_while_something_is_written_in_it() {
+    let f = fixture();
+    f.tree.unlink(f.object, os("CKA_LABEL"), patient()).unwrap();
+    let given = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000_000);
+    f.date(f.token, given);
+    let directory = f.dir.path().join("t");
+    let stored = || fs::metadata(&directory).unwrap().modified().unwrap();
+    // As a commit does for a moment, which gives the directory then the time that it had before.
+    File::open(&directory)
+        .unwrap()
+        .set_modified(SystemTime::now())
+        .unwrap();
+    let shown = f.tree.attributes(f.token, patient()).unwrap();
+    assert_eq!(shown.attributes.mtime, given);
+    // It is unlinked for good.
+    std::thread::sleep(Duration::from_millis(300));
+    f.tree.settle();
+    assert_eq!(stored(), given);
+    let shown = f.tree.attributes(f.token, patient()).unwrap();
+    assert_eq!(shown.attributes.mtime, given);
 }

@@ -148,7 +148,7 @@ impl Tree {
         // What is open is what is in scratch, if it is scratch.
         let mut counted = HashSet::new();
         files.retain(|file| counted.insert(Arc::as_ptr(file)));
-        let files: u64 = files.iter().map(|file| lock(file).len() as u64).sum();
+        let files: u64 = files.iter().map(|file| lock(file).size()).sum();
         files.saturating_add(lock(&self.drafts).size())
     }
 }

@@ -1,11 +1,12 @@
 //! Descriptors that are closed: what was written through them becomes the value.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::commit::Text;
 use super::handle::{Handle, HandleId, State, Writer};
 use super::node::Node;
+use super::scratch::ScratchId;
 use super::slot::Slot;
 use super::still::Still;
 use super::text::Context;
@@ -13,13 +14,21 @@ use super::{Tree, lock, text};
 use crate::error::{ErrorKind, Result};
 use crate::store::Patience;
 
+/// How long it can take at most until one hears that a file was closed for good, or something is written into it.
+const LET_GO: Duration = Duration::from_millis(50);
+
 impl Tree {
     /// A descriptor is closed, perhaps not the last one of its file: what was written since the last time is committed.
     ///
     /// # Errors
     /// [`ErrorKind::Invalid`] if it is no value of its kind: the old value stays; what writing to the store fails with.
     pub fn flush(&self, handle: HandleId, patience: Patience) -> Result<()> {
-        self.commit_handle(handle, patience, |state| state.written)
+        self.commit_handle(handle, patience, |state| state.written)?;
+        if let Ok(writer) = self.writer(handle) {
+            let mut state = lock(&writer.state);
+            state.flushed = state.resized && !state.written;
+        }
+        Ok(())
     }
 
     /// A descriptor is synced: all that was done through it is committed, also that the file was cut or extended.
@@ -94,7 +103,7 @@ impl Tree {
     ) -> Result<()> {
         let (content, state) = {
             let content = lock(&writer.content);
-            (content.clone(), lock(&writer.state).clone())
+            (content.to_vec(), lock(&writer.state).clone())
         };
         let is_scratch = matches!(writer.node, Node::Scratch(_));
         let text = match state.appended.filter(|_| !is_scratch) {
@@ -144,7 +153,7 @@ impl Tree {
         loop {
             let Some(node) = self.committed_as(writer) else {
                 // A scratch file has its content already, and one that is gone needs none.
-                lock(&writer.state).committed(false);
+                writer.complete();
                 let is_scratch = self.committed_as(writer).is_none();
                 let mut state = lock(&writer.state);
                 if is_scratch {
@@ -224,6 +233,12 @@ impl Tree {
     fn commit_at_last(&self, writer: &Writer, patience: Patience) -> Result<()> {
         let state = lock(&writer.state).clone();
         let Some(node) = self.committed_as(writer) else {
+            // It may become an attribute at this moment.
+            let wanted = |state: &State| state.written || state.resized;
+            if !state.refused && wanted(&state) {
+                return self.commit_writer(writer, patience, wanted);
+            }
+            writer.complete();
             return Ok(());
         };
         let is_scratch = matches!(writer.node, Node::Scratch(_));
@@ -253,6 +268,22 @@ impl Tree {
             return self.commit_writer(writer, patience, |_| true);
         }
         Ok(())
+    }
+
+    /// Waits a moment for those who have cut one of these scratch files, and have closed it perhaps: whether they have is heard a little later
+    /// than close(2) returns, and until then it is nothing that anybody meant.
+    pub(super) fn wait_until_let_go(&self, files: &[ScratchId], patience: Patience) -> Result<()> {
+        let limit = Instant::now() + LET_GO;
+        let is_one = |node: &Node| matches!(node, Node::Scratch(id) if files.contains(id));
+        loop {
+            let writers = lock(&self.handles).writers();
+            let is_flushed =
+                |writer: &Arc<Writer>| is_one(&writer.node) && lock(&writer.state).flushed;
+            if !writers.iter().any(is_flushed) || Instant::now() > limit {
+                return Ok(());
+            }
+            patience.wait(super::settle::PAUSE, "the file is being closed")?;
+        }
     }
 
     pub(super) fn drop_fresh(&self, node: &Node) {

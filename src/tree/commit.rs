@@ -96,10 +96,10 @@ impl Tree {
         };
         let mut content = lock(content);
         match text {
-            Text::Whole(bytes) => *content = bytes.to_vec(),
+            Text::Whole(bytes) => content.set(bytes.to_vec()),
             Text::First(_) => {}
-            Text::Appended(bytes) => content.extend_from_slice(bytes),
-            Text::Resized(size, _) => content.resize(*size, 0),
+            Text::Appended(bytes) => content.append(bytes),
+            Text::Resized(size, _) => content.set_len(*size),
         }
         drop(content);
         entry.ctime = SystemTime::now();

@@ -7,9 +7,10 @@
 //! Knows nothing of the store. Contract: `docs/tree.md`, "Writing".
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
+use super::body::Bytes;
 use super::slot::Slot;
 use crate::error::{Error, ErrorKind, Result};
 use crate::pkcs11;
@@ -35,9 +36,6 @@ const HALF_REMOVED: Duration = Duration::from_secs(5);
 
 /// Which object.
 pub(super) type Key = (TokenName, ObjectId);
-
-/// The content of a file that is being written.
-pub(super) type Bytes = Arc<Mutex<Vec<u8>>>;
 
 /// A directory that was made in the mount and is not in the store.
 #[derive(Clone, Debug)]
@@ -532,17 +530,21 @@ impl Drafts {
         self.changed.remove(token);
     }
 
-    /// The directory of a token was not given that time.
-    pub fn forget_time(&mut self, token: &TokenName) {
-        self.times.remove(token);
+    /// The directory of a token has that time, or was not given it.
+    pub fn forget_time(&mut self, token: &TokenName, mtime: SystemTime) {
+        if self.times.get(token) == Some(&mtime) {
+            self.times.remove(token);
+        }
     }
 
-    /// The time that the directory of a token was given, once nothing more is to be written into it.
-    pub fn time_to_restore(&mut self, token: &TokenName) -> Option<SystemTime> {
-        if self.is_pending(token) {
-            return None;
-        }
-        self.times.remove(token)
+    /// The time that the directory of a token was given while something is written into it.
+    pub fn kept_time(&self, token: &TokenName) -> Option<SystemTime> {
+        self.times.get(token).copied()
+    }
+
+    /// The same, once nothing more is to be written into it.
+    pub fn time_to_restore(&self, token: &TokenName) -> Option<SystemTime> {
+        self.kept_time(token).filter(|_| !self.is_pending(token))
     }
 
     /// What is due by now, if something is `open` for writing in those objects; and when the next thing will be.

@@ -5,7 +5,8 @@ use std::ffi::{OsStr, OsString};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
-use super::draft::{Bytes, New};
+use super::body::{Body, Bytes};
+use super::draft::New;
 use super::node::{Ino, Node};
 use super::place::Place;
 use super::scratch::Content;
@@ -177,7 +178,12 @@ impl Tree {
             }
             Place::Scratch => {
                 let access = self.access(directory, how.mode, 0o666, caller, patience)?;
-                let made = lock(&self.scratch).make(directory, name, Some(Vec::new()), access)?;
+                let made = lock(&self.scratch).make(
+                    directory,
+                    name,
+                    Some(Body::open(Vec::new())),
+                    access,
+                )?;
                 let node = Node::Scratch(made);
                 let Scratched::Opened(handle) = self.open_scratch(&node, made, how.open)? else {
                     return Err(Error::not_found("it has been renamed already"));
@@ -202,7 +208,7 @@ impl Tree {
             Value::some_of(slot.key.kind),
         )?;
         self.check_entries()?;
-        let bytes: Bytes = Arc::new(Mutex::new(Vec::new()));
+        let bytes: Bytes = Arc::new(Mutex::new(Body::open(Vec::new())));
         {
             let mut drafts = lock(&self.drafts);
             let key = (token.clone(), id.clone());
@@ -387,7 +393,7 @@ impl Tree {
             .iter()
             .map(|(name, id)| {
                 let content = match &scratch.get(*id)?.content {
-                    Content::File(bytes) => Some(lock(bytes).clone()),
+                    Content::File(bytes) => Some(lock(bytes).complete().to_vec()),
                     Content::Directory(_) => None,
                 };
                 Ok(ScratchFile {

@@ -6,7 +6,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use super::draft::{Bytes, Key};
+use super::body::Bytes;
+use super::draft::Key;
 use super::handle::{Handle, HandleId, Place, Writer};
 use super::name::{self, Name};
 use super::node::{Ino, Node};
@@ -25,7 +26,7 @@ pub(super) struct Published {
     node: Node,
     /// The attribute that it is to become.
     becomes: Node,
-    /// What it held when somebody looked.
+    /// What was complete of it when somebody looked.
     seen: Vec<u8>,
     content: Bytes,
 }
@@ -181,9 +182,7 @@ impl Tree {
         self.rebind_published(&last, &maps, target);
         for file in &last {
             let seen = files.iter().find(|seen| seen.node == file.node);
-            if seen.is_none_or(|seen| seen.seen != file.seen) || *lock(&file.content) != file.seen {
-                self.commit_late(file);
-            }
+            self.commit_late(file, seen.map(|seen| &*seen.seen));
         }
     }
 
@@ -232,19 +231,16 @@ impl Tree {
         }
     }
 
-    /// What somebody has written into a file, and closed, since it was looked at is written into its attribute too. Who is at it still does so
-    /// himself.
-    fn commit_late(&self, file: &Published) {
-        let writers = lock(&self.handles).writers();
-        let is_at_it = writers.iter().any(|writer| {
-            // Not whether somebody is committing it: that may have begun when there was nothing to commit it to.
-            let is_busy = lock(&writer.state).written;
-            is_busy && self.committed_as(writer).as_ref() == Some(&file.becomes)
-        });
-        if is_at_it {
-            return;
-        }
-        let now = lock(&file.content).clone();
+    /// What somebody has written into a file, and closed, since it was `seen` is written into its attribute too. What is being written still is
+    /// written there by who does so.
+    fn commit_late(&self, file: &Published, seen: Option<&[u8]>) {
+        let now = {
+            let body = lock(&file.content);
+            if body.is_new() || seen == Some(body.complete()) {
+                return;
+            }
+            body.complete().to_vec()
+        };
         // It is closed already.
         let patience = self.to_see_through(Patience::Now);
         let outcome = self.commit_text(&file.becomes, &now, None, patience);
@@ -270,6 +266,7 @@ impl Tree {
     pub(super) fn discard(&self, handle: HandleId) {
         let removed = lock(&self.handles).remove(handle);
         if let Some(Handle::Writer(writer) | Handle::Shared(writer)) = removed {
+            writer.complete();
             self.touch_object(&writer.node);
         }
         self.wake_when_left_alone();
@@ -345,7 +342,7 @@ fn files_of(scratch: &Scratch, node: &Node, target: &Node) -> Vec<Published> {
                 Ok(Content::File(content)) => files.push(Published {
                     node,
                     becomes,
-                    seen: lock(content).clone(),
+                    seen: lock(content).complete().to_vec(),
                     content: Arc::clone(content),
                 }),
                 Ok(Content::Directory(_)) => directories.push((node, becomes)),

@@ -5,7 +5,7 @@ use std::sync::atomic::AtomicU32;
 use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
 
-use super::draft::Bytes;
+use super::body::{Body, Bytes};
 use super::node::Node;
 use super::{Attributes, Ino, Listed, lock};
 use crate::error::{Error, Result};
@@ -52,6 +52,47 @@ impl Writer {
     pub fn size(&self) -> u64 {
         lock(&self.content).len() as u64
     }
+
+    /// It is going to be changed through this descriptor. What is scratch is so for all who have it open.
+    pub fn begin(&self, content: &mut Body, state: &mut State) {
+        if matches!(self.node, Node::Scratch(_)) {
+            state.begin(content);
+        }
+    }
+
+    /// How much memory that takes, in bytes.
+    pub fn to_begin(&self) -> u64 {
+        let takes = matches!(self.node, Node::Scratch(_)) && !lock(&self.state).changing;
+        if takes { self.size() } else { 0 }
+    }
+
+    /// Cuts or extends it to so many bytes; returns whether that changes anything.
+    pub fn resize(&self, size: usize) -> bool {
+        let mut content = lock(&self.content);
+        let mut state = lock(&self.state);
+        if state.gap.is_some_and(|gap| size as u64 <= gap) {
+            // What could not be written is cut off.
+            state.gap = None;
+            state.refused = false;
+            state.error = None;
+        } else if content.len() == size {
+            return false;
+        }
+        self.begin(&mut content, &mut state);
+        content.resize(size, 0);
+        state.resized = true;
+        state.appended = None;
+        state.version += 1;
+        true
+    }
+
+    /// There is nothing to commit it to: it is in its file, complete, and counts as committed.
+    pub fn complete(&self) {
+        let mut content = lock(&self.content);
+        let mut state = lock(&self.state);
+        state.committed(false);
+        state.end(&mut content);
+    }
 }
 
 /// Where the file is that a writer has open.
@@ -86,6 +127,10 @@ pub(super) struct State {
     pub mtime: Option<SystemTime>,
     /// A thread is committing it.
     pub committing: bool,
+    /// What it holds is being changed through this descriptor ([`Body::begin`]).
+    pub changing: bool,
+    /// It was flushed after it was cut or extended, with nothing written: perhaps it is closed for good by now, of which one hears later.
+    pub flushed: bool,
     /// Counts the writes, so that one that falls into a commit is not taken for committed.
     pub version: u64,
 }
@@ -99,6 +144,24 @@ impl State {
         self.error.clone().map_or(Ok(()), Err)
     }
 
+    /// It is going to be changed.
+    pub fn begin(&mut self, content: &mut Body) {
+        if !std::mem::replace(&mut self.changing, true) {
+            content.begin();
+        }
+        self.flushed = false;
+    }
+
+    /// It is complete as it is.
+    pub fn end(&mut self, content: &mut Body) {
+        if std::mem::take(&mut self.changing) {
+            content.end();
+        } else {
+            content.close();
+        }
+        self.flushed = false;
+    }
+
     /// Not all that was to be written could be: what could is a part of it, and no value that anybody meant.
     pub fn failed(&mut self, error: Error, at: u64) {
         *self = Self {
@@ -106,6 +169,7 @@ impl State {
             gap: Some(self.gap.map_or(at, |gap| gap.min(at))),
             error: Some(error),
             committing: self.committing,
+            changing: self.changing,
             version: self.version + 1,
             ..Self::default()
         };
@@ -118,6 +182,7 @@ impl State {
             gap: self.gap,
             error: self.error.take().filter(|_| refused),
             committing: self.committing,
+            changing: self.changing,
             version: self.version,
             ..Self::default()
         };

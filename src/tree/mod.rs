@@ -14,6 +14,7 @@
 //! Locks: each table (inodes, handles, labels, drafts, dates, scratch, spots, files that are being closed) has one. None is held while the store is asked, and
 //! none while another of them is taken. A writer's content, then its state, can be taken inside any of them.
 
+mod body;
 mod budget;
 mod building;
 mod by_label;

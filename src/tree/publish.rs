@@ -3,6 +3,7 @@
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 
+use super::body::Body;
 use super::entries::ScratchFile;
 use super::name::{self, Name};
 use super::node::Node;
@@ -48,7 +49,7 @@ impl Tree {
                 let Content::File(content) = &entry.content else {
                     return Err(other_device());
                 };
-                let now = (lock(content).clone(), entry.given);
+                let now = (lock(content).complete().to_vec(), entry.given);
                 if attempt == ATTEMPTS {
                     let detail = "somebody writes into it all the while";
                     return Err(Error::new(ErrorKind::Busy, detail));
@@ -242,7 +243,7 @@ impl Tree {
                 let text = text::render(slot.key.attribute_type, value, context)?.into_owned();
                 let scratch = lock(&self.scratch);
                 if let Content::File(bytes) = &scratch.get(made)?.content {
-                    *lock(bytes) = text;
+                    lock(bytes).set(text);
                 }
                 Ok(())
             }
@@ -270,7 +271,7 @@ impl Tree {
                 self.refill(made, entries, access)?;
             } else {
                 let content = text::render(key.attribute_type, value, context)?.into_owned();
-                lock(&self.scratch).put(&node, name, Some(content), access)?;
+                lock(&self.scratch).put(&node, name, Some(Body::new(content)), access)?;
             }
         }
         Ok(())
@@ -308,7 +309,7 @@ impl Tree {
         self.check_memory(content.len() as u64)?;
         let mut scratch = lock(&self.scratch);
         scratch.remove(to.directory, to.name);
-        let made = scratch.make(to.directory, to.name, Some(content), access)?;
+        let made = scratch.make(to.directory, to.name, Some(Body::new(content)), access)?;
         drop(scratch);
         self.keep_scratch_time(made, attributes.mtime);
         Ok(made)

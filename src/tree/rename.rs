@@ -61,6 +61,12 @@ impl Tree {
                 name: to.1,
             };
             let spots = self.spots_of_rename(source, target);
+            let is_scratch = |spot: &Spot| match spot {
+                Spot::Scratch(id) => Some(*id),
+                _ => None,
+            };
+            let files: Vec<_> = spots.iter().filter_map(is_scratch).collect();
+            self.wait_until_let_go(&files, patience)?;
             let _shut = self.shut(spots.iter().cloned(), patience)?;
             // Otherwise their object was renamed meanwhile, or more was put into what is renamed.
             let is_all = |now: Vec<Spot>| now.iter().all(|spot| spots.contains(spot));
@@ -140,10 +146,10 @@ impl Tree {
                     let files = self.files_below(&node, &target);
                     self.publish_map(*id, &target, patience)?;
                     self.end_scratch((&node, from), &target, &files);
-                    self.rebind(ino, &target, to_parent);
                 } else {
                     self.publish_file(*id, from, &target, patience)?;
                 }
+                self.rebind(ino, &target, to_parent);
             }
             (Node::Scratch(_), Place::Scratch) => {
                 lock(&self.scratch).rename((from.directory, from.name), (to.directory, to.name))?;

@@ -10,7 +10,8 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
 
-use super::draft::{Bytes, Key};
+use super::body::{Body, Bytes};
+use super::draft::Key;
 use super::node::Node;
 use super::{Attributes, FileKind, lock};
 use crate::error::{Error, ErrorKind, Result};
@@ -147,7 +148,7 @@ impl Scratch {
         }
     }
 
-    /// Makes a file that holds `content`, or a directory, under a name that is free.
+    /// Makes the file `content`, or a directory, under a name that is free.
     ///
     /// # Errors
     /// [`ErrorKind::NoSpace`] beyond the limit; [`ErrorKind::NotFound`] if the directory is gone.
@@ -155,7 +156,7 @@ impl Scratch {
         &mut self,
         directory: &Node,
         name: &OsStr,
-        content: Option<Vec<u8>>,
+        content: Option<Body>,
         access: Access,
     ) -> Result<ScratchId> {
         if self.entries.len() >= MOST_ENTRIES {
@@ -183,7 +184,7 @@ impl Scratch {
             mode: access.mode & mode,
             ..access
         };
-        let content = (!is_directory).then(Vec::new);
+        let content = (!is_directory).then(|| Body::new(Vec::new()));
         self.put(directory, name, content, access).ok()
     }
 
@@ -195,7 +196,7 @@ impl Scratch {
         &mut self,
         directory: &Node,
         name: &OsStr,
-        content: Option<Vec<u8>>,
+        content: Option<Body>,
         access: Access,
     ) -> Result<ScratchId> {
         self.last += 1;
@@ -203,7 +204,7 @@ impl Scratch {
         self.names_mut(directory)?.insert(name.to_os_string(), id);
         let now = SystemTime::now();
         let content = match content {
-            Some(bytes) => Content::File(Arc::new(Mutex::new(bytes))),
+            Some(body) => Content::File(Arc::new(Mutex::new(body))),
             None => Content::Directory(BTreeMap::new()),
         };
         let entry = Entry {

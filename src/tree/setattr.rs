@@ -167,9 +167,9 @@ impl Tree {
                 let outcome = self.ask(token, patience, |token| {
                     token.set_metadata(&Target::Directory, &change, patience)
                 });
-                if mtime.is_some() {
+                if let Some(given) = mtime {
                     if outcome.is_err() {
-                        lock(&self.drafts).forget_time(token);
+                        lock(&self.drafts).forget_time(token, given);
                         return outcome;
                     }
                     self.finish_build(token, mtime, pid, patience)?;

@@ -313,12 +313,12 @@ impl Tree {
         let done = self.ask(token, patience, |token| {
             token.set_metadata(&Target::Directory, &change, patience)
         });
-        match done {
-            Ok(()) => {}
-            Err(error) if error.kind() == ErrorKind::WouldBlock => {
-                lock(&self.drafts).keep_time(token, mtime);
-            }
-            Err(error) => self.diagnostics.error(&error),
+        if matches!(&done, Err(error) if error.kind() == ErrorKind::WouldBlock) {
+            return;
+        }
+        lock(&self.drafts).forget_time(token, mtime);
+        if let Err(error) = done {
+            self.diagnostics.error(&error);
         }
     }
 

@@ -107,9 +107,14 @@ impl Tree {
                 let metadata = self.ask(token, patience, |token| token.metadata())?;
                 let own = mode::of_token(metadata.mode, mask);
                 let mut attributes = directory(&metadata, own);
-                if let Some(changed) = lock(&self.drafts).changed(token) {
+                let drafts = lock(&self.drafts);
+                if let Some(changed) = drafts.changed(token) {
                     (attributes.mtime, attributes.ctime) = (changed, changed);
+                } else if let Some(given) = drafts.kept_time(token) {
+                    // Which it has for good once what is being written is there.
+                    attributes.mtime = given;
                 }
+                drop(drafts);
                 (attributes, None)
             }
             Node::TokenLayout(token) => {

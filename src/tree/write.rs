@@ -9,7 +9,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
 
-use super::draft::{Bytes, Key};
+use super::body::{Body, Bytes};
+use super::draft::Key;
 use super::handle::{Handle, HandleId, State, Writer};
 use super::node::{Ino, Node};
 use super::scratch::{Content, ScratchId};
@@ -136,7 +137,7 @@ impl Tree {
         };
         self.check_memory(content.len() as u64)?;
         let resized = how.truncate && attributes.size > 0;
-        let content: Bytes = Arc::new(Mutex::new(content));
+        let content: Bytes = Arc::new(Mutex::new(Body::open(content)));
         Ok(self.insert_writer(node.clone(), attributes, how.append, content, resized))
     }
 
@@ -226,8 +227,7 @@ impl Tree {
             ..attributes
         };
         self.touch_object(node);
-        let content = Arc::clone(&bytes);
-        let handle = self.open_handle(Handle::Shared(Arc::new(Writer {
+        let writer = Arc::new(Writer {
             node: node.clone(),
             attributes,
             append: how.append,
@@ -235,7 +235,8 @@ impl Tree {
             state: Mutex::default(),
             place: Mutex::default(),
             user: AtomicU32::new(0),
-        })));
+        });
+        let handle = self.open_handle(Handle::Shared(Arc::clone(&writer)));
         let is_gone = {
             let scratch = lock(&self.scratch);
             scratch.became(id).is_none() && scratch.get(id).is_err()
@@ -246,7 +247,7 @@ impl Tree {
             return Err(Error::not_found("it is no scratch any more"));
         }
         if how.truncate {
-            lock(&content).clear();
+            writer.resize(0);
         }
         Ok(Scratched::Opened(handle))
     }
@@ -256,10 +257,10 @@ impl Tree {
         let (token, id, slot) = Slot::of(node)?;
         let drafts = lock(&self.drafts);
         let bytes = drafts.get(&(token.clone(), id.clone()))?.fresh.get(&slot)?;
-        Some(lock(bytes).clone())
+        Some(lock(bytes).to_vec())
     }
 
-    fn writer(&self, handle: HandleId) -> Result<Arc<Writer>> {
+    pub(super) fn writer(&self, handle: HandleId) -> Result<Arc<Writer>> {
         match lock(&self.handles).get(handle) {
             Some(Handle::Writer(writer) | Handle::Shared(writer)) => Ok(Arc::clone(writer)),
             _ => Err(Error::new(
@@ -356,7 +357,7 @@ impl Tree {
         let length = lock(&writer.content).len();
         let (start, end) = range(length);
         check_length(end)?;
-        self.check_memory(end.saturating_sub(length as u64))?;
+        self.check_memory(end.saturating_sub(length as u64) + writer.to_begin())?;
         if let Some(node) = &node {
             self.check_disk(node, end)?;
         }
@@ -373,6 +374,7 @@ impl Tree {
         let length = content.len();
         // What is overwritten, in case it has to come back.
         let before = content.get(start..end.min(length)).map(<[u8]>::to_vec);
+        writer.begin(&mut content, &mut lock(&writer.state));
         if length < end {
             content.resize(end, 0);
         }
@@ -465,28 +467,13 @@ impl Tree {
         let writer = self.writer(handle)?;
         check_length(size)?;
         let present = writer.size();
-        self.check_memory(size.saturating_sub(present))?;
+        self.check_memory(size.saturating_sub(present) + writer.to_begin())?;
         if let Some(node) = self.committed_as(&writer).filter(|_| size > present) {
             self.check_disk(&node, size)?;
         }
-        let size = as_index(size);
-        let mut content = lock(&writer.content);
-        let mut state = lock(&writer.state);
-        if state.gap.is_some_and(|gap| size as u64 <= gap) {
-            // What could not be written is cut off.
-            state.gap = None;
-            state.refused = false;
-            state.error = None;
-        } else if content.len() == size {
-            return Ok(());
+        if writer.resize(as_index(size)) {
+            self.touch(&writer.node);
         }
-        content.resize(size, 0);
-        drop(content);
-        state.resized = true;
-        state.appended = None;
-        state.version += 1;
-        drop(state);
-        self.touch(&writer.node);
         Ok(())
     }
 
@@ -520,7 +507,7 @@ impl Tree {
             // If it has been renamed to an attribute meanwhile it is asked for again (`Tree::wherever`), and otherwise whoever does that sees it.
             let scratch = lock(&self.scratch);
             scratch.get(*id)?;
-            lock(&bytes).resize(as_index(size), 0);
+            lock(&bytes).set_len(as_index(size));
             return Ok(());
         }
         let (_, object) = self.describe(node, patience)?;

@@ -66,6 +66,23 @@ enum Place {
     Scratch,
 }
 
+/// What a file, or a descriptor's copy of it, holds.
+#[derive(Clone, Debug, Default)]
+struct Buffer {
+    now: Vec<u8>,
+    /// What it held when it was closed last, while it is being written.
+    closed: Option<Vec<u8>>,
+    has_been_closed: bool,
+    writing: usize,
+}
+
+impl Buffer {
+    /// Whoever goes on to write into it says so when he is done.
+    fn settle(&mut self) {
+        self.closed = (self.writing > 0).then(|| self.now.clone());
+    }
+}
+
 #[derive(Clone, Debug)]
 struct Fd {
     node: Id,
@@ -78,6 +95,8 @@ struct Fd {
     /// What was said of what was written last.
     error: Answer,
     resized: bool,
+    /// The scratch file is being written through it.
+    changing: bool,
     refused: bool,
     appended: Option<usize>,
     /// The file has no name any more, or another one: what is done through it reaches nothing.
@@ -89,7 +108,7 @@ struct Fd {
 pub struct Model {
     nodes: Vec<Node>,
     parents: Vec<Option<Id>>,
-    buffers: Vec<Vec<u8>>,
+    buffers: Vec<Buffer>,
     fds: Vec<Option<Fd>>,
     is_db: bool,
     mask: u32,
@@ -157,7 +176,11 @@ impl Model {
     }
 
     fn buffer(&mut self, bytes: Vec<u8>) -> usize {
-        self.buffers.push(bytes);
+        self.buffers.push(Buffer {
+            now: bytes,
+            has_been_closed: true,
+            ..Buffer::default()
+        });
         self.buffers.len() - 1
     }
 
@@ -274,10 +297,16 @@ impl Model {
                 text.unwrap().into_owned()
             }
             Node::Attribute { value: None, bytes } | Node::Scratch { bytes } => {
-                self.buffers[*bytes].clone()
+                self.buffers[*bytes].now.clone()
             }
             Node::Directory(..) => panic!("a directory"),
         }
+    }
+
+    /// What becomes an attribute of a scratch file: what it held when it was closed last.
+    fn complete(&self, bytes: usize) -> Vec<u8> {
+        let buffer = &self.buffers[bytes];
+        buffer.closed.as_ref().unwrap_or(&buffer.now).clone()
     }
 
     fn name_of(&self, id: Id) -> String {
@@ -447,6 +476,7 @@ impl Model {
                     self.check_kind(directory, name)?;
                 }
                 let bytes = self.buffer(Vec::new());
+                self.buffers[bytes].has_been_closed = false;
                 let node = match place {
                     Place::Scratch => Node::Scratch { bytes },
                     _ => Node::Attribute { value: None, bytes },
@@ -457,10 +487,10 @@ impl Model {
             }
         };
         if let Node::Scratch { bytes } = self.nodes[node] {
-            if how.truncate {
-                self.buffers[bytes].clear();
-            }
             self.insert_fd(fd, node, bytes, how, true, false);
+            if how.truncate {
+                self.set_length(fd, 0)?;
+            }
             return Ok(());
         }
         let text = self.text_of(node);
@@ -489,6 +519,7 @@ impl Model {
             written: false,
             error: Ok(()),
             resized,
+            changing: false,
             refused: false,
             appended: None,
             detached: false,
@@ -498,7 +529,7 @@ impl Model {
     pub fn write(&mut self, fd: usize, data: &[u8]) -> Answer {
         let position = self.fd(fd).position;
         self.write_at(fd, position, data)?;
-        let length = self.buffers[self.fds[fd].as_ref().unwrap().bytes].len() as u64;
+        let length = self.buffers[self.fds[fd].as_ref().unwrap().bytes].now.len() as u64;
         let fd = self.fd(fd);
         if data.is_empty() {
             return Ok(());
@@ -516,7 +547,7 @@ impl Model {
         if data.is_empty() {
             return Ok(());
         }
-        let old = self.buffers[open.bytes].clone();
+        let old = self.buffers[open.bytes].now.clone();
         let start = if open.how.append {
             old.len()
         } else {
@@ -535,7 +566,8 @@ impl Model {
                 return Err(EINVAL);
             }
         }
-        self.buffers[open.bytes] = new;
+        self.begin(fd);
+        self.buffers[open.bytes].now = new;
         let fd = self.fd(fd);
         fd.refused = false;
         fd.appended = if !open.how.append || open.resized || open.shared {
@@ -581,7 +613,7 @@ impl Model {
 
     pub fn read(&mut self, fd: usize) -> Answer<Vec<u8>> {
         let bytes = self.fd(fd).bytes;
-        Ok(self.buffers[bytes].clone())
+        Ok(self.buffers[bytes].now.clone())
     }
 
     pub fn close_duplicate(&mut self, fd: usize) -> Answer {
@@ -597,7 +629,7 @@ impl Model {
         let outcome = match self.nodes[open.node] {
             _ if open.detached => Ok(()),
             Node::Attribute { .. } => {
-                let own = self.buffers[open.bytes].clone();
+                let own = self.buffers[open.bytes].now.clone();
                 let text = match open.appended {
                     // What others made of it meanwhile stays.
                     Some(appended) => {
@@ -619,16 +651,21 @@ impl Model {
             }
             // It was an attribute when it was opened.
             Node::Scratch { bytes } if !open.shared => {
-                let own = self.buffers[open.bytes].clone();
+                let own = self.buffers[open.bytes].now.clone();
                 match open.appended {
                     Some(appended) => {
-                        self.buffers[bytes].extend(&own[own.len() - appended..]);
+                        let appended = &own[own.len() - appended..];
+                        self.buffers[bytes].now.extend(appended);
                     }
-                    None => self.buffers[bytes] = own,
+                    None => self.buffers[bytes].now = own,
                 }
+                self.buffers[bytes].settle();
                 Ok(())
             }
-            _ => Ok(()),
+            _ => {
+                self.end(fd);
+                Ok(())
+            }
         };
         let fd = self.fd(fd);
         (fd.written, fd.resized, fd.appended) = (false, false, None);
@@ -657,21 +694,50 @@ impl Model {
             } else if open.written || open.resized {
                 let _ = self.commit_fd(fd);
             } else if fresh && !open.shared {
-                let text = self.buffers[open.bytes].clone();
+                let text = self.buffers[open.bytes].now.clone();
                 if parse(self.key_of(open.node), &text, Context::default()).is_ok() {
                     let _ = self.commit_fd(fd);
                 }
             }
         }
+        self.end(fd);
         self.fds[fd] = None;
         outcome
     }
 
+    /// A scratch file is going to be changed through this descriptor.
+    fn begin(&mut self, fd: usize) {
+        let fd = self.fds[fd].as_mut().unwrap();
+        if !fd.shared || std::mem::replace(&mut fd.changing, true) {
+            return;
+        }
+        let buffer = &mut self.buffers[fd.bytes];
+        if buffer.writing == 0 && buffer.has_been_closed {
+            buffer.closed = Some(buffer.now.clone());
+        }
+        buffer.writing += 1;
+    }
+
+    /// It is complete as it is.
+    fn end(&mut self, fd: usize) {
+        let fd = self.fds[fd].as_mut().unwrap();
+        let buffer = &mut self.buffers[fd.bytes];
+        if std::mem::take(&mut fd.changing) {
+            buffer.writing -= 1;
+            buffer.has_been_closed = true;
+            buffer.settle();
+        } else {
+            buffer.has_been_closed |= buffer.writing == 0;
+        }
+    }
+
     pub fn set_length(&mut self, fd: usize, length: u64) -> Answer {
         let bytes = self.fd(fd).bytes;
-        let buffer = &mut self.buffers[bytes];
-        let same = buffer.len() as u64 == length;
-        buffer.resize(length as usize, 0);
+        let same = self.buffers[bytes].now.len() as u64 == length;
+        if !same {
+            self.begin(fd);
+        }
+        self.buffers[bytes].now.resize(length as usize, 0);
         let fd = self.fd(fd);
         if !same {
             fd.resized = true;
@@ -701,7 +767,8 @@ impl Model {
         }
         text.resize(length as usize, 0);
         if let Node::Scratch { bytes } = self.nodes[id] {
-            self.buffers[bytes] = text;
+            self.buffers[bytes].now = text;
+            self.buffers[bytes].settle();
             return Ok(());
         }
         self.commit(id, &text)
@@ -781,7 +848,7 @@ impl Model {
         let place = self.place(to_directory, to_name, is_directory)?;
         match (self.nodes[id].clone(), place) {
             (Node::Scratch { bytes }, Place::Attribute) => {
-                let text = self.buffers[bytes].clone();
+                let text = self.complete(bytes);
                 let key = key(to_name).unwrap();
                 let value = parse(key, &text, Context::default()).map_err(|_| EINVAL)?;
                 self.set_value(to_directory, to_name, value.clone())?;
@@ -860,6 +927,9 @@ impl Model {
                     Value::Map(self.parse_scratch(*id, true)?)
                 }
                 (Node::Directory(..), _) | (_, Kind::Map) => return Err(EINVAL),
+                (Node::Scratch { bytes }, _) => {
+                    parse(key, &self.complete(*bytes), Context::default()).map_err(|_| EINVAL)?
+                }
                 _ => parse(key, &self.text_of(*id), Context::default()).map_err(|_| EINVAL)?,
             };
             if attributes.of_type(key.attribute_type).is_some() {

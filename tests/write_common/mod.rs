@@ -81,6 +81,9 @@ pub struct Bench {
     turn: Option<MutexGuard<'static, ()>>,
 }
 
+/// A name that no object has.
+pub const OTHER: &str = "11111111-2222-4333-8444-555555555555";
+
 /// Whose turn it is, of the tests that must be alone in their process.
 static TURN: Mutex<()> = Mutex::new(());
 
