@@ -9,6 +9,7 @@ mod write_common;
 use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::thread;
@@ -70,6 +71,30 @@ impl Bench {
 }
 
 both_backends! {
+    fn what_is_open_and_lost_its_name_can_be_opened_once_more_for_reading(backend) {
+        let bench = Bench::alone(backend);
+        fs::write(bench.label(), "old").unwrap();
+        let open = File::open(bench.label()).unwrap();
+        bench.quiet("printf new >$o/.t; mv $o/.t $o/CKA_LABEL");
+        let again = PathBuf::from(format!("/proc/self/fd/{}", open.as_raw_fd()));
+        assert_eq!(fs::read(&again).unwrap(), b"old");
+        let writing = options().open(&again).unwrap_err();
+        assert_eq!(writing.raw_os_error(), Some(libc::ESTALE));
+        bench.assert_label("new", "which is another file");
+    }
+
+    fn what_was_mapped_and_closed_is_renamed_as_it_was_written(backend) {
+        let bench = Bench::alone(backend);
+        let script = "python3 -c 'import mmap,os,sys; fd=os.open(sys.argv[1],os.O_RDWR); \
+            m=mmap.mmap(fd,3,mmap.MAP_SHARED); os.close(fd); m[0:3]=b\"two\"; m.close(); \
+            os.rename(sys.argv[1],sys.argv[2])' $o/.t $o/CKA_LABEL";
+        for _ in 0..10 {
+            bench.quiet("printf one >$o/.t");
+            bench.quiet(script);
+            bench.assert_label("two", "after it was renamed");
+        }
+    }
+
     fn what_becomes_an_attribute_is_what_was_closed_last(backend) {
         let bench = Bench::alone(backend);
         let label = || String::from_utf8(bench.stored(format!("{OTHER}/CKA_LABEL")).unwrap()).unwrap();

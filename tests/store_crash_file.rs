@@ -555,4 +555,11 @@ fn a_member_of_the_group_rewrites_in_place() {
     assert_eq!(found.attributes.bytes(LABEL), Some(&b"after"[..]));
     assert!(leftovers(&side.softhsm.tokendir).is_empty());
     println!("{result:?}");
+    // The same value once more, of another time: that is no failure either.
+    std::thread::sleep(Duration::from_millis(500));
+    let command = as_user_in(BOB, &[ALICE.gid], &program);
+    let mut command = in_a_process(command, "update", &side.softhsm.tokendir);
+    assert_eq!(result_of(&mut command).as_deref(), Some("done"));
+    let again = fs::metadata(&path).unwrap();
+    assert!(again.modified().unwrap() > after.modified().unwrap());
 }

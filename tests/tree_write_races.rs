@@ -688,7 +688,7 @@ fn what_was_scratch_and_is_an_attribute_is_told_of_under_the_number_of_the_scrat
 }
 
 #[test]
-fn what_was_scratch_and_is_an_attribute_does_not_count_as_scratch() {
+fn a_scratch_file_that_is_an_attribute_does_not_count_as_scratch() {
     let f = fixture();
     let name = "00000000-0000-4000-8000-000000000000";
     let directory = f.make_dir(f.token, name);
@@ -1307,4 +1307,171 @@ fn a_time_that_a_token_is_given_is_there_while_something_is_written_in_it() {
     assert_eq!(stored(), given);
     let shown = f.tree.attributes(f.token, patient()).unwrap();
     assert_eq!(shown.attributes.mtime, given);
+}
+
+/// Renames the scratch file `.x` to the label.
+fn publish(f: &F) {
+    let (from, to) = ((f.object, os(".x")), (f.object, os("CKA_LABEL")));
+    f.tree
+        .rename(from, to, RenameHow::default(), patient())
+        .unwrap();
+}
+
+#[test]
+fn who_looks_a_scratch_file_up_while_it_is_renamed_does_not_take_it_from_who_has_it_open() {
+    let f = fixture();
+    let over = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|s| {
+        for _ in 0..2 {
+            s.spawn(|| {
+                while !over.load(std::sync::atomic::Ordering::Relaxed) {
+                    if let Ok(entry) = f.tree.lookup(f.object, os(".x"), patient()) {
+                        f.tree.forget(entry.attributes.ino, 1);
+                    }
+                }
+            });
+        }
+        for round in 0..300 {
+            let handle = f.create(f.object, ".x");
+            f.tree.write(handle, 0, b"first", patient()).unwrap();
+            publish(&f);
+            let text = format!("value {round}");
+            f.tree.write(handle, 0, text.as_bytes(), patient()).unwrap();
+            f.close(handle);
+            let label = label_of(&f, "key");
+            if label != text.as_bytes() {
+                over.store(true, std::sync::atomic::Ordering::Relaxed);
+            }
+            assert_eq!(String::from_utf8_lossy(&label), text);
+        }
+        over.store(true, std::sync::atomic::Ordering::Relaxed);
+    });
+}
+
+#[test]
+fn who_reads_a_scratch_file_does_not_close_it_for_who_writes_it() {
+    let f = fixture();
+    let handle = f.create(f.object, ".x");
+    let reader = f.tree.open(f.find(f.object, ".x"), patient()).unwrap();
+    f.close(reader);
+    f.tree.write(handle, 0, b"written", patient()).unwrap();
+    publish(&f);
+    assert_eq!(label_of(&f, "key"), b"written");
+    f.close(handle);
+}
+
+#[test]
+fn what_is_closed_later_is_written_later_whatever_it_was_when_it_was_opened() {
+    let f = fixture();
+    f.put(f.object, ".x", b"one");
+    let how = |truncate| OpenForWriting {
+        truncate,
+        append: false,
+    };
+    let ino = f.find(f.object, ".x");
+    let cut = f.tree.open_for_writing(ino, how(true), patient()).unwrap();
+    publish(&f);
+    assert_eq!(label_of(&f, "key"), b"one");
+    let held = lock(&f.dir.path().join("t/key.lock"), libc::F_RDLCK);
+    assert!(f.tree.release(cut, Patience::Now).is_err());
+    std::thread::scope(|s| {
+        // The thread that goes on with it takes its time.
+        s.spawn(|| {
+            std::thread::sleep(Duration::from_millis(400));
+            f.tree.release(cut, patient()).unwrap();
+        });
+        s.spawn(|| {
+            let later = f.tree.open_for_writing(ino, how(true), patient()).unwrap();
+            f.tree.write(later, 0, b"later", patient()).unwrap();
+            f.close(later);
+        });
+        std::thread::sleep(Duration::from_millis(20));
+        drop(held);
+    });
+    assert_eq!(label_of(&f, "key"), b"later");
+}
+
+#[test]
+fn who_has_no_time_renames_what_is_open() {
+    let f = fixture();
+    f.put(f.object, ".x", b"one");
+    let how = OpenForWriting {
+        truncate: true,
+        append: false,
+    };
+    let ino = f.find(f.object, ".x");
+    let open = f.tree.open_for_writing(ino, how, patient()).unwrap();
+    // A duplicate of it is closed.
+    f.tree.flush(open, patient()).unwrap();
+    let (from, to) = ((f.object, os(".x")), (f.object, os(".y")));
+    let at_once = Patience::at_most(Duration::ZERO);
+    f.tree
+        .rename(from, to, RenameHow::default(), at_once)
+        .unwrap();
+    f.close(open);
+}
+
+#[test]
+fn what_is_cut_is_no_matter_of_room() {
+    let f = fixture();
+    let most = 64 * 1024 * 1024;
+    let name = |number: usize| format!(".{number}");
+    for number in 0..4 {
+        let handle = f.create(f.object, &name(number));
+        f.tree.write(handle, most - 1, b"x", patient()).unwrap();
+        f.close(handle);
+    }
+    let open = f.open(f.find(f.object, ".0"));
+    // It is kept until this is closed, and there is no room for it twice.
+    let refused = f.tree.write(open, 0, b"y", patient()).unwrap_err();
+    assert_eq!(refused.kind(), tokenfs::error::ErrorKind::NoSpace);
+    let cut = SetAttributes {
+        size: Some(0),
+        ..SetAttributes::default()
+    };
+    let ino = f.find(f.object, ".0");
+    f.tree
+        .set_attributes(ino, Some(open), &cut, patient())
+        .unwrap();
+    f.close(open);
+    let open = f.open(f.find(f.object, ".1"));
+    f.tree.write(open, 0, b"y", patient()).unwrap();
+    f.close(open);
+    let handle = f.create(f.object, ".more");
+    f.tree.write(handle, most - 1, b"x", patient()).unwrap();
+    f.close(handle);
+}
+
+#[test]
+fn a_time_that_a_token_was_given_does_not_come_back_over_what_softhsm_does_later() {
+    let f = fixture();
+    let given = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000_000);
+    let directory = f.dir.path().join("t");
+    let shown = || {
+        f.tree
+            .attributes(f.token, patient())
+            .unwrap()
+            .attributes
+            .mtime
+    };
+    let later = |what: &str| {
+        f.tree.settle();
+        let now = SystemTime::now();
+        let opened = File::open(&directory).unwrap();
+        opened.set_modified(now).unwrap();
+        assert_eq!(shown(), now, "{what}");
+        f.put(f.object, "CKA_LABEL", what.as_bytes());
+        let stored = fs::metadata(&directory).unwrap().modified().unwrap();
+        assert_eq!(stored, now, "{what}");
+    };
+    f.make_dir(f.token, NAMES[0]);
+    f.date(f.token, given);
+    f.tree
+        .remove_dir(f.token, os(NAMES[0]), None, patient())
+        .unwrap();
+    later("a new object that was removed again");
+    let fresh = f.create(f.object, "CKA_KEY_TYPE");
+    let _ = f.tree.release(fresh, patient());
+    f.date(f.token, given);
+    later("a file without a value");
 }

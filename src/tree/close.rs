@@ -187,10 +187,10 @@ impl Tree {
         if matches!(&outcome, Err(error) if error.kind() == ErrorKind::WouldBlock) {
             // close(2) has returned by now. Whoever looks next is to see what it did.
             let limit = Instant::now() + 2 * self.store.options().lock_wait;
-            lock(&self.closing).insert(writer.node.clone(), limit);
+            lock(&self.closing).insert(handle, (writer, limit));
             return outcome;
         }
-        lock(&self.closing).remove(&writer.node);
+        lock(&self.closing).remove(&handle);
         lock(&self.handles).remove(handle);
         self.touch_object(
             &self
@@ -204,13 +204,11 @@ impl Tree {
     /// Waits until what was done through a descriptor that is closed already is committed. Nobody does so who keeps the file in its place, or
     /// anybody from it: who closes it may have to wait for them.
     pub(super) fn wait_until_closed(&self, node: &Node, patience: Patience) -> Result<()> {
-        loop {
-            let until = lock(&self.closing).get(node).copied();
-            if until.is_none_or(|until| until < Instant::now()) {
-                return Ok(());
-            }
-            patience.wait(super::settle::PAUSE, "the file is being closed")?;
-        }
+        self.wait_until_closed_where(
+            |closing| closing == node,
+            patience,
+            "the file is being closed",
+        )
     }
 
     /// The same of all that is in an object: what it does would give the object another time than it is given now.
@@ -218,14 +216,35 @@ impl Tree {
         let Some(object) = node.object() else {
             return Ok(());
         };
+        self.wait_until_closed_where(
+            |closing| closing.object() == Some(object),
+            patience,
+            "a file in it is being closed",
+        )
+    }
+
+    /// The same of what is such a file by now.
+    fn wait_until_closed_where(
+        &self,
+        is_such: impl Fn(&Node) -> bool,
+        patience: Patience,
+        why: &str,
+    ) -> Result<()> {
         loop {
             let now = Instant::now();
-            let is_closing =
-                |(node, until): (&Node, &Instant)| node.object() == Some(object) && *until >= now;
-            if !lock(&self.closing).iter().any(is_closing) {
+            let closing: Vec<Arc<Writer>> = {
+                let closing = lock(&self.closing);
+                let closing = closing.values().filter(|(_, until)| *until >= now);
+                closing.map(|(writer, _)| Arc::clone(writer)).collect()
+            };
+            let is_awaited = |writer: &Arc<Writer>| {
+                let node = self.committed_as(writer);
+                node.is_some_and(|node| is_such(&node))
+            };
+            if !closing.iter().any(is_awaited) {
                 return Ok(());
             }
-            patience.wait(super::settle::PAUSE, "a file in it is being closed")?;
+            patience.wait(super::settle::PAUSE, why)?;
         }
     }
 
@@ -276,13 +295,23 @@ impl Tree {
         let limit = Instant::now() + LET_GO;
         let is_one = |node: &Node| matches!(node, Node::Scratch(id) if files.contains(id));
         loop {
-            let writers = lock(&self.handles).writers();
-            let is_flushed =
-                |writer: &Arc<Writer>| is_one(&writer.node) && lock(&writer.state).flushed;
-            if !writers.iter().any(is_flushed) || Instant::now() > limit {
+            let mut writers = lock(&self.handles).writers();
+            writers.retain(|writer| is_one(&writer.node) && lock(&writer.state).flushed);
+            if writers.is_empty() {
                 return Ok(());
             }
-            patience.wait(super::settle::PAUSE, "the file is being closed")?;
+            let waited = patience.wait(super::settle::PAUSE, "the file is being closed");
+            match waited {
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Err(error),
+                Ok(()) if Instant::now() < limit => {}
+                // It is open. Nobody waits for that again.
+                _ => {
+                    for writer in writers {
+                        lock(&writer.state).flushed = false;
+                    }
+                    return Ok(());
+                }
+            }
         }
     }
 

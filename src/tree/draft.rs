@@ -139,12 +139,16 @@ impl Draft {
 
     /// Whether nothing is said here that the store does not say.
     fn is_empty(&self) -> bool {
-        self.new.is_none()
-            && self.removed.is_empty()
-            && self.fresh.is_empty()
-            && self.committing.is_empty()
-            && !self.gone
-            && !self.busy
+        self.fresh.is_empty() && !self.is_to_be_written()
+    }
+
+    /// Whether there is something that the store is to be told.
+    fn is_to_be_written(&self) -> bool {
+        self.new.is_some()
+            || !self.removed.is_empty()
+            || !self.committing.is_empty()
+            || self.gone
+            || self.busy
     }
 
     /// What was unlinked and not created again meanwhile.
@@ -519,9 +523,22 @@ impl Drafts {
         self.get(key).is_some_and(|draft| draft.new.is_some())
     }
 
-    /// Whether a token has anything that is not in the store.
-    pub fn is_pending(&self, token: &TokenName) -> bool {
-        self.builds.contains_key(token) || self.of_token(token).next().is_some()
+    /// Whether something of a token is on its way to the store. A file without a value is not.
+    fn is_being_written(&self, token: &TokenName) -> bool {
+        self.builds.contains_key(token)
+            || self
+                .of_token(token)
+                .any(|(_, draft)| draft.is_to_be_written())
+    }
+
+    /// Forgets all that is pending in a token; returns what that was.
+    pub fn remove_token(&mut self, token: &TokenName) -> Vec<(Key, Draft)> {
+        let keys = self.keys(Some(token)).into_iter();
+        let removed = keys.filter_map(|key| Some((key.clone(), self.remove(&key)?)));
+        let removed = removed.collect();
+        self.builds.remove(token);
+        self.times.remove(token);
+        removed
     }
 
     /// The directory of a token was given this time, and is to keep it over what is still to be written into it.
@@ -537,14 +554,23 @@ impl Drafts {
         }
     }
 
-    /// The time that the directory of a token was given while something is written into it.
+    /// The time that the directory of a token was given, while something is written into it or is to be.
     pub fn kept_time(&self, token: &TokenName) -> Option<SystemTime> {
-        self.times.get(token).copied()
+        let kept = self.times.get(token).copied();
+        kept.filter(|_| self.is_being_written(token))
     }
 
     /// The same, once nothing more is to be written into it.
     pub fn time_to_restore(&self, token: &TokenName) -> Option<SystemTime> {
-        self.kept_time(token).filter(|_| !self.is_pending(token))
+        let kept = self.times.get(token).copied();
+        kept.filter(|_| !self.is_being_written(token))
+    }
+
+    /// The tokens whose directory is to be given such a time.
+    pub fn times_to_restore(&self) -> Vec<TokenName> {
+        let tokens = self.times.keys();
+        let tokens = tokens.filter(|token| !self.is_being_written(token));
+        tokens.cloned().collect()
     }
 
     /// What is due by now, if something is `open` for writing in those objects; and when the next thing will be.

@@ -40,6 +40,8 @@ pub(super) enum What {
     Write(Key),
     /// The same of objects of one token, one after the other, since they share a lock; and then that token itself, if it is being built.
     WriteAll(TokenName),
+    /// The directory of a token was given a time, and nothing is written in it any more.
+    RestoreTime(TokenName),
 }
 
 /// What is to be handed out, and what is handed out and not done yet.
@@ -149,6 +151,9 @@ impl Tree {
                 tasks.push(task);
             }
         }
+        let dated = lock(&self.drafts).times_to_restore();
+        let dated = dated.into_iter().map(What::RestoreTime);
+        tasks.extend(dated.filter_map(take));
         (tasks, next)
     }
 
@@ -188,6 +193,7 @@ impl Tree {
             What::Write(key) => {
                 let _ = self.write_draft(key, Finished::LeftAlone, self.patience());
             }
+            What::RestoreTime(token) => self.restore_time(token, self.patience()),
             What::WriteAll(token) => {
                 self.write_in_turn(&task.objects, Finished::LeftAlone);
                 if task.is_finished {

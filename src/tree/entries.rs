@@ -185,7 +185,8 @@ impl Tree {
                     access,
                 )?;
                 let node = Node::Scratch(made);
-                let Scratched::Opened(handle) = self.open_scratch(&node, made, how.open)? else {
+                let Scratched::Opened(handle) = self.open_scratch(&node, made, Some(how.open))?
+                else {
                     return Err(Error::not_found("it has been renamed already"));
                 };
                 Ok((node, handle, true))

@@ -37,6 +37,8 @@ pub(super) struct Writer {
     pub attributes: Attributes,
     /// Every write goes to the end (`O_APPEND`).
     pub append: bool,
+    /// It was opened for reading, so that nobody is done writing when it is closed.
+    pub is_reader: bool,
     /// What is in the file as this descriptor sees it.
     pub content: Bytes,
     /// What of that the store has to be told.
@@ -60,10 +62,18 @@ impl Writer {
         }
     }
 
-    /// How much memory that takes, in bytes.
-    pub fn to_begin(&self) -> u64 {
-        let takes = matches!(self.node, Node::Scratch(_)) && !lock(&self.state).changing;
-        if takes { self.size() } else { 0 }
+    /// How much memory is taken by the copy that a write makes of what it does not change, in bytes.
+    pub fn to_copy(&self) -> u64 {
+        if !matches!(self.node, Node::Scratch(_)) {
+            return 0;
+        }
+        let content = lock(&self.content);
+        let begins = !lock(&self.state).changing;
+        if content.is_copied(begins) {
+            content.len() as u64
+        } else {
+            0
+        }
     }
 
     /// Cuts or extends it to so many bytes; returns whether that changes anything.
@@ -79,7 +89,7 @@ impl Writer {
             return false;
         }
         self.begin(&mut content, &mut state);
-        content.resize(size, 0);
+        content.resize(size);
         state.resized = true;
         state.appended = None;
         state.version += 1;
@@ -91,7 +101,9 @@ impl Writer {
         let mut content = lock(&self.content);
         let mut state = lock(&self.state);
         state.committed(false);
-        state.end(&mut content);
+        if !self.is_reader {
+            state.end(&mut content);
+        }
     }
 }
 
@@ -129,7 +141,8 @@ pub(super) struct State {
     pub committing: bool,
     /// What it holds is being changed through this descriptor ([`Body::begin`]).
     pub changing: bool,
-    /// It was flushed after it was cut or extended, with nothing written: perhaps it is closed for good by now, of which one hears later.
+    /// It was flushed after it was cut or extended, with nothing written, or what is written comes from a mapping: perhaps it is closed for good by
+    /// now, of which one hears later.
     pub flushed: bool,
     /// Counts the writes, so that one that falls into a commit is not taken for committed.
     pub version: u64,
@@ -238,6 +251,22 @@ impl Handles {
         self.users.remove(&id);
         self.numbers.remove(&id);
         self.open.remove(&id)
+    }
+
+    /// Opens the file `ino`, which has lost its name, for reading once more: it is what somebody who has it open sees of it now.
+    pub(super) fn reopen(&mut self, ino: Ino) -> Option<HandleId> {
+        let attributes = self.at_open(ino, None)?;
+        let number = |id: &HandleId, opened: &Attributes| {
+            self.numbers.get(id).copied().unwrap_or(opened.ino) == ino
+        };
+        let content = self.open.iter().find_map(|(id, handle)| match handle {
+            Handle::Content(content, opened) if number(id, opened) => Some(Arc::clone(content)),
+            Handle::Writer(writer) | Handle::Shared(writer) if number(id, &writer.attributes) => {
+                Some(Arc::new(lock(&writer.content).to_vec()))
+            }
+            _ => None,
+        })?;
+        Some(self.insert(Handle::Content(content, attributes)))
     }
 
     pub(super) fn opened_by(&mut self, id: HandleId, ino: Ino) {

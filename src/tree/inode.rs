@@ -32,8 +32,8 @@ pub struct Inode {
     pub is_orphan: bool,
     /// How often the number was taken anew while the kernel still knew a directory by it that was removed.
     generation: u64,
-    /// The scratch that it was before it was renamed to an attribute.
-    was_scratch: Option<ScratchId>,
+    /// The scratch that it was before it was renamed to an attribute, each time.
+    was_scratch: Vec<ScratchId>,
     /// It was a directory, and was removed. The kernel finds nothing in that any more, not even what is made in the next one of its number.
     is_dead: bool,
     lookups: u64,
@@ -61,7 +61,7 @@ impl Inode {
             told: None,
             is_orphan: false,
             generation: 0,
-            was_scratch: None,
+            was_scratch: Vec::new(),
             is_dead: false,
             lookups: 0,
             children: HashSet::new(),
@@ -190,8 +190,8 @@ impl InodeTable {
         })
     }
 
-    /// The last answer that named `ino` was not given: it was `told` that before. Returns what it stood for, if it is not known now.
-    pub fn untell(&mut self, ino: Ino, told: Option<Told>) -> Option<Node> {
+    /// The last answer that named `ino` was not given: it was `told` that before. Returns as [`InodeTable::forget`].
+    pub fn untell(&mut self, ino: Ino, told: Option<Told>) -> Vec<ScratchId> {
         if let (Some(inode), Some(told)) = (self.inodes.get_mut(&ino), told) {
             inode.seen = told.seen;
             inode.told_at = told.told_at;
@@ -215,7 +215,7 @@ impl InodeTable {
         let old = std::mem::replace(&mut inode.node, node.clone());
         inode.seen = None;
         if let Node::Scratch(id) = old {
-            inode.was_scratch = Some(id);
+            inode.was_scratch.push(id);
         }
         if self.renamed.get(&old) == Some(&ino) {
             self.renamed.remove(&old);
@@ -246,21 +246,29 @@ impl InodeTable {
         }
     }
 
-    /// Takes back `count` answers that named `ino`. The last one removes it, and returns what it stood for, or the scratch that it was.
-    pub fn forget(&mut self, ino: Ino, count: u64) -> Option<Node> {
-        let inode = self.inodes.get_mut(&ino)?;
+    /// Takes back `count` answers that named `ino`. The last one removes it, and returns the scratch that it was, or is.
+    pub fn forget(&mut self, ino: Ino, count: u64) -> Vec<ScratchId> {
+        let Some(inode) = self.inodes.get_mut(&ino) else {
+            return Vec::new();
+        };
         inode.lookups = inode.lookups.saturating_sub(count);
         if inode.lookups > 0 || ino == ROOT {
-            return None;
+            return Vec::new();
         }
-        let forgotten = self.inodes.remove(&ino)?;
+        let Some(forgotten) = self.inodes.remove(&ino) else {
+            return Vec::new();
+        };
         if self.renamed.get(&forgotten.node) == Some(&ino) {
             self.renamed.remove(&forgotten.node);
         }
         if let Some(directory) = self.inodes.get_mut(&forgotten.parent) {
             directory.children.remove(&ino);
         }
-        Some(forgotten.was_scratch.map_or(forgotten.node, Node::Scratch))
+        let mut scratch = forgotten.was_scratch;
+        if let Node::Scratch(id) = forgotten.node {
+            scratch.push(id);
+        }
+        scratch
     }
 
     /// The known inodes in the directory `ino`.
@@ -358,6 +366,19 @@ mod tests {
         expected.sort_unstable();
         assert_eq!(below, expected);
     }
+
+    #[test]
+    fn a_number_remembers_all_the_scratch_that_it_was() {
+        let mut table = InodeTable::default();
+        let [first, second] = [1, 2].map(ScratchId);
+        let ino = table.remember(&Node::Scratch(first), ROOT, None);
+        for node in [token("a"), Node::Scratch(second), token("a")] {
+            table.rebind(ino, node, None);
+        }
+        assert_eq!(table.find(&token("a")), Some(ino));
+        assert_eq!(table.forget(ino, 1), [first, second]);
+    }
+
     #[test]
     fn what_is_in_another_directory_now_is_in_the_old_one_no_more() {
         let mut table = InodeTable::default();

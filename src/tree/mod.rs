@@ -66,7 +66,7 @@ use draft::Drafts;
 pub use due::Task;
 pub use entries::{Caller, Creation};
 pub use handle::HandleId;
-use handle::{Handle, Handles};
+use handle::{Handle, Handles, Writer};
 use inode::InodeTable;
 pub use node::Ino;
 use node::Node;
@@ -203,7 +203,7 @@ pub struct Tree {
     /// What is to be looked after, and what somebody is doing of what was due.
     tasks: Arc<Mutex<due::Tasks>>,
     /// Files whose last descriptor is closed and whose content is still being committed, and how long that may take.
-    closing: Mutex<HashMap<Node, Instant>>,
+    closing: Mutex<HashMap<HandleId, (Arc<Writer>, Instant)>>,
     /// When there may be something to settle, and the signal that this is sooner than somebody waits.
     work: (Mutex<due::Work>, Condvar),
     /// Counts the changes that were reported.

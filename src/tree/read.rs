@@ -11,8 +11,7 @@ use super::publish::access_of;
 use super::remove::Attending;
 use super::write::Scratched;
 use super::{
-    Answer, Attributes, Entry, FileKind, Listed, Look, NAME_MAX, OpenForWriting, Tree, by_label,
-    lock, view,
+    Answer, Attributes, Entry, FileKind, Listed, Look, NAME_MAX, Tree, by_label, lock, view,
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::Patience;
@@ -67,6 +66,12 @@ impl Tree {
         {
             return Err(Error::not_found("it was renamed meanwhile"));
         }
+        if let Node::Scratch(id) = look.node
+            && lock(&self.scratch).get(id).is_err()
+        {
+            // It is something else now, which has its number.
+            return Err(Error::not_found("it was renamed meanwhile"));
+        }
         let before = inodes.told(inodes.number(&look.node));
         let mut entry = look.entry;
         entry.attributes.ino = tell(&mut inodes, parent, &look);
@@ -77,7 +82,7 @@ impl Tree {
     pub fn take_back_answer(&self, answer: Answer) {
         let ino = answer.entry.attributes.ino;
         let forgotten = lock(&self.inodes).untell(ino, answer.before);
-        if let Some(Node::Scratch(id)) = forgotten {
+        for id in forgotten {
             self.forget_scratch(id);
         }
     }
@@ -90,7 +95,7 @@ impl Tree {
     /// Takes back `count` answers that named `ino`.
     pub fn forget(&self, ino: Ino, count: u64) {
         let forgotten = lock(&self.inodes).forget(ino, count);
-        if let Some(Node::Scratch(id)) = forgotten {
+        for id in forgotten {
             self.forget_scratch(id);
         }
     }
@@ -236,6 +241,11 @@ impl Tree {
     /// # Errors
     /// [`ErrorKind::IsADirectory`]; [`ErrorKind::NotFound`] if it is gone by now, and what the store fails with.
     pub fn open(&self, ino: Ino, patience: Patience) -> Result<HandleId> {
+        if self.is_orphan(ino) {
+            // By `/proc/self/fd`: it is what whoever has it open sees of it, and not what has its name now.
+            let opened = lock(&self.handles).reopen(ino);
+            return opened.ok_or_else(|| Error::not_found("it has lost its name"));
+        }
         self.wherever(ino, patience, |node| {
             let handle = self.open_node(ino, node, patience)?;
             if self.node(ino)? == *node {
@@ -249,7 +259,7 @@ impl Tree {
 
     fn open_node(&self, ino: Ino, node: &Node, patience: Patience) -> Result<HandleId> {
         if let Node::Scratch(id) = node {
-            return match self.open_scratch(node, *id, OpenForWriting::default())? {
+            return match self.open_scratch(node, *id, None)? {
                 Scratched::Opened(handle) => {
                     lock(&self.handles).opened_by(handle, ino);
                     Ok(handle)
@@ -399,4 +409,66 @@ fn slice(content: &[u8], offset: u64, size: u32) -> Vec<u8> {
         .min(content.len());
     let end = start.saturating_add(size as usize).min(content.len());
     content.get(start..end).unwrap_or_default().to_vec()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::diagnostics::Diagnostics;
+    use crate::store::attribute::{Attributes, Value};
+    use crate::store::file::encode;
+    use crate::store::{Options, Store};
+    use crate::tree::{Caller, Creation, RenameHow, Settings};
+
+    #[test]
+    fn scratch_that_is_an_attribute_by_now_is_not_answered_as_scratch() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir(dir.path().join("t")).unwrap();
+        let object: Attributes = [(0, Value::Ulong(0)), (2, Value::Bool(false))]
+            .into_iter()
+            .fold(Attributes::new(), |mut all, (attribute_type, value)| {
+                all.insert(attribute_type, value);
+                all
+            });
+        for name in ["token", "key"] {
+            let path = dir.path().join("t").join(format!("{name}.object"));
+            std::fs::write(path, encode(1, &object)).unwrap();
+        }
+        std::fs::write(dir.path().join("t/key.lock"), b"").unwrap();
+        std::thread::sleep(Duration::from_millis(700));
+        let log = Arc::new(Diagnostics::new());
+        let store = Store::open(dir.path(), Options::default(), Arc::clone(&log)).unwrap();
+        let tree = Tree::new(store, Settings::default(), log);
+        let patient = || Patience::at_most(Duration::from_secs(5));
+        let find = |at, name: &str| {
+            let found = tree.lookup(at, OsStr::new(name), patient());
+            found.unwrap().attributes.ino
+        };
+        let key = find(find(ROOT, "t"), "key");
+        let (from, to) = (OsStr::new(".x"), OsStr::new("CKA_LABEL"));
+        let caller = Caller {
+            uid: 0,
+            gid: 0,
+            pid: std::process::id(),
+        };
+        let how = Creation {
+            mode: 0o600,
+            ..Creation::default()
+        };
+        let (_, handle) = tree.create(key, from, how, caller, patient()).unwrap();
+        // Somebody is looking it up.
+        let directory = tree.node(key).unwrap();
+        let child = tree.child(&directory, from, patient()).unwrap();
+        let look = tree.look(child, patient()).unwrap();
+        tree.rename((key, from), (key, to), RenameHow::default(), patient())
+            .unwrap();
+        let answer = tree.answer((key, &directory), look);
+        assert_eq!(answer.unwrap_err().kind(), ErrorKind::NotFound);
+        // Who has it open goes on to write into the attribute.
+        tree.write(handle, 0, b"value", patient()).unwrap();
+        tree.flush(handle, patient()).unwrap();
+        tree.release(handle, patient()).unwrap();
+        let reader = tree.open(find(key, "CKA_LABEL"), patient()).unwrap();
+        assert_eq!(tree.read(reader, 0, 100).unwrap(), b"value");
+    }
 }

@@ -254,12 +254,7 @@ impl Tree {
             }
             Node::Token(token) => {
                 self.end_building(token, patience, || self.store.remove_token(token, patience))?;
-                let mut drafts = lock(&self.drafts);
-                for key in drafts.keys(Some(token)) {
-                    drafts.remove(&key);
-                }
-                drafts.remove_build(token);
-                drop(drafts);
+                lock(&self.drafts).remove_token(token);
                 self.abandon_all(token);
                 self.warn_of_slots(token, patience);
             }

@@ -151,11 +151,9 @@ impl Tree {
 
     /// A token is gone, and with it all that was pending in it.
     pub(super) fn drop_pending(&self, token: &TokenName) {
-        let mut drafts = lock(&self.drafts);
-        for key in drafts.keys(Some(token)) {
-            let dropped = drafts.remove(&key);
-            if dropped.is_some_and(|draft| draft.new.is_some() || draft.unlinked().next().is_some())
-            {
+        let removed = lock(&self.drafts).remove_token(token);
+        for (key, draft) in removed {
+            if draft.new.is_some() || draft.unlinked().next().is_some() {
                 self.diagnostics.warning(format!(
                     "{}: its token was removed, and what was pending of it is gone with that",
                     self.path_of(&Node::Object(key.0.clone(), key.1.clone()))
@@ -163,8 +161,6 @@ impl Tree {
                 ));
             }
         }
-        drafts.remove_build(token);
-        drop(drafts);
         self.abandon_all(token);
     }
 

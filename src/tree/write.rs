@@ -52,6 +52,11 @@ impl Tree {
         how: OpenForWriting,
         patience: Patience,
     ) -> Result<HandleId> {
+        if self.is_orphan(ino) {
+            // By `/proc/self/fd`. What has its name now is another file.
+            let detail = "it has lost its name, and only who has it open can write it";
+            return Err(Error::new(ErrorKind::Stale, detail));
+        }
         let opened = self.wherever(ino, patience, |node| {
             self.wait_until_closed(node, patience)?;
             self.in_place(ino, patience, |node| {
@@ -110,7 +115,7 @@ impl Tree {
     ) -> Result<HandleId> {
         self.check_writable(node)?;
         if let Node::Scratch(id) = node {
-            return match self.open_scratch(node, *id, how)? {
+            return match self.open_scratch(node, *id, Some(how))? {
                 Scratched::Opened(handle) => Ok(handle),
                 // Which nobody keeps where it is: it is asked for again (`Tree::wherever`).
                 Scratched::Became(_) => Err(Error::not_found("it was renamed meanwhile")),
@@ -163,6 +168,7 @@ impl Tree {
             node,
             attributes,
             append,
+            is_reader: false,
             content,
             state: Mutex::new(state),
             place: Mutex::default(),
@@ -199,7 +205,7 @@ impl Tree {
         writers.iter().filter_map(of).collect()
     }
 
-    /// Opens a scratch file, if it is one still.
+    /// Opens a scratch file for writing, or for reading, if it is one still.
     ///
     /// # Errors
     /// [`ErrorKind::NotFound`], [`ErrorKind::IsADirectory`].
@@ -207,8 +213,9 @@ impl Tree {
         &self,
         node: &Node,
         id: ScratchId,
-        how: OpenForWriting,
+        for_writing: Option<OpenForWriting>,
     ) -> Result<Scratched> {
+        let how = for_writing.unwrap_or_default();
         let (bytes, attributes) = {
             let scratch = lock(&self.scratch);
             if let Some(attribute) = scratch.became(id) {
@@ -231,6 +238,7 @@ impl Tree {
             node: node.clone(),
             attributes,
             append: how.append,
+            is_reader: for_writing.is_none(),
             content: bytes,
             state: Mutex::default(),
             place: Mutex::default(),
@@ -299,7 +307,10 @@ impl Tree {
         data: &[u8],
         patience: Patience,
     ) -> Result<()> {
-        self.write_to(&*self.writer(handle)?, Some(offset), data, patience)
+        let writer = self.writer(handle)?;
+        let outcome = self.write_to(&writer, Some(offset), data, patience);
+        lock(&writer.state).flushed = true;
+        outcome
     }
 
     fn write_to(
@@ -357,7 +368,7 @@ impl Tree {
         let length = lock(&writer.content).len();
         let (start, end) = range(length);
         check_length(end)?;
-        self.check_memory(end.saturating_sub(length as u64) + writer.to_begin())?;
+        self.check_memory(end.saturating_sub(length as u64) + writer.to_copy())?;
         if let Some(node) = &node {
             self.check_disk(node, end)?;
         }
@@ -376,7 +387,7 @@ impl Tree {
         let before = content.get(start..end.min(length)).map(<[u8]>::to_vec);
         writer.begin(&mut content, &mut lock(&writer.state));
         if length < end {
-            content.resize(end, 0);
+            Vec::resize(&mut content, end, 0);
         }
         if let Some(place) = content.get_mut(start..end) {
             place.copy_from_slice(data);
@@ -467,7 +478,8 @@ impl Tree {
         let writer = self.writer(handle)?;
         check_length(size)?;
         let present = writer.size();
-        self.check_memory(size.saturating_sub(present) + writer.to_begin())?;
+        let copied = writer.to_copy().min(size);
+        self.check_memory(size.saturating_sub(present) + copied)?;
         if let Some(node) = self.committed_as(&writer).filter(|_| size > present) {
             self.check_disk(&node, size)?;
         }

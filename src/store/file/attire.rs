@@ -151,6 +151,12 @@ pub(super) fn set_mtime(file: &File, mtime: Option<SystemTime>) -> Result<()> {
         .map_err(|errno| Error::system("set the time", errno))
 }
 
+/// Sets both times to now, as who may write a file can who does not own it (`utimensat(2)`).
+pub(super) fn set_times_to_now(file: &File) -> Result<()> {
+    futimens(file, &TimeSpec::UTIME_NOW, &TimeSpec::UTIME_NOW)
+        .map_err(|errno| Error::system("set the time", errno))
+}
+
 /// Changes mode, owner and times of the file `name` in `directory`; a symbolic link is not followed.
 ///
 /// # Errors

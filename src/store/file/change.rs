@@ -11,7 +11,7 @@ use rustix::fs::{RenameFlags, renameat_with};
 use rustix::io::Errno as Refusal;
 
 use super::attire::{
-    access_of, apply_to_open, copy, set_access, set_access_if_possible, set_mtime,
+    access_of, apply_to_open, copy, set_access, set_access_if_possible, set_mtime, set_times_to_now,
 };
 use super::departed::Departed;
 use super::encode::encode;
@@ -73,7 +73,13 @@ impl FileToken {
             let mut new = old.clone();
             edit(&mut new)?;
             if new == old {
-                set_mtime(&reading.file, mtime)?;
+                match set_mtime(&reading.file, mtime) {
+                    // Who may write a file and does not own it cannot choose its time: it has that of the write.
+                    Err(error) if error.kind() == ErrorKind::NotPermitted => {
+                        set_times_to_now(&reading.file)?;
+                    }
+                    set => set?,
+                }
                 point("file.update.touched");
                 self.unsynced(names.object());
                 return Ok(());
