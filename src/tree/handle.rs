@@ -253,8 +253,8 @@ impl Handles {
         self.open.remove(&id)
     }
 
-    /// Opens the file `ino`, which has lost its name, for reading once more: it is what somebody who has it open sees of it now.
-    pub(super) fn reopen(&mut self, ino: Ino) -> Option<HandleId> {
+    /// What somebody who has the file `ino` open sees of it now, and what he was told of it.
+    pub(super) fn open_content(&self, ino: Ino) -> Option<(Arc<Vec<u8>>, Attributes)> {
         let attributes = self.at_open(ino, None)?;
         let number = |id: &HandleId, opened: &Attributes| {
             self.numbers.get(id).copied().unwrap_or(opened.ino) == ino
@@ -266,7 +266,7 @@ impl Handles {
             }
             _ => None,
         })?;
-        Some(self.insert(Handle::Content(content, attributes)))
+        Some((content, attributes))
     }
 
     pub(super) fn opened_by(&mut self, id: HandleId, ino: Ino) {

@@ -30,6 +30,8 @@ pub struct Inode {
     pub told: Option<Access>,
     /// It was unlinked or replaced while it was open: only who has it open asks for it, and what has its name now has another number.
     pub is_orphan: bool,
+    /// Something else was renamed to what it stands for. The kernel is about to forget it.
+    is_replaced: bool,
     /// How often the number was taken anew while the kernel still knew a directory by it that was removed.
     generation: u64,
     /// The scratch that it was before it was renamed to an attribute, each time.
@@ -60,6 +62,7 @@ impl Inode {
             told_at: Instant::now(),
             told: None,
             is_orphan: false,
+            is_replaced: false,
             generation: 0,
             was_scratch: Vec::new(),
             is_dead: false,
@@ -164,6 +167,7 @@ impl InodeTable {
             .entry(ino)
             .or_insert_with(|| Inode::new(node.clone(), parent));
         inode.lookups += 1;
+        inode.is_replaced = false;
         if std::mem::take(&mut inode.is_dead) {
             inode.generation += 1;
         }
@@ -205,13 +209,24 @@ impl InodeTable {
 
     /// What was renamed is something else now: the kernel goes on to use the number that it had.
     pub fn rebind(&mut self, ino: Ino, node: Node, parent: Option<Ino>) {
+        // What has no name must not get that of what has taken its own.
+        let is_named = |inode: &&Inode| !inode.is_orphan;
+        let Some(is_replaced) = self
+            .get(ino)
+            .filter(is_named)
+            .map(|inode| inode.is_replaced)
+        else {
+            return;
+        };
+        let replaced = self.find(&node).filter(|other| *other != ino);
+        if !is_replaced
+            && let Some(replaced) = replaced.and_then(|other| self.inodes.get_mut(&other))
+        {
+            replaced.is_replaced = true;
+        }
         let Some(inode) = self.inodes.get_mut(&ino) else {
             return;
         };
-        if inode.is_orphan {
-            // It has no name, and must not get that of what has taken its own.
-            return;
-        }
         let old = std::mem::replace(&mut inode.node, node.clone());
         inode.seen = None;
         if let Node::Scratch(id) = old {
@@ -220,7 +235,9 @@ impl InodeTable {
         if self.renamed.get(&old) == Some(&ino) {
             self.renamed.remove(&old);
         }
-        if node.number() == ino {
+        if is_replaced {
+            // Another one has the name.
+        } else if node.number() == ino {
             self.renamed.remove(&node);
         } else {
             self.renamed.insert(node, ino);
@@ -377,6 +394,17 @@ mod tests {
         }
         assert_eq!(table.find(&token("a")), Some(ino));
         assert_eq!(table.forget(ino, 1), [first, second]);
+    }
+
+    #[test]
+    fn what_was_replaced_does_not_get_the_name_when_its_directory_is_renamed() {
+        let mut table = InodeTable::default();
+        let [replaced, replacing] = ["a", "b"].map(|name| table.remember(&token(name), ROOT, None));
+        table.rebind(replacing, token("a"), None);
+        for ino in [replacing, replaced] {
+            table.rebind(ino, token("c"), None);
+        }
+        assert_eq!(table.find(&token("c")), Some(replacing));
     }
 
     #[test]

@@ -1,17 +1,20 @@
 //! The operations that read: what `stat`, `open`, `read` and `readdir` ask.
 
 use std::ffi::{OsStr, OsString};
-use std::sync::Arc;
+use std::sync::atomic::AtomicU32;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use super::handle::{Handle, HandleId};
+use super::body::Body;
+use super::handle::{Handle, HandleId, Place, Writer};
 use super::inode::InodeTable;
 use super::node::{Ino, Node, ROOT};
 use super::publish::access_of;
 use super::remove::Attending;
 use super::write::Scratched;
 use super::{
-    Answer, Attributes, Entry, FileKind, Listed, Look, NAME_MAX, Tree, by_label, lock, view,
+    Answer, Attributes, Entry, FileKind, Listed, Look, NAME_MAX, OpenForWriting, Tree, by_label,
+    lock, view,
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::Patience;
@@ -241,10 +244,10 @@ impl Tree {
     /// # Errors
     /// [`ErrorKind::IsADirectory`]; [`ErrorKind::NotFound`] if it is gone by now, and what the store fails with.
     pub fn open(&self, ino: Ino, patience: Patience) -> Result<HandleId> {
-        if self.is_orphan(ino) {
-            // By `/proc/self/fd`: it is what whoever has it open sees of it, and not what has its name now.
-            let opened = lock(&self.handles).reopen(ino);
-            return opened.ok_or_else(|| Error::not_found("it has lost its name"));
+        if self.is_orphan(ino)
+            && let Some(handle) = self.reopen(ino, None)
+        {
+            return Ok(handle);
         }
         self.wherever(ino, patience, |node| {
             let handle = self.open_node(ino, node, patience)?;
@@ -255,6 +258,33 @@ impl Tree {
             self.discard(handle);
             Err(Error::not_found("it was renamed meanwhile"))
         })
+    }
+
+    /// Opens a file once more that lost its name while it is open: by `/proc/self/fd`, or by a name that somebody was about to open. It is what
+    /// somebody who has it open sees of it now, and what is written into it is seen through this descriptor alone.
+    pub(super) fn reopen(&self, ino: Ino, for_writing: Option<OpenForWriting>) -> Option<HandleId> {
+        let (content, attributes) = lock(&self.handles).open_content(ino)?;
+        let Some(how) = for_writing else {
+            return Some(self.open_handle(Handle::Content(content, attributes)));
+        };
+        let content = if how.truncate {
+            Vec::new()
+        } else {
+            content.to_vec()
+        };
+        self.check_memory(content.len() as u64).ok()?;
+        let handle = self.open_handle(Handle::Writer(Arc::new(Writer {
+            node: self.node(ino).ok()?,
+            attributes,
+            append: how.append,
+            is_reader: false,
+            content: Arc::new(Mutex::new(Body::open(content))),
+            state: Mutex::default(),
+            place: Mutex::new(Place::Gone),
+            user: AtomicU32::new(0),
+        })));
+        lock(&self.handles).opened_by(handle, ino);
+        Some(handle)
     }
 
     fn open_node(&self, ino: Ino, node: &Node, patience: Patience) -> Result<HandleId> {

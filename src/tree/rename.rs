@@ -132,11 +132,7 @@ impl Tree {
                         "a directory has that name",
                     ));
                 }
-                // The kernel may know it for a while by the number that it had, also if nobody has it open.
-                _ => {
-                    orphans = self.open_numbers(&replaced);
-                    orphans.extend(self.known_number(&replaced));
-                }
+                _ => orphans = self.open_numbers(&replaced),
             }
         }
         let ino = self.known_number(&node);

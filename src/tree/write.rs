@@ -52,10 +52,10 @@ impl Tree {
         how: OpenForWriting,
         patience: Patience,
     ) -> Result<HandleId> {
-        if self.is_orphan(ino) {
-            // By `/proc/self/fd`. What has its name now is another file.
-            let detail = "it has lost its name, and only who has it open can write it";
-            return Err(Error::new(ErrorKind::Stale, detail));
+        if self.is_orphan(ino)
+            && let Some(handle) = self.reopen(ino, Some(how))
+        {
+            return Ok(handle);
         }
         let opened = self.wherever(ino, patience, |node| {
             self.wait_until_closed(node, patience)?;
