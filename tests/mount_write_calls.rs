@@ -71,6 +71,20 @@ impl Bench {
 }
 
 both_backends! {
+    fn numbered_backups_are_refused(backend) {
+        let bench = Bench::alone(backend);
+        bench.quiet("printf new >$out/v");
+        for tool in ["cp", "mv", "install -m 600"] {
+            for _ in 0..2 {
+                bench.quiet("cp $out/v $out/w");
+                let said = bench.fails(&format!("timeout 20 {tool} --backup=numbered $out/w $o/CKA_LABEL"));
+                assert!(said.contains("Invalid argument"), "{said}");
+            }
+        }
+        bench.assert_label("data", "nothing was done");
+        assert_logged(&bench, &["CKA_LABEL.~1~", "--backup=simple"]);
+    }
+
     fn what_is_open_and_lost_its_name_can_be_opened_once_more(backend) {
         let bench = Bench::alone(backend);
         fs::write(bench.label(), "old").unwrap();

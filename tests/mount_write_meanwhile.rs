@@ -7,10 +7,11 @@ mod support;
 mod write_common;
 
 use std::fs::{self, File};
-use std::io::{Seek, Write};
+use std::io::{Read, Seek, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
 use std::thread;
 use std::time::Duration;
 
@@ -94,8 +95,8 @@ fn beside(bench: &Bench, line: &str, attribute_type: u64, value: &Value) -> std:
     let held = Held::data_of(bench);
     let running = bench
         .shell(line)
-        .stdout(std::process::Stdio::piped())
-        .stderr(std::process::Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
         .spawn()
         .unwrap();
     // By now it has looked, and waits.
@@ -163,6 +164,54 @@ both_backends! {
         });
         bench.settle();
         assert_eq!(bench.stored(format!("{OTHER}/CKA_LABEL")).unwrap(), b"two");
+    }
+
+    fn a_file_that_is_open_has_the_size_of_what_is_read_from_it(backend) {
+        let bench = Bench::new(backend);
+        let layout = bench.mount.path().join(".tokenfs/file").join(&bench.token);
+        let files = [bench.of_data("CKA_LABEL"), layout.join(format!("{}.object", bench.data))];
+        let change = |how: &str, value: &str| match how {
+            "softhsm" => Held::data_of(&bench).change(3, &text(value)),
+            _ => drop(bench.quiet(&format!("printf {value} >$o/CKA_LABEL; sync $o/CKA_LABEL"))),
+        };
+        for how in ["softhsm", "another process"] {
+            for (old, new) in [(5000, 100), (100, 5000)] {
+                for file in &files {
+                    for is_seen in [false, true] {
+                        let when = format!("{how}: {old} to {new}, {}, {is_seen}", file.display());
+                        change(how, &"o".repeat(old));
+                        // This has it open, and others look at it by its name.
+                        let script = "import os,sys,time; f=os.open(sys.argv[1],os.O_RDONLY); os.fstat(f); print(1,flush=True); \
+                            sys.stdin.readline(); s=os.fstat(f); d=os.read(f,s.st_size+9); \
+                            assert len(d)==s.st_size, (len(d), s.st_size); \
+                            import mmap; m=mmap.mmap(f,0,prot=mmap.PROT_READ)[:]; assert m==d; \
+                            os.close(f); t=os.stat(sys.argv[1]).st_size; d=open(sys.argv[1],'rb').read(); assert len(d)==t, (len(d),t)";
+                        let mut reader = tool("python3")
+                            .args(["-c", script])
+                            .arg(file)
+                            .stdin(Stdio::piped())
+                            .stdout(Stdio::piped())
+                            .stderr(Stdio::piped())
+                            .spawn()
+                            .unwrap();
+                        let mut line = [0; 2];
+                        reader.stdout.as_mut().unwrap().read_exact(&mut line).unwrap();
+                        change(how, &"n".repeat(new));
+                        if is_seen {
+                            // The kernel has heard of it.
+                            thread::sleep(Duration::from_millis(100));
+                            let seen = fs::metadata(file).unwrap().len();
+                            assert_eq!(seen, fs::read(file).unwrap().len() as u64, "{when}");
+                        }
+                        let ended = {
+                            reader.stdin.as_mut().unwrap().write_all(b"\n").unwrap();
+                            reader.wait_with_output().unwrap()
+                        };
+                        assert!(ended.status.success(), "{when}: {ended:?}");
+                    }
+                }
+            }
+        }
     }
 
     fn who_opens_a_file_while_its_object_is_moved_away_and_back_writes_into_it(backend) {

@@ -133,6 +133,9 @@ impl Tree {
                 now.appended = Some(all.saturating_sub(done));
             }
         }
+        if outcome.is_ok() {
+            self.forget_opened(node, writer);
+        }
         let outcome = self.noted_write(node, outcome);
         if let Err(error) = &outcome
             && error.kind() != ErrorKind::WouldBlock

@@ -253,6 +253,44 @@ impl Handles {
         self.open.remove(&id)
     }
 
+    /// The versions of the file `ino` that are open for reading and are not what it is `now`: by which process, and what it was told, the latest last.
+    pub(super) fn opened_otherwise(&self, ino: Ino, now: &Attributes) -> Vec<(u32, Attributes)> {
+        let mut opened: Vec<(HandleId, u32, Attributes)> = Vec::new();
+        for (id, handle) in &self.open {
+            let Handle::Content(content, attributes) = handle else {
+                continue;
+            };
+            let size = content.len() as u64;
+            if attributes.ino == ino && (size != now.size || attributes.mtime != now.mtime) {
+                let user = self.users.get(id).copied().unwrap_or_default();
+                opened.push((
+                    *id,
+                    user,
+                    Attributes {
+                        size,
+                        ..*attributes
+                    },
+                ));
+            }
+        }
+        opened.sort_unstable_by_key(|(id, ..)| id.0);
+        let opened = opened.into_iter();
+        opened.map(|(_, user, told)| (user, told)).collect()
+    }
+
+    /// What a process has open of the file `ino` for reading is not what it asks for any more.
+    pub(super) fn forget_reader(&mut self, ino: Ino, is_its: impl Fn(u32) -> bool) {
+        for (id, handle) in &self.open {
+            if let Handle::Content(_, attributes) = handle
+                && attributes.ino == ino
+                && let Some(user) = self.users.get_mut(id)
+                && is_its(*user)
+            {
+                *user = 0;
+            }
+        }
+    }
+
     /// What somebody who has the file `ino` open sees of it now, and what he was told of it.
     pub(super) fn open_content(&self, ino: Ino) -> Option<(Arc<Vec<u8>>, Attributes)> {
         let attributes = self.at_open(ino, None)?;

@@ -28,6 +28,8 @@ pub struct Inode {
     pub told_at: Instant,
     /// Mode and owner that it was told then, by which it decides who may open it.
     pub told: Option<Access>,
+    /// How long it was said to be then, in bytes.
+    pub told_size: Option<u64>,
     /// It was unlinked or replaced while it was open: only who has it open asks for it, and what has its name now has another number.
     pub is_orphan: bool,
     /// Something else was renamed to what it stands for. The kernel is about to forget it.
@@ -48,6 +50,7 @@ pub struct Told {
     seen: Option<Arc<Object>>,
     told_at: Instant,
     told: Option<Access>,
+    told_size: Option<u64>,
     parent: Ino,
     generation: u64,
     is_dead: bool,
@@ -61,6 +64,7 @@ impl Inode {
             seen: None,
             told_at: Instant::now(),
             told: None,
+            told_size: None,
             is_orphan: false,
             is_replaced: false,
             generation: 0,
@@ -188,6 +192,7 @@ impl InodeTable {
             seen: inode.seen.clone(),
             told_at: inode.told_at,
             told: inode.told,
+            told_size: inode.told_size,
             parent: inode.parent,
             generation: inode.generation,
             is_dead: inode.is_dead,
@@ -200,6 +205,7 @@ impl InodeTable {
             inode.seen = told.seen;
             inode.told_at = told.told_at;
             inode.told = told.told;
+            inode.told_size = told.told_size;
             inode.generation = told.generation;
             inode.is_dead = told.is_dead;
             self.put_below(ino, told.parent);

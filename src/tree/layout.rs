@@ -81,6 +81,8 @@ impl Tree {
             ..view::file(&metadata, self.settings.mask)
         };
         self.check_told(ino, &attributes)?;
-        Ok(self.open_handle(Handle::Content(Arc::new(content), attributes)))
+        let handle = self.open_handle(Handle::Content(Arc::new(content), attributes));
+        self.tell_of_opened(ino, &attributes);
+        Ok(handle)
     }
 }

@@ -34,6 +34,7 @@ pub mod mode;
 pub mod name;
 pub mod node;
 mod object;
+mod opened;
 mod place;
 mod publish;
 mod read;

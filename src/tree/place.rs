@@ -95,6 +95,7 @@ impl Tree {
                 }
                 Name::Attribute(key) => Err(wrong_kind(key.kind)),
                 Name::Impossible => Err(name::refusal(bytes)),
+                Name::Scratch if is_numbered_backup(bytes) => Err(no_numbered_backup()),
                 Name::Scratch if !is_directory || is_hidden => Ok(Place::Scratch),
                 Name::Scratch => Err(no_such_directory()),
             },
@@ -111,6 +112,7 @@ impl Tree {
                     Ok(Place::Attribute(node))
                 }
                 Name::Impossible => Err(name::refusal(bytes)),
+                Name::Scratch if is_numbered_backup(bytes) => Err(no_numbered_backup()),
                 Name::Scratch if !is_directory || is_hidden => Ok(Place::Scratch),
                 Name::Scratch => Err(no_such_directory()),
             },
@@ -149,6 +151,24 @@ fn is_meant_to_stay(name: &OsStr) -> bool {
         || name
             .to_str()
             .is_some_and(|text| uuid::Uuid::try_parse(text).is_ok() && text.len() == 36)
+}
+
+/// Whether it is a name for an old version of a file, as GNU tools give it (`--backup=numbered`, `NAME.~3~`). They look for the next number in a listing,
+/// in which no scratch is, and for ever.
+fn is_numbered_backup(name: &[u8]) -> bool {
+    let number = name.strip_suffix(b"~").and_then(|name| {
+        let at = name.iter().rposition(|byte| *byte == b'~')?;
+        name.get(..at)?.strip_suffix(b".")?;
+        name.get(at + 1..)
+    });
+    number.is_some_and(|number| !number.is_empty() && number.iter().all(u8::is_ascii_digit))
+}
+
+fn no_numbered_backup() -> Error {
+    Error::new(
+        ErrorKind::Invalid,
+        "old versions are not kept beside an attribute: copy it elsewhere first, or use --backup=simple, which keeps one until the end of the mount",
+    )
 }
 
 fn wrong_kind(kind: Kind) -> Error {

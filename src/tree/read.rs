@@ -122,10 +122,14 @@ impl Tree {
             answer => answer?,
         };
         if entry.attributes.kind == FileKind::File {
-            let (is_written, size) = self.written_size(&self.node(ino)?, pid);
+            let node = self.node(ino)?;
+            let (is_written, size) = self.written_size(&node, pid);
             if is_written {
-                entry.attributes.size = size.unwrap_or(entry.attributes.size);
                 entry.valid = Duration::ZERO;
+            }
+            match size {
+                Some(size) => entry.attributes.size = size,
+                None => self.as_opened(ino, &node, pid, &mut entry),
             }
         }
         Ok(entry)
@@ -187,6 +191,7 @@ impl Tree {
             if let Some(inode) = inodes.get_mut(ino) {
                 inode.tell(look.seen);
                 inode.told = Some(access_of(&look.entry.attributes));
+                inode.told_size = Some(look.entry.attributes.size);
             }
             Ok(look.entry)
         })
@@ -212,7 +217,7 @@ impl Tree {
         };
         // A change that was reported meanwhile is reported once more a moment later, for answers that are on their way. One that took
         // longer than that, in a thread that had to wait or on a machine that is busy, may be old news that nobody takes back.
-        let valid = if begun.elapsed() > LONG_AGO {
+        let valid = if begun.elapsed() > LONG_AGO || self.is_open_otherwise(&node, &attributes) {
             Duration::ZERO
         } else {
             self.validity(&node)
@@ -317,7 +322,10 @@ impl Tree {
                     .ok_or_else(|| Error::new(ErrorKind::IsADirectory, "a directory"))?,
             },
         };
-        Ok(self.open_handle(Handle::Content(Arc::new(content), attributes)))
+        let size = content.len() as u64;
+        let handle = self.open_handle(Handle::Content(Arc::new(content), attributes));
+        self.tell_of_opened(ino, &Attributes { size, ..attributes });
+        Ok(handle)
     }
 
     /// That who may open a file was decided by the mode and the owner that it has now. The kernel goes by those that it remembers; who may
@@ -429,6 +437,7 @@ fn tell(inodes: &mut InodeTable, parent: Ino, look: &Look) -> Ino {
     let ino = inodes.remember(&look.node, parent, look.seen.clone());
     if let Some(inode) = inodes.get_mut(ino) {
         inode.told = Some(access_of(&look.entry.attributes));
+        inode.told_size = Some(look.entry.attributes.size);
     }
     ino
 }
