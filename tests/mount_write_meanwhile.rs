@@ -109,6 +109,24 @@ fn text(text: &str) -> Value {
     Value::Bytes(text.as_bytes().to_vec())
 }
 
+/// A process that opens a file, says so, and looks, when it is told to go on, whether it is as long as what is read from it, and mapped.
+fn reader(file: &Path, mode: &str) -> std::process::Child {
+    let script = "import mmap,os,sys; f=os.open(sys.argv[1],getattr(os,sys.argv[2])); s=os.fstat(f); print(1,flush=True); sys.stdin.readline(); \
+        s=os.fstat(f); d=os.pread(f,s.st_size+9,0); assert len(d)==s.st_size, (len(d), s.st_size); \
+        m=mmap.mmap(f,0,prot=mmap.PROT_READ)[:]; assert m==d; \
+        g=os.open(sys.argv[1],os.O_RDONLY); s=os.fstat(g); d=os.read(g,9999); assert len(d)==s.st_size, (len(d), s.st_size); \
+        os.close(g); os.close(f); t=os.stat(sys.argv[1]).st_size; d=open(sys.argv[1],'rb').read(); assert len(d)==t, (len(d),t)";
+    tool("python3")
+        .args(["-c", script])
+        .arg(file)
+        .arg(mode)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap()
+}
+
 both_backends! {
     fn what_softhsm_stores_while_an_object_is_moved_away_goes_with_it(backend) {
         let bench = Bench::new(backend);
@@ -176,24 +194,12 @@ both_backends! {
         };
         for how in ["softhsm", "another process"] {
             for (old, new) in [(5000, 100), (100, 5000)] {
-                for file in &files {
+                for (file, mode) in files.iter().zip(["O_RDWR", "O_RDONLY"]) {
                     for is_seen in [false, true] {
                         let when = format!("{how}: {old} to {new}, {}, {is_seen}", file.display());
                         change(how, &"o".repeat(old));
                         // This has it open, and others look at it by its name.
-                        let script = "import os,sys,time; f=os.open(sys.argv[1],os.O_RDONLY); os.fstat(f); print(1,flush=True); \
-                            sys.stdin.readline(); s=os.fstat(f); d=os.read(f,s.st_size+9); \
-                            assert len(d)==s.st_size, (len(d), s.st_size); \
-                            import mmap; m=mmap.mmap(f,0,prot=mmap.PROT_READ)[:]; assert m==d; \
-                            os.close(f); t=os.stat(sys.argv[1]).st_size; d=open(sys.argv[1],'rb').read(); assert len(d)==t, (len(d),t)";
-                        let mut reader = tool("python3")
-                            .args(["-c", script])
-                            .arg(file)
-                            .stdin(Stdio::piped())
-                            .stdout(Stdio::piped())
-                            .stderr(Stdio::piped())
-                            .spawn()
-                            .unwrap();
+                        let mut reader = reader(file, if is_seen { "O_RDONLY" } else { mode });
                         let mut line = [0; 2];
                         reader.stdout.as_mut().unwrap().read_exact(&mut line).unwrap();
                         change(how, &"n".repeat(new));
@@ -209,6 +215,30 @@ both_backends! {
                         };
                         assert!(ended.status.success(), "{when}: {ended:?}");
                     }
+                }
+            }
+        }
+    }
+
+    fn who_has_a_version_of_a_replaced_file_open_is_told_how_long_that_is(backend) {
+        let bench = Bench::new(backend);
+        let label = bench.of_data("CKA_LABEL");
+        let opened = || {
+            let mut reader = reader(&label, "O_RDONLY");
+            reader.stdout.as_mut().unwrap().read_exact(&mut [0; 2]).unwrap();
+            reader
+        };
+        for replace in ["printf three >$o/.t; mv $o/.t $o/CKA_LABEL", "rm $o/CKA_LABEL; printf three >$o/CKA_LABEL", "sed -i s/e/eee/ $o/CKA_LABEL"] {
+            for (first, second) in [("1", "of another length"), ("of another length", "1")] {
+                bench.quiet(&format!("printf '{first}' >$o/CKA_LABEL"));
+                let one = opened();
+                bench.quiet(&format!("printf '{second}' >$o/CKA_LABEL"));
+                let two = opened();
+                bench.quiet(replace);
+                for mut reader in [one, two] {
+                    reader.stdin.as_mut().unwrap().write_all(b"\n").unwrap();
+                    let ended = reader.wait_with_output().unwrap();
+                    assert!(ended.status.success(), "{replace}: {ended:?}");
                 }
             }
         }
@@ -804,4 +834,30 @@ fn the_mode_of_a_lock_file_that_is_somebody_elses_is_not_changed() {
         (mode(&lock), mode(&bench.backing(&bench.data))),
         (0o400, 0o600)
     );
+}
+
+#[test]
+fn a_change_of_the_tokens_own_that_softhsm_overwrites_is_said_at_once() {
+    let bench = Bench::new(Backend::File);
+    let file = bench
+        .softhsm
+        .tokendir
+        .join(&bench.token)
+        .join("token.object");
+    let old = fs::read(&file).unwrap();
+    let label = format!("{:32}", "ours");
+    fs::write(bench.at("token/CKA_OS_TOKENLABEL"), &label).unwrap();
+    let present = decode(&fs::read(&file).unwrap()).unwrap();
+    let old = decode(&old).unwrap();
+    {
+        // As a SoftHSM does that has read the old one, and notes a login in it.
+        let _lock = exclusively(&file);
+        let next = present.generation.unwrap() + 1;
+        fs::write(&file, encode(next, &old.attributes)).unwrap();
+    }
+    let end = std::time::Instant::now() + Duration::from_secs(10);
+    while !bench.log().contains("CKA_OS_TOKENLABEL") {
+        assert!(std::time::Instant::now() < end, "{}", bench.log());
+        thread::sleep(Duration::from_millis(20));
+    }
 }

@@ -1266,7 +1266,11 @@ fn a_file_that_was_cut_and_closed_gives_its_object_no_later_time_than_it_is_give
 #[test]
 fn what_is_closed_later_is_written_later() {
     let f = fixture();
-    let how = |truncate, append| OpenForWriting { truncate, append };
+    let how = |truncate, append| OpenForWriting {
+        truncate,
+        append,
+        read: false,
+    };
     let label = f.find(f.object, "CKA_LABEL");
     let open = |how| f.tree.open_for_writing(label, how, patient()).unwrap();
     let (cut, appending) = (open(how(true, false)), open(how(false, true)));
@@ -1367,6 +1371,7 @@ fn what_is_closed_later_is_written_later_whatever_it_was_when_it_was_opened() {
     let how = |truncate| OpenForWriting {
         truncate,
         append: false,
+        read: false,
     };
     let ino = f.find(f.object, ".x");
     let cut = f.tree.open_for_writing(ino, how(true), patient()).unwrap();
@@ -1398,6 +1403,7 @@ fn who_has_no_time_renames_what_is_open() {
     let how = OpenForWriting {
         truncate: true,
         append: false,
+        read: false,
     };
     let ino = f.find(f.object, ".x");
     let open = f.tree.open_for_writing(ino, how, patient()).unwrap();

@@ -62,6 +62,7 @@ fn for_writing(flags: i32) -> OpenForWriting {
     OpenForWriting {
         truncate: flags & libc::O_TRUNC != 0,
         append: flags & libc::O_APPEND != 0,
+        read: flags & libc::O_ACCMODE == libc::O_RDWR,
     }
 }
 

@@ -1,6 +1,7 @@
 //! Descriptors that are closed: what was written through them becomes the value.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::commit::Text;
@@ -134,7 +135,8 @@ impl Tree {
             }
         }
         if outcome.is_ok() {
-            self.forget_opened(node, writer);
+            let pid = writer.user.load(Ordering::Relaxed);
+            self.forget_opened(node, pid);
         }
         let outcome = self.noted_write(node, outcome);
         if let Err(error) = &outcome
@@ -195,6 +197,7 @@ impl Tree {
         }
         lock(&self.closing).remove(&handle);
         lock(&self.handles).remove(handle);
+        self.forget_became(&writer);
         self.touch_object(
             &self
                 .committed_as(&writer)

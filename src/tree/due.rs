@@ -17,7 +17,7 @@ use super::node::Node;
 use super::settle::Finished;
 use super::{Tree, lock};
 use crate::error::ErrorKind;
-use crate::store::{Backend, ObjectName, Patience, TokenName};
+use crate::store::{Backend, ObjectId, Patience, TokenName};
 
 /// How many objects are written at once at the end of a mount.
 const AT_ONCE: usize = 64;
@@ -35,7 +35,7 @@ const FOREVER: Duration = Duration::from_secs(3600);
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) enum What {
     /// SoftHSM may have brought back an object, or overwritten a change of it.
-    LookAfter(TokenName, ObjectName),
+    LookAfter(TokenName, ObjectId),
     /// An object is new, or something in it was unlinked.
     Write(Key),
     /// The same of objects of one token, one after the other, since they share a lock; and then that token itself, if it is being built.
@@ -48,7 +48,7 @@ pub(super) enum What {
 #[derive(Debug, Default)]
 pub(super) struct Tasks {
     taken: HashSet<What>,
-    returned: HashSet<(TokenName, ObjectName)>,
+    returned: HashSet<(TokenName, ObjectId)>,
 }
 
 /// Something that is due. As long as it is there nobody else is given the same.
@@ -108,7 +108,7 @@ impl Drop for Task {
 
 impl Tree {
     /// SoftHSM may have brought back an object, or overwritten a change of it: who can wait sees to it.
-    pub(super) fn is_to_be_looked_after(&self, token: &TokenName, object: &ObjectName) {
+    pub(super) fn is_to_be_looked_after(&self, token: &TokenName, object: &ObjectId) {
         lock(&self.tasks)
             .returned
             .insert((token.clone(), object.clone()));
@@ -122,7 +122,7 @@ impl Tree {
             let mut all = lock(&self.tasks);
             let Tasks { taken, returned } = &mut *all;
             // Something has happened to it since somebody has begun to look after it.
-            let is_free = |(token, object): &(TokenName, ObjectName)| {
+            let is_free = |(token, object): &(TokenName, ObjectId)| {
                 !taken.contains(&What::LookAfter(token.clone(), object.clone()))
             };
             returned.extract_if(is_free).collect()

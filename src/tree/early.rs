@@ -66,24 +66,28 @@ impl Tree {
         } else {
             Ok(())
         };
-        match as_whole {
-            Err(error) if error.kind() == ErrorKind::WouldBlock => Err(error),
-            as_whole => Ok(Some(Early {
+        let as_private = self.check_as_private(place, patience);
+        match (as_whole, as_private) {
+            (Err(error), _) | (_, Err(error)) if error.kind() == ErrorKind::WouldBlock => {
+                Err(error)
+            }
+            (as_whole, as_private) => Ok(Some(Early {
                 key: place.2.key,
-                as_private: self.check_as_private(place),
+                as_private,
                 as_whole,
             })),
         }
     }
 
-    /// Of the `CKA_PRIVATE` of an object: whether that can be turned on. Where it cannot be told at once, `close` will say so.
-    fn check_as_private(&self, (token, id, slot): Place<'_>) -> Result<()> {
+    /// Of the `CKA_PRIVATE` of an object: whether that can be turned on. It is rare, and worth waiting for.
+    fn check_as_private(&self, (token, id, slot): Place<'_>, patience: Patience) -> Result<()> {
         if slot.map.is_some() || slot.key.attribute_type != CKA_PRIVATE {
             return Ok(());
         }
         let is_new = lock(&self.drafts).is_new(&(token.clone(), id.clone()));
         let is_finished = *id != ObjectId::Token && !is_new;
-        self.check_with(token, id, (slot, Value::Bool(true)), is_finished)
+        let private = (slot, Value::Bool(true));
+        self.check_with((token, id), private, is_finished, patience)
     }
 
     /// Whether a text, which is all that has been written until now, can be the value, or the beginning of it. What can only be
@@ -126,19 +130,28 @@ impl Tree {
         {
             return Ok(());
         }
-        self.check_with(token, id, (slot, value), true)
+        // Otherwise `close` will say so.
+        match self.check_with((token, id), (slot, value), true, Patience::Now) {
+            Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(()),
+            told => told,
+        }
     }
 
     /// Whether SoftHSM could live with an object that has this value too.
+    ///
+    /// # Errors
+    /// [`ErrorKind::WouldBlock`] if that has to be waited for.
     fn check_with(
         &self,
-        token: &TokenName,
-        id: &ObjectId,
+        (token, id): (&TokenName, &ObjectId),
         (slot, value): (Slot, Value),
         is_finished: bool,
+        patience: Patience,
     ) -> Result<()> {
-        let Ok(object) = self.object(token, id, Patience::Now) else {
-            return Ok(());
+        let object = match self.object(token, id, patience) {
+            Ok(object) => object,
+            Err(error) if error.kind() == ErrorKind::WouldBlock => return Err(error),
+            Err(_) => return Ok(()),
         };
         let old = Some(&object.attributes);
         let mut attributes = object.attributes.clone();

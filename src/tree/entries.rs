@@ -217,7 +217,7 @@ impl Tree {
             drafts.touch(&key);
         }
         let attributes = super::view::file(&object.metadata, self.settings.mask);
-        Ok(self.insert_writer(node.clone(), attributes, how.open.append, bytes, false))
+        Ok(self.insert_writer(node.clone(), attributes, how.open, bytes, false))
     }
 
     /// Makes an empty file without opening it (`mknod`).

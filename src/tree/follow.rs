@@ -74,8 +74,38 @@ impl Tree {
         }
     }
 
-    /// The kernel has forgotten the number of what was scratch. Who came by that to what it is now goes there without.
-    pub(super) fn forget_scratch(&self, id: ScratchId) {
+    /// A descriptor is closed: what it was opened as, and what that became, is remembered no longer than somebody has it open.
+    pub(super) fn forget_became(&self, closed: &Writer) {
+        let was = match &*lock(&closed.place) {
+            Place::Moved(Node::Scratch(id)) => Some(*id),
+            _ => None,
+        };
+        let opened = match closed.node {
+            Node::Scratch(id) => Some(id),
+            _ => None,
+        };
+        for id in was.into_iter().chain(opened) {
+            self.forget_if_closed(id);
+        }
+    }
+
+    /// A scratch file has become something else: that is not remembered if nobody has it open.
+    pub(super) fn forget_if_closed(&self, id: ScratchId) {
+        if lock(&self.scratch).became(id).is_none() {
+            return;
+        }
+        let writers = lock(&self.handles).writers();
+        let goes_by_it = |writer: &Arc<Writer>| {
+            writer.node == Node::Scratch(id)
+                || *lock(&writer.place) == Place::Moved(Node::Scratch(id))
+        };
+        if !writers.iter().any(goes_by_it) {
+            self.forget_scratch(id);
+        }
+    }
+
+    /// What was scratch goes by the name that it has now.
+    fn forget_scratch(&self, id: ScratchId) {
         let became = lock(&self.scratch).became(id);
         if let Some(now) = became {
             let was_there = Place::Moved(Node::Scratch(id));
@@ -267,6 +297,7 @@ impl Tree {
         let removed = lock(&self.handles).remove(handle);
         if let Some(Handle::Writer(writer) | Handle::Shared(writer)) = removed {
             writer.complete();
+            self.forget_became(&writer);
             self.touch_object(&writer.node);
         }
         self.wake_when_left_alone();

@@ -7,6 +7,7 @@ use std::time::SystemTime;
 
 use super::body::{Body, Bytes};
 use super::node::Node;
+use super::opened::Opened;
 use super::{Attributes, Ino, Listed, lock};
 use crate::error::{Error, Result};
 
@@ -39,6 +40,8 @@ pub(super) struct Writer {
     pub append: bool,
     /// It was opened for reading, so that nobody is done writing when it is closed.
     pub is_reader: bool,
+    /// It can be read through it.
+    pub is_read: bool,
     /// What is in the file as this descriptor sees it.
     pub content: Bytes,
     /// What of that the store has to be told.
@@ -211,6 +214,8 @@ pub(super) struct Handles {
     users: HashMap<HandleId, u32>,
     /// The number that it was opened by, where that is not the one that its name has: it was scratch that has been renamed to that.
     numbers: HashMap<HandleId, Ino>,
+    /// Files that are open for reading, and that their process has changed since.
+    outdated: HashSet<HandleId>,
 }
 
 impl Handles {
@@ -250,61 +255,85 @@ impl Handles {
     pub(super) fn remove(&mut self, id: HandleId) -> Option<Handle> {
         self.users.remove(&id);
         self.numbers.remove(&id);
+        self.outdated.remove(&id);
         self.open.remove(&id)
     }
 
-    /// The versions of the file `ino` that are open for reading and are not what it is `now`: by which process, and what it was told, the latest last.
-    pub(super) fn opened_otherwise(&self, ino: Ino, now: &Attributes) -> Vec<(u32, Attributes)> {
-        let mut opened: Vec<(HandleId, u32, Attributes)> = Vec::new();
+    /// What is open of the file `ino`, the latest last.
+    pub(super) fn opened(&self, ino: Ino) -> Vec<Opened> {
+        let mut opened: Vec<(HandleId, Opened)> = Vec::new();
         for (id, handle) in &self.open {
-            let Handle::Content(content, attributes) = handle else {
+            if self.number(*id, handle) != Some(ino) {
                 continue;
+            }
+            let (size, is_unchanged) = match handle {
+                Handle::Content(content, _) => (content.len() as u64, true),
+                Handle::Writer(writer) => {
+                    let state = lock(&writer.state);
+                    let is_unchanged = state.version == 0;
+                    let is_told = state.written || state.resized;
+                    drop(state);
+                    if !(is_told || is_unchanged && writer.is_read) {
+                        // Nothing is read through it but what it has written itself.
+                        continue;
+                    }
+                    (writer.size(), is_unchanged)
+                }
+                Handle::Shared(_) | Handle::Listing(..) => continue,
             };
-            let size = content.len() as u64;
-            if attributes.ino == ino && (size != now.size || attributes.mtime != now.mtime) {
-                let user = self.users.get(id).copied().unwrap_or_default();
-                opened.push((
-                    *id,
-                    user,
-                    Attributes {
-                        size,
-                        ..*attributes
-                    },
-                ));
-            }
+            let user = self.users.get(id).copied().unwrap_or_default();
+            let is_as_opened = is_unchanged && !self.outdated.contains(id);
+            let found = Opened {
+                user,
+                size,
+                is_as_opened,
+            };
+            opened.push((*id, found));
         }
-        opened.sort_unstable_by_key(|(id, ..)| id.0);
-        let opened = opened.into_iter();
-        opened.map(|(_, user, told)| (user, told)).collect()
+        opened.sort_unstable_by_key(|(id, _)| id.0);
+        opened.into_iter().map(|(_, opened)| opened).collect()
     }
 
-    /// What a process has open of the file `ino` for reading is not what it asks for any more.
-    pub(super) fn forget_reader(&mut self, ino: Ino, is_its: impl Fn(u32) -> bool) {
-        for (id, handle) in &self.open {
-            if let Handle::Content(_, attributes) = handle
-                && attributes.ino == ino
-                && let Some(user) = self.users.get_mut(id)
-                && is_its(*user)
-            {
-                *user = 0;
-            }
-        }
-    }
-
-    /// What somebody who has the file `ino` open sees of it now, and what he was told of it.
-    pub(super) fn open_content(&self, ino: Ino) -> Option<(Arc<Vec<u8>>, Attributes)> {
-        let attributes = self.at_open(ino, None)?;
-        let number = |id: &HandleId, opened: &Attributes| {
-            self.numbers.get(id).copied().unwrap_or(opened.ino) == ino
+    /// Who has the file `ino` open.
+    pub(super) fn users(&self, ino: Ino) -> Vec<(HandleId, u32)> {
+        let user = |(id, handle): (&HandleId, &Handle)| {
+            let user = self.users.get(id).copied()?;
+            (self.number(*id, handle) == Some(ino)).then_some((*id, user))
         };
-        let content = self.open.iter().find_map(|(id, handle)| match handle {
-            Handle::Content(content, opened) if number(id, opened) => Some(Arc::clone(content)),
-            Handle::Writer(writer) | Handle::Shared(writer) if number(id, &writer.attributes) => {
-                Some(Arc::new(lock(&writer.content).to_vec()))
+        self.open.iter().filter_map(user).collect()
+    }
+
+    /// Their process has changed the file since, or it has another name.
+    pub(super) fn are_outdated(&mut self, handles: impl IntoIterator<Item = HandleId>) {
+        let open = &self.open;
+        let still = handles.into_iter().filter(|id| open.contains_key(id));
+        self.outdated.extend(still);
+    }
+
+    /// What somebody who has the file `ino` open sees of it now, one who reads it first, and what he was told of it.
+    pub(super) fn open_content(&self, ino: Ino) -> Option<(Arc<Vec<u8>>, Attributes)> {
+        let of_it = |(id, handle): &(&HandleId, &Handle)| self.number(**id, handle) == Some(ino);
+        let content = |(_, handle): (&HandleId, &Handle)| match handle {
+            Handle::Content(content, opened) => Some((true, Arc::clone(content), *opened)),
+            Handle::Writer(writer) | Handle::Shared(writer) => {
+                let content = Arc::new(lock(&writer.content).to_vec());
+                Some((false, content, writer.attributes))
             }
-            _ => None,
-        })?;
-        Some((content, attributes))
+            Handle::Listing(..) => None,
+        };
+        let found = self.open.iter().filter(of_it).filter_map(content);
+        let (_, content, opened) = found.max_by_key(|(is_reader, ..)| *is_reader)?;
+        Some((content, Attributes { ino, ..opened }))
+    }
+
+    /// The number of the file that is open.
+    fn number(&self, id: HandleId, handle: &Handle) -> Option<Ino> {
+        let ino = match handle {
+            Handle::Content(_, attributes) => attributes.ino,
+            Handle::Writer(writer) | Handle::Shared(writer) => writer.attributes.ino,
+            Handle::Listing(..) => return None,
+        };
+        Some(self.numbers.get(&id).copied().unwrap_or(ino))
     }
 
     pub(super) fn opened_by(&mut self, id: HandleId, ino: Ino) {
@@ -319,31 +348,32 @@ impl Handles {
 
     /// The numbers of the files that are open.
     pub(super) fn files(&self) -> HashSet<Ino> {
-        let number = |(id, handle): (&HandleId, &Handle)| {
-            let ino = match handle {
-                Handle::Content(_, attributes) => attributes.ino,
-                Handle::Writer(writer) | Handle::Shared(writer) => writer.attributes.ino,
-                Handle::Listing(..) => return None,
-            };
-            Some(self.numbers.get(id).copied().unwrap_or(ino))
-        };
+        let number = |(id, handle): (&HandleId, &Handle)| self.number(*id, handle);
         self.open.iter().filter_map(number).collect()
     }
 
-    /// What somebody was told of `ino` when it was opened: the process `pid`, or anybody.
-    pub(super) fn at_open(&self, ino: Ino, pid: Option<u32>) -> Option<Attributes> {
-        let of = |user: &u32| pid.is_none_or(|pid| *user == pid);
-        let mut opened = self.users.iter().filter(|(_, user)| of(user));
-        opened.find_map(|(id, _)| {
-            let attributes = match self.open.get(id)? {
-                Handle::Content(_, attributes) | Handle::Listing(_, attributes, _) => *attributes,
+    /// What each who has `ino` open was told of it when it was opened, with the length that it has for him: the latest last.
+    pub(super) fn all_at_open(&self, ino: Ino) -> Vec<(u32, Attributes)> {
+        let told = |(id, handle): (&HandleId, &Handle)| {
+            let attributes = match handle {
+                Handle::Content(content, attributes) => Attributes {
+                    size: content.len() as u64,
+                    ..*attributes
+                },
+                Handle::Listing(_, attributes, _) => *attributes,
                 Handle::Writer(writer) | Handle::Shared(writer) => Attributes {
                     size: writer.size(),
                     ..writer.attributes
                 },
             };
             let number = self.numbers.get(id).unwrap_or(&attributes.ino);
-            (*number == ino).then_some(Attributes { ino, ..attributes })
-        })
+            let user = self.users.get(id).copied()?;
+            (*number == ino).then_some((*id, user, Attributes { ino, ..attributes }))
+        };
+        let mut all: Vec<_> = self.open.iter().filter_map(told).collect();
+        all.sort_unstable_by_key(|(id, ..)| id.0);
+        all.into_iter()
+            .map(|(_, user, told)| (user, told))
+            .collect()
     }
 }

@@ -12,7 +12,6 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::node::{Ino, Node, ROOT};
-use super::scratch::ScratchId;
 use crate::store::{Access, Object};
 
 /// One inode that the kernel knows.
@@ -36,8 +35,6 @@ pub struct Inode {
     is_replaced: bool,
     /// How often the number was taken anew while the kernel still knew a directory by it that was removed.
     generation: u64,
-    /// The scratch that it was before it was renamed to an attribute, each time.
-    was_scratch: Vec<ScratchId>,
     /// It was a directory, and was removed. The kernel finds nothing in that any more, not even what is made in the next one of its number.
     is_dead: bool,
     lookups: u64,
@@ -68,7 +65,6 @@ impl Inode {
             is_orphan: false,
             is_replaced: false,
             generation: 0,
-            was_scratch: Vec::new(),
             is_dead: false,
             lookups: 0,
             children: HashSet::new(),
@@ -199,8 +195,8 @@ impl InodeTable {
         })
     }
 
-    /// The last answer that named `ino` was not given: it was `told` that before. Returns as [`InodeTable::forget`].
-    pub fn untell(&mut self, ino: Ino, told: Option<Told>) -> Vec<ScratchId> {
+    /// The last answer that named `ino` was not given: it was `told` that before.
+    pub fn untell(&mut self, ino: Ino, told: Option<Told>) {
         if let (Some(inode), Some(told)) = (self.inodes.get_mut(&ino), told) {
             inode.seen = told.seen;
             inode.told_at = told.told_at;
@@ -210,7 +206,7 @@ impl InodeTable {
             inode.is_dead = told.is_dead;
             self.put_below(ino, told.parent);
         }
-        self.forget(ino, 1)
+        self.forget(ino, 1);
     }
 
     /// What was renamed is something else now: the kernel goes on to use the number that it had.
@@ -235,9 +231,6 @@ impl InodeTable {
         };
         let old = std::mem::replace(&mut inode.node, node.clone());
         inode.seen = None;
-        if let Node::Scratch(id) = old {
-            inode.was_scratch.push(id);
-        }
         if self.renamed.get(&old) == Some(&ino) {
             self.renamed.remove(&old);
         }
@@ -269,17 +262,17 @@ impl InodeTable {
         }
     }
 
-    /// Takes back `count` answers that named `ino`. The last one removes it, and returns the scratch that it was, or is.
-    pub fn forget(&mut self, ino: Ino, count: u64) -> Vec<ScratchId> {
+    /// Takes back `count` answers that named `ino`. The last one removes it.
+    pub fn forget(&mut self, ino: Ino, count: u64) {
         let Some(inode) = self.inodes.get_mut(&ino) else {
-            return Vec::new();
+            return;
         };
         inode.lookups = inode.lookups.saturating_sub(count);
         if inode.lookups > 0 || ino == ROOT {
-            return Vec::new();
+            return;
         }
         let Some(forgotten) = self.inodes.remove(&ino) else {
-            return Vec::new();
+            return;
         };
         if self.renamed.get(&forgotten.node) == Some(&ino) {
             self.renamed.remove(&forgotten.node);
@@ -287,11 +280,6 @@ impl InodeTable {
         if let Some(directory) = self.inodes.get_mut(&forgotten.parent) {
             directory.children.remove(&ino);
         }
-        let mut scratch = forgotten.was_scratch;
-        if let Node::Scratch(id) = forgotten.node {
-            scratch.push(id);
-        }
-        scratch
     }
 
     /// The known inodes in the directory `ino`.
@@ -388,18 +376,6 @@ mod tests {
         let mut expected = [labels, log];
         expected.sort_unstable();
         assert_eq!(below, expected);
-    }
-
-    #[test]
-    fn a_number_remembers_all_the_scratch_that_it_was() {
-        let mut table = InodeTable::default();
-        let [first, second] = [1, 2].map(ScratchId);
-        let ino = table.remember(&Node::Scratch(first), ROOT, None);
-        for node in [token("a"), Node::Scratch(second), token("a")] {
-            table.rebind(ino, node, None);
-        }
-        assert_eq!(table.find(&token("a")), Some(ino));
-        assert_eq!(table.forget(ino, 1), [first, second]);
     }
 
     #[test]

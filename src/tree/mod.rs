@@ -5,9 +5,9 @@
 //!
 //! The parts: [`name`] and [`text`] spell attributes, [`mode`] masks, [`label`] spells `by-label`; [`node`] says what an inode
 //! stands for, [`inode`] which of them the kernel knows; `view` looks a node up in the store, `layout` one of `.tokenfs/file`;
-//! `object` has objects as the mount shows them, `read` the operations that read, and `stale` what becomes of answers when the store changes.
+//! `object` has objects as the mount shows them, `read` the operations that read, `opened` what they say of a file to whoever has an old version of it open, and `stale` what becomes of answers when the store changes.
 //!
-//! Writing: `write` has the descriptors, `early` what can be told of a text by then, `close` what becomes of them, `commit` how a value
+//! Writing: `write` has the descriptors, `body` what a file holds while it is written, `early` what can be told of a text by then, `close` what becomes of them, `commit` how a value
 //! gets into its object, `follow` what an open file follows; `place`, `entries`, `remove`, `rename`, `publish` and `setattr` have what is made, removed, renamed and set; `draft` and `scratch` hold what the store does not
 //! have, `due` says when it is time to write that, `settle` writes it, `dates` has the times that attributes have beside the store's, and `building` keeps others off a token at the moment that it is published.
 //!

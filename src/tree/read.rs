@@ -69,25 +69,25 @@ impl Tree {
         {
             return Err(Error::not_found("it was renamed meanwhile"));
         }
+        let before = inodes.told(inodes.number(&look.node));
+        let mut entry = look.entry;
+        entry.attributes.ino = tell(&mut inodes, parent, &look);
+        drop(inodes);
+        let answer = Answer { entry, before };
         if let Node::Scratch(id) = look.node
             && lock(&self.scratch).get(id).is_err()
         {
             // It is something else now, which has its number.
+            self.take_back_answer(answer);
             return Err(Error::not_found("it was renamed meanwhile"));
         }
-        let before = inodes.told(inodes.number(&look.node));
-        let mut entry = look.entry;
-        entry.attributes.ino = tell(&mut inodes, parent, &look);
-        Ok(Answer { entry, before })
+        Ok(answer)
     }
 
     /// The kernel was not told after all, since there was no room for it in the reply.
     pub fn take_back_answer(&self, answer: Answer) {
         let ino = answer.entry.attributes.ino;
-        let forgotten = lock(&self.inodes).untell(ino, answer.before);
-        for id in forgotten {
-            self.forget_scratch(id);
-        }
+        lock(&self.inodes).untell(ino, answer.before);
     }
 
     /// Counts an answer about something in the directory `parent`, which stays where it is.
@@ -97,10 +97,7 @@ impl Tree {
 
     /// Takes back `count` answers that named `ino`.
     pub fn forget(&self, ino: Ino, count: u64) {
-        let forgotten = lock(&self.inodes).forget(ino, count);
-        for id in forgotten {
-            self.forget_scratch(id);
-        }
+        lock(&self.inodes).forget(ino, count);
     }
 
     /// What `stat` says to the process `pid`: who is writing a file sees the size that it has for them, and who has something open that is
@@ -111,10 +108,20 @@ impl Tree {
     pub fn attributes_for(&self, ino: Ino, pid: u32, patience: Patience) -> Result<Entry> {
         let mut entry = match self.attributes(ino, patience) {
             Err(error) if error.kind() == ErrorKind::NotFound => {
-                let only = (!self.is_orphan(ino)).then_some(pid);
-                let opened = lock(&self.handles).at_open(ino, only);
+                let is_orphan = self.is_orphan(ino);
+                let mut attributes = self.at_open(ino, pid, is_orphan).ok_or(error)?;
+                let told = lock(&self.inodes).get(ino).and_then(|inode| inode.told);
+                if let Some(told) = told.filter(|_| is_orphan) {
+                    // Who may open it is decided as it was when it lost its name.
+                    attributes = Attributes {
+                        mode: told.mode,
+                        uid: told.uid,
+                        gid: told.gid,
+                        ..attributes
+                    };
+                }
                 return Ok(Entry {
-                    attributes: opened.ok_or(error)?,
+                    attributes,
                     valid: Duration::ZERO,
                     generation: 0,
                 });
@@ -249,10 +256,8 @@ impl Tree {
     /// # Errors
     /// [`ErrorKind::IsADirectory`]; [`ErrorKind::NotFound`] if it is gone by now, and what the store fails with.
     pub fn open(&self, ino: Ino, patience: Patience) -> Result<HandleId> {
-        if self.is_orphan(ino)
-            && let Some(handle) = self.reopen(ino, None)
-        {
-            return Ok(handle);
+        if self.is_orphan(ino) {
+            return self.reopen(ino, None);
         }
         self.wherever(ino, patience, |node| {
             let handle = self.open_node(ino, node, patience)?;
@@ -267,29 +272,33 @@ impl Tree {
 
     /// Opens a file once more that lost its name while it is open: by `/proc/self/fd`, or by a name that somebody was about to open. It is what
     /// somebody who has it open sees of it now, and what is written into it is seen through this descriptor alone.
-    pub(super) fn reopen(&self, ino: Ino, for_writing: Option<OpenForWriting>) -> Option<HandleId> {
-        let (content, attributes) = lock(&self.handles).open_content(ino)?;
+    pub(super) fn reopen(&self, ino: Ino, for_writing: Option<OpenForWriting>) -> Result<HandleId> {
+        let opened = lock(&self.handles).open_content(ino);
+        // It has just been closed: what has its name now is another file.
+        let gone = || Error::new(ErrorKind::Stale, "it has lost its name");
+        let (content, attributes) = opened.ok_or_else(gone)?;
         let Some(how) = for_writing else {
-            return Some(self.open_handle(Handle::Content(content, attributes)));
+            return Ok(self.open_handle(Handle::Content(content, attributes)));
         };
         let content = if how.truncate {
             Vec::new()
         } else {
             content.to_vec()
         };
-        self.check_memory(content.len() as u64).ok()?;
+        self.check_memory(content.len() as u64)?;
         let handle = self.open_handle(Handle::Writer(Arc::new(Writer {
-            node: self.node(ino).ok()?,
+            node: self.node(ino)?,
             attributes,
             append: how.append,
             is_reader: false,
+            is_read: how.read,
             content: Arc::new(Mutex::new(Body::open(content))),
             state: Mutex::default(),
             place: Mutex::new(Place::Gone),
             user: AtomicU32::new(0),
         })));
         lock(&self.handles).opened_by(handle, ino);
-        Some(handle)
+        Ok(handle)
     }
 
     fn open_node(&self, ino: Ino, node: &Node, patience: Patience) -> Result<HandleId> {
@@ -324,7 +333,7 @@ impl Tree {
         };
         let size = content.len() as u64;
         let handle = self.open_handle(Handle::Content(Arc::new(content), attributes));
-        self.tell_of_opened(ino, &Attributes { size, ..attributes });
+        self.tell_of_opened(ino, size);
         Ok(handle)
     }
 

@@ -150,6 +150,7 @@ impl Tree {
                     self.publish_file(*id, from, &target, patience)?;
                 }
                 self.rebind(ino, &target, to_parent);
+                self.forget_if_closed(*id);
             }
             (Node::Scratch(_), Place::Scratch) => {
                 lock(&self.scratch).rename((from.directory, from.name), (to.directory, to.name))?;
@@ -170,6 +171,7 @@ impl Tree {
                 }
                 self.move_value(&node, &target, patience)?;
                 self.rebind(ino, &target, to_parent);
+                self.forget_all_opened(&target);
             }
             (Node::Attribute(..) | Node::MapEntry(..), Place::Scratch) => {
                 let made = self.move_to_scratch((&node, false), to, patience, || {

@@ -83,8 +83,7 @@ pub(super) struct Scratch {
     entries: HashMap<ScratchId, Entry>,
     /// What is in a directory of the store, by that directory's node.
     outside: HashMap<Node, BTreeMap<OsString, ScratchId>>,
-    /// The attributes that scratch files have been renamed to: what is written into these from then on belongs there. A restore leaves
-    /// as many here as it writes files, until the kernel forgets them.
+    /// The attributes that scratch files have been renamed to, until nobody has them open: what is written into these from then on belongs there.
     became: HashMap<ScratchId, Node>,
 }
 
@@ -375,7 +374,7 @@ impl Scratch {
         }
     }
 
-    /// Forgets what was renamed to an attribute, once the kernel has.
+    /// Forgets what was renamed to an attribute, once nobody goes by it any more.
     pub fn forget(&mut self, id: ScratchId) {
         let now = self.became(id);
         self.became.remove(&id);

@@ -52,6 +52,14 @@ impl Tree {
         let outcome = match (outcome, handle) {
             // It is open and unlinked: nobody will ever see what was set.
             (Err(error), Some(_)) if error.kind() == ErrorKind::NotFound => Ok(()),
+            // (Only the size is set with a descriptor.)
+            (Err(error), None)
+                if error.kind() == ErrorKind::NotFound
+                    && change.size.is_none()
+                    && self.at_open(ino, change.pid, false).is_some() =>
+            {
+                Ok(())
+            }
             (outcome, _) => outcome,
         };
         let node = self.node(ino)?;
@@ -59,7 +67,7 @@ impl Tree {
         self.note_dropped(&node, change.metadata.mode);
         match handle {
             Some(handle) => self.open_attributes(ino, handle, patience),
-            None => self.attributes(ino, patience),
+            None => self.attributes_for(ino, change.pid, patience),
         }
     }
 
@@ -121,7 +129,10 @@ impl Tree {
                 Some(handle) if self.is_open_for_writing(handle) => {
                     self.resize_open(handle, size)?;
                 }
-                _ => self.resize(node, size, patience)?,
+                _ => {
+                    self.resize(node, size, patience)?;
+                    self.forget_opened(node, change.pid);
+                }
             }
         }
         let (metadata, pid) = (&change.metadata, change.pid);

@@ -136,16 +136,13 @@ impl Tree {
         (stale, recent)
     }
 
-    /// An object that was renamed or removed may be back: who can wait sees to it.
+    /// An object that was renamed or removed may be back, and a change overwritten: who can wait sees to it.
     fn notice_return(&self, token: &TokenName, id: &ObjectId) {
-        let ObjectId::Object(object) = id else {
-            return;
-        };
         let Ok(opened) = self.store.token(token) else {
             return;
         };
-        if opened.look_after(object, Patience::Now).is_err() {
-            self.is_to_be_looked_after(token, object);
+        if opened.look_after(id, Patience::Now).is_err() {
+            self.is_to_be_looked_after(token, id);
         }
     }
 

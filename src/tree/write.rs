@@ -30,6 +30,8 @@ pub struct OpenForWriting {
     pub truncate: bool,
     /// `O_APPEND`: every write goes to the end.
     pub append: bool,
+    /// `O_RDWR`: it is read, too.
+    pub read: bool,
 }
 
 /// What came of opening a scratch file.
@@ -52,10 +54,8 @@ impl Tree {
         how: OpenForWriting,
         patience: Patience,
     ) -> Result<HandleId> {
-        if self.is_orphan(ino)
-            && let Some(handle) = self.reopen(ino, Some(how))
-        {
-            return Ok(handle);
+        if self.is_orphan(ino) {
+            return self.reopen(ino, Some(how));
         }
         let opened = self.wherever(ino, patience, |node| {
             self.wait_until_closed(node, patience)?;
@@ -143,7 +143,7 @@ impl Tree {
         self.check_memory(content.len() as u64)?;
         let resized = how.truncate && attributes.size > 0;
         let content: Bytes = Arc::new(Mutex::new(Body::open(content)));
-        Ok(self.insert_writer(node.clone(), attributes, how.append, content, resized))
+        Ok(self.insert_writer(node.clone(), attributes, how, content, resized))
     }
 
     /// Keeps a writer, and counts it in its object.
@@ -151,7 +151,7 @@ impl Tree {
         &self,
         node: Node,
         attributes: super::Attributes,
-        append: bool,
+        how: OpenForWriting,
         content: Bytes,
         resized: bool,
     ) -> HandleId {
@@ -162,13 +162,15 @@ impl Tree {
         };
         let state = State {
             resized,
+            version: u64::from(resized),
             ..State::default()
         };
         let writer = Writer {
             node,
             attributes,
-            append,
+            append: how.append,
             is_reader: false,
+            is_read: how.read,
             content,
             state: Mutex::new(state),
             place: Mutex::default(),
@@ -239,6 +241,7 @@ impl Tree {
             attributes,
             append: how.append,
             is_reader: for_writing.is_none(),
+            is_read: for_writing.is_none_or(|how| how.read),
             content: bytes,
             state: Mutex::default(),
             place: Mutex::default(),

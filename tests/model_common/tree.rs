@@ -120,6 +120,7 @@ impl World for TreeWorld {
         let open = OpenForWriting {
             truncate: how.truncate,
             append: how.append,
+            ..OpenForWriting::default()
         };
         let (ino, handle) = if how.create {
             let how = Creation {

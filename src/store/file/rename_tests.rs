@@ -13,6 +13,7 @@ use super::fixture::{
 use super::*;
 use crate::diagnostics::Diagnostics;
 use crate::error::{ErrorKind, Result};
+use crate::store::ObjectId;
 use crate::store::attribute::Value;
 use crate::store::{Access, NewObject, Options, Patience, Token, TokenName};
 
@@ -253,8 +254,14 @@ fn what_another_mount_or_a_backup_puts_there_stays_and_no_lock_is_left() {
             }
             put(&fixture);
             let bytes = fs::read(fixture.path("a.object")).unwrap();
-            fixture.token.look_after(&name("a"), soon()).unwrap();
-            fixture.token.look_after(&name("a"), soon()).unwrap();
+            fixture
+                .token
+                .look_after(&ObjectId::Object(name("a")), soon())
+                .unwrap();
+            fixture
+                .token
+                .look_after(&ObjectId::Object(name("a")), soon())
+                .unwrap();
             assert_eq!(fs::read(fixture.path("a.object")).unwrap(), bytes);
             let said = fixture.diagnostics.render();
             let expected = match to {
@@ -276,14 +283,23 @@ fn what_has_its_old_name_again_is_looked_at_by_nobody() {
     for back in ["b", "A"] {
         rename(&fixture, "a", back).unwrap();
         rename(&fixture, back, "a").unwrap();
-        fixture.token.look_after(&name("a"), soon()).unwrap();
-        fixture.token.look_after(&name(back), soon()).unwrap();
+        fixture
+            .token
+            .look_after(&ObjectId::Object(name("a")), soon())
+            .unwrap();
+        fixture
+            .token
+            .look_after(&ObjectId::Object(name(back)), soon())
+            .unwrap();
         assert_eq!(files(&fixture), WHOLE);
     }
     fixture.token.remove(&name("a"), soon()).unwrap();
     let new = new_object(sample());
     fixture.token.create(&name("a"), &new, soon()).unwrap();
-    fixture.token.look_after(&name("a"), soon()).unwrap();
+    fixture
+        .token
+        .look_after(&ObjectId::Object(name("a")), soon())
+        .unwrap();
     assert_eq!(fixture.diagnostics.render(), "");
     assert_eq!(files(&fixture), WHOLE);
 }

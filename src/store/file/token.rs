@@ -400,11 +400,14 @@ impl Token for FileToken {
             .map_err(|error| error.at(self.path_of(&ObjectId::Object(from.clone()))))
     }
 
-    fn look_after(&self, name: &ObjectName, patience: Patience) -> Result<()> {
-        let id = ObjectId::Object(name.clone());
-        self.look_after_departed(name, patience)
-            .and_then(|()| self.look_for_overwritten(&id, patience))
-            .map_err(|error| error.at(self.path_of(&id)))
+    fn look_after(&self, id: &ObjectId, patience: Patience) -> Result<()> {
+        let seen_to = match id {
+            ObjectId::Object(name) => self.look_after_departed(name, patience),
+            ObjectId::Token => Ok(()),
+        };
+        seen_to
+            .and_then(|()| self.look_for_overwritten(id, patience))
+            .map_err(|error| error.at(self.path_of(id)))
     }
 
     fn look_after_all(&self, patience: Patience) {
