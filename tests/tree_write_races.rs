@@ -1481,3 +1481,31 @@ fn a_time_that_a_token_was_given_does_not_come_back_over_what_softhsm_does_later
     f.date(f.token, given);
     later("a file without a value");
 }
+
+#[test]
+fn who_has_an_old_version_open_does_not_cut_the_file_for_others() {
+    let f = fixture();
+    f.put(f.object, "CKA_LABEL", b"short");
+    let label = f.find(f.object, "CKA_LABEL");
+    let (one, other) = (std::process::id(), 1);
+    let reader = f.tree.open(label, patient()).unwrap();
+    f.tree.used_by(reader, one);
+    let how = OpenForWriting {
+        read: true,
+        ..OpenForWriting::default()
+    };
+    let writer = f.tree.open_for_writing(label, how, patient()).unwrap();
+    f.tree.used_by(writer, other);
+    f.tree.write(writer, 0, &[b'x'; 8000], patient()).unwrap();
+    f.tree.sync_file(label, writer, patient()).unwrap();
+    let told = |pid| {
+        let told = f.tree.attributes_for(label, pid, patient());
+        told.unwrap().attributes.size
+    };
+    // The kernel has one length for both, and the other one may have it mapped.
+    assert_eq!((told(other), told(one)), (8000, 8000));
+    f.close(writer);
+    assert_eq!((told(other), told(one)), (8000, 5));
+    f.close(reader);
+    assert_eq!(told(one), 8000);
+}

@@ -197,12 +197,12 @@ impl Tree {
         }
         lock(&self.closing).remove(&handle);
         lock(&self.handles).remove(handle);
-        self.forget_became(&writer);
         self.touch_object(
             &self
                 .committed_as(&writer)
                 .unwrap_or_else(|| writer.node.clone()),
         );
+        self.forget_became(&writer);
         self.wake_when_left_alone();
         outcome
     }

@@ -91,32 +91,19 @@ impl Tree {
 
     /// A scratch file has become something else: that is not remembered if nobody has it open.
     pub(super) fn forget_if_closed(&self, id: ScratchId) {
-        if lock(&self.scratch).became(id).is_none() {
-            return;
-        }
-        let writers = lock(&self.handles).writers();
+        // Who is just opening it is among them, or finds that it is gone.
+        let handles = lock(&self.handles);
+        let writers = handles.writers();
         let goes_by_it = |writer: &Arc<Writer>| {
             writer.node == Node::Scratch(id)
                 || *lock(&writer.place) == Place::Moved(Node::Scratch(id))
         };
-        if !writers.iter().any(goes_by_it) {
-            self.forget_scratch(id);
+        let mut scratch = lock(&self.scratch);
+        if writers.is_empty() {
+            scratch.forget_all();
+        } else if !writers.iter().any(goes_by_it) {
+            scratch.forget(id);
         }
-    }
-
-    /// What was scratch goes by the name that it has now.
-    fn forget_scratch(&self, id: ScratchId) {
-        let became = lock(&self.scratch).became(id);
-        if let Some(now) = became {
-            let was_there = Place::Moved(Node::Scratch(id));
-            for writer in lock(&self.handles).writers() {
-                let mut place = lock(&writer.place);
-                if *place == was_there {
-                    *place = Place::Moved(now.clone());
-                }
-            }
-        }
-        lock(&self.scratch).forget(id);
     }
 
     /// The numbers by which the kernel knows the file `node` where it is open: its own, or that of the scratch that was renamed to it.

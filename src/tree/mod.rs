@@ -12,7 +12,7 @@
 //! have, `due` says when it is time to write that, `settle` writes it, `dates` has the times that attributes have beside the store's, and `building` keeps others off a token at the moment that it is published.
 //!
 //! Locks: each table (inodes, handles, labels, drafts, dates, scratch, spots, files that are being closed) has one. None is held while the store is asked, and
-//! none while another of them is taken. A writer's content, then its state, can be taken inside any of them.
+//! none while another of them is taken, but scratch, which can be taken inside inodes and inside handles. A writer's content, then its state, can be taken inside any of them.
 
 mod body;
 mod budget;

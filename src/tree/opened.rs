@@ -29,19 +29,22 @@ impl Tree {
             return;
         }
         let present = entry.attributes.size;
-        let opened = lock(&self.handles).opened(ino);
+        let (mut opened, users) = {
+            let handles = lock(&self.handles);
+            (handles.opened(ino), handles.users(ino))
+        };
         if opened.iter().all(|opened| opened.size == present) {
             return;
         }
         entry.valid = Duration::ZERO;
         let mut processes = Processes::default();
-        let mut is_ours = |opened: &Opened| processes.are_same(opened.user, pid);
-        let (ours, others): (Vec<Opened>, Vec<Opened>) = opened.into_iter().partition(&mut is_ours);
+        opened.retain(|opened| processes.are_same(opened.user, pid));
+        let is_alone = users.iter().all(|(_, user)| processes.are_same(*user, pid));
         // The one that was opened last is what a program asks about that has just opened it. The kernel has one length of the file for all who have it
         // open, and keeps who maps it or copies it within the mount from what is behind that: it is not cut for one of several.
-        if let Some(latest) = ours.last()
+        if let Some(latest) = opened.last()
             && latest.is_as_opened
-            && (latest.size > present || others.is_empty())
+            && (latest.size > present || is_alone)
         {
             entry.attributes.size = latest.size;
         }
@@ -63,6 +66,14 @@ impl Tree {
         if is_other && let Some(listener) = self.listener.get() {
             (listener.0)(vec![Stale::Attributes(ino)]);
         }
+    }
+
+    /// Whether the process `pid` has the file `ino` open.
+    pub(super) fn has_open(&self, ino: Ino, pid: u32) -> bool {
+        let users = lock(&self.handles).users(ino);
+        let mut processes = Processes::default();
+        let mut is_its = |(_, user): &(_, u32)| processes.are_same(*user, pid);
+        users.iter().any(&mut is_its)
     }
 
     /// What the process `pid` was told of something when it opened that, or, if it `may_be_anybody`, what somebody was.

@@ -69,19 +69,16 @@ impl Tree {
         {
             return Err(Error::not_found("it was renamed meanwhile"));
         }
-        let before = inodes.told(inodes.number(&look.node));
-        let mut entry = look.entry;
-        entry.attributes.ino = tell(&mut inodes, parent, &look);
-        drop(inodes);
-        let answer = Answer { entry, before };
         if let Node::Scratch(id) = look.node
             && lock(&self.scratch).get(id).is_err()
         {
             // It is something else now, which has its number.
-            self.take_back_answer(answer);
             return Err(Error::not_found("it was renamed meanwhile"));
         }
-        Ok(answer)
+        let before = inodes.told(inodes.number(&look.node));
+        let mut entry = look.entry;
+        entry.attributes.ino = tell(&mut inodes, parent, &look);
+        Ok(Answer { entry, before })
     }
 
     /// The kernel was not told after all, since there was no room for it in the reply.

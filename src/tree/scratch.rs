@@ -374,6 +374,11 @@ impl Scratch {
         }
     }
 
+    /// Nobody has a file open: forgets all that was renamed to attributes.
+    pub fn forget_all(&mut self) {
+        self.became.clear();
+    }
+
     /// Forgets what was renamed to an attribute, once nobody goes by it any more.
     pub fn forget(&mut self, id: ScratchId) {
         let now = self.became(id);

@@ -56,7 +56,7 @@ impl Tree {
             (Err(error), None)
                 if error.kind() == ErrorKind::NotFound
                     && change.size.is_none()
-                    && self.at_open(ino, change.pid, false).is_some() =>
+                    && self.has_open(ino, change.pid) =>
             {
                 Ok(())
             }

@@ -142,8 +142,13 @@ impl Tree {
         };
         self.check_memory(content.len() as u64)?;
         let resized = how.truncate && attributes.size > 0;
+        let size = content.len() as u64;
         let content: Bytes = Arc::new(Mutex::new(Body::open(content)));
-        Ok(self.insert_writer(node.clone(), attributes, how, content, resized))
+        let handle = self.insert_writer(node.clone(), attributes, how, content, resized);
+        if let Some(ino) = ino.filter(|_| how.read && !how.truncate) {
+            self.tell_of_opened(ino, size);
+        }
+        Ok(handle)
     }
 
     /// Keeps a writer, and counts it in its object.
