@@ -214,7 +214,7 @@ pub(super) struct Handles {
     users: HashMap<HandleId, u32>,
     /// The number that it was opened by, where that is not the one that its name has: it was scratch that has been renamed to that.
     numbers: HashMap<HandleId, Ino>,
-    /// Files that are open for reading, and that their process has changed since.
+    /// Of what is read there is another version by now, and who reads it knows: his process has made it, or the file has another name.
     outdated: HashSet<HandleId>,
 }
 
@@ -303,7 +303,7 @@ impl Handles {
         self.open.iter().filter_map(user).collect()
     }
 
-    /// Their process has changed the file since, or it has another name.
+    /// There is another version by now, and who has it open knows.
     pub(super) fn are_outdated(&mut self, handles: impl IntoIterator<Item = HandleId>) {
         let open = &self.open;
         let still = handles.into_iter().filter(|id| open.contains_key(id));

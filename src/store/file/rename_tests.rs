@@ -20,6 +20,12 @@ use crate::store::{Access, NewObject, Options, Patience, Token, TokenName};
 /// What is there where there is the object `a` alone.
 const WHOLE: [&str; 4] = ["a.lock", "a.object", "generation", "token.object"];
 
+/// Something has happened to what has that name.
+fn look_after(fixture: &Fixture, called: &str) {
+    let id = ObjectId::Object(name(called));
+    fixture.token.look_after(&id, soon()).unwrap();
+}
+
 fn rename(fixture: &Fixture, from: &str, to: &str) -> Result<()> {
     fixture.token.rename(&name(from), &name(to), soon())
 }
@@ -254,14 +260,8 @@ fn what_another_mount_or_a_backup_puts_there_stays_and_no_lock_is_left() {
             }
             put(&fixture);
             let bytes = fs::read(fixture.path("a.object")).unwrap();
-            fixture
-                .token
-                .look_after(&ObjectId::Object(name("a")), soon())
-                .unwrap();
-            fixture
-                .token
-                .look_after(&ObjectId::Object(name("a")), soon())
-                .unwrap();
+            look_after(&fixture, "a");
+            look_after(&fixture, "a");
             assert_eq!(fs::read(fixture.path("a.object")).unwrap(), bytes);
             let said = fixture.diagnostics.render();
             let expected = match to {
@@ -283,23 +283,14 @@ fn what_has_its_old_name_again_is_looked_at_by_nobody() {
     for back in ["b", "A"] {
         rename(&fixture, "a", back).unwrap();
         rename(&fixture, back, "a").unwrap();
-        fixture
-            .token
-            .look_after(&ObjectId::Object(name("a")), soon())
-            .unwrap();
-        fixture
-            .token
-            .look_after(&ObjectId::Object(name(back)), soon())
-            .unwrap();
+        look_after(&fixture, "a");
+        look_after(&fixture, back);
         assert_eq!(files(&fixture), WHOLE);
     }
     fixture.token.remove(&name("a"), soon()).unwrap();
     let new = new_object(sample());
     fixture.token.create(&name("a"), &new, soon()).unwrap();
-    fixture
-        .token
-        .look_after(&ObjectId::Object(name("a")), soon())
-        .unwrap();
+    look_after(&fixture, "a");
     assert_eq!(fixture.diagnostics.render(), "");
     assert_eq!(files(&fixture), WHOLE);
 }
