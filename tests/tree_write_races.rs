@@ -688,6 +688,45 @@ fn what_was_scratch_and_is_an_attribute_is_told_of_under_the_number_of_the_scrat
 }
 
 #[test]
+fn who_comes_by_the_number_of_what_was_renamed_over_finds_what_has_its_name() {
+    let f = fixture();
+    let number = f.find(f.object, "CKA_LABEL");
+    let reading = f.tree.open(number, patient()).unwrap();
+    f.put(f.object, ".t", b"next");
+    let rename = |from, to| {
+        f.tree.rename(
+            (f.object, os(from)),
+            (f.object, os(to)),
+            RenameHow::default(),
+            patient(),
+        )
+    };
+    rename(".t", "CKA_LABEL").unwrap();
+    // Who has it open reads it to the end, and whoever opens that once more.
+    let again = f.tree.open(number, patient()).unwrap();
+    for open in [reading, again] {
+        assert_eq!(f.tree.read(open, 0, 100).unwrap(), b"old");
+        f.tree.release(open, patient()).unwrap();
+    }
+    // Nobody has: who asks by that number found it by its name a moment ago.
+    let now = f.tree.open(number, patient()).unwrap();
+    assert_eq!(f.tree.read(now, 0, 100).unwrap(), b"next");
+    let attributes = f.tree.attributes(number, patient()).unwrap().attributes;
+    assert_eq!((attributes.ino, attributes.size), (number, 4));
+    let writing = f.open(number);
+    f.tree.write(writing, 0, b"last", patient()).unwrap();
+    f.close(writing);
+    assert_eq!(label_of(&f, "key"), b"last");
+    // What is unlinked is gone when nobody has it open.
+    let number = f.find(f.object, "CKA_LABEL");
+    let reading = f.tree.open(number, patient()).unwrap();
+    f.tree.unlink(f.object, os("CKA_LABEL"), patient()).unwrap();
+    f.tree.release(reading, patient()).unwrap();
+    let error = f.tree.open(number, patient()).unwrap_err();
+    assert_eq!(error.kind(), tokenfs::error::ErrorKind::NotFound);
+}
+
+#[test]
 fn a_scratch_file_that_is_an_attribute_does_not_count_as_scratch() {
     let f = fixture();
     let name = "00000000-0000-4000-8000-000000000000";

@@ -346,6 +346,12 @@ impl Handles {
         }
     }
 
+    /// Whether somebody has the file `ino` open.
+    pub(super) fn is_open(&self, ino: Ino) -> bool {
+        let mut open = self.open.iter();
+        open.any(|(id, handle)| self.number(*id, handle) == Some(ino))
+    }
+
     /// The numbers of the files that are open.
     pub(super) fn files(&self) -> HashSet<Ino> {
         let number = |(id, handle): (&HandleId, &Handle)| self.number(*id, handle);

@@ -152,6 +152,15 @@ impl InodeTable {
         }
     }
 
+    /// Nobody has the file with this number open any more that has lost its name. Who asks for it came by the name, before that was another
+    /// one's, and is answered by what has that now, as whoever comes by the number of what was replaced and not open.
+    pub fn adopt(&mut self, ino: Ino) {
+        if let Some(inode) = self.inodes.get_mut(&ino).filter(|inode| inode.is_orphan) {
+            inode.is_orphan = false;
+            inode.is_replaced = true;
+        }
+    }
+
     /// The directory with this number is gone.
     pub fn bury(&mut self, ino: Ino) {
         if let Some(inode) = self.inodes.get_mut(&ino) {

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::body::Body;
 use super::handle::{Handle, HandleId, Place, Writer};
-use super::inode::InodeTable;
+use super::inode::{Inode, InodeTable};
 use super::node::{Ino, Node, ROOT};
 use super::publish::access_of;
 use super::remove::Attending;
@@ -139,10 +139,18 @@ impl Tree {
         Ok(entry)
     }
 
+    /// Whether it has lost its name, and is still open. (Who opens files by a name that others rename files to all the while comes by one after the
+    /// other that is not there any more, and the kernel looks the name up anew only once.)
     pub(super) fn is_orphan(&self, ino: Ino) -> bool {
-        lock(&self.inodes)
-            .get(ino)
-            .is_some_and(|inode| inode.is_orphan)
+        let is_orphan = |inode: &Inode| inode.is_orphan;
+        if !lock(&self.inodes).get(ino).is_some_and(is_orphan) {
+            return false;
+        }
+        let is_open = lock(&self.handles).is_open(ino);
+        if !is_open {
+            lock(&self.inodes).adopt(ino);
+        }
+        is_open
     }
 
     /// What `stat` says of an open file: its size is that of the copy that is read and written through `handle`, and it says it of
