@@ -110,8 +110,9 @@ fn text(text: &str) -> Value {
 }
 
 /// A process that opens a file, says so, and looks, when it is told to go on, whether it is as long as what is read from it, and mapped.
-fn reader(file: &Path, mode: &str) -> std::process::Child {
-    let script = "import mmap,os,sys; f=os.open(sys.argv[1],getattr(os,sys.argv[2])); s=os.fstat(f); print(1,flush=True); sys.stdin.readline(); \
+fn reader(file: &Path, mode: &str, written: usize) -> std::process::Child {
+    let script = "import mmap,os,sys; f=os.open(sys.argv[1],getattr(os,sys.argv[2])); s=os.fstat(f); n=int(sys.argv[3]); \
+        n and (os.write(f,n*b'w'), os.ftruncate(f,n), os.fsync(f), os.fstat(f)); print(1,flush=True); sys.stdin.readline(); \
         s=os.fstat(f); d=os.pread(f,s.st_size+9,0); assert len(d)==s.st_size, (len(d), s.st_size); \
         m=mmap.mmap(f,0,prot=mmap.PROT_READ)[:]; assert m==d; \
         g=os.open(sys.argv[1],os.O_RDONLY); s=os.fstat(g); d=os.read(g,9999); assert len(d)==s.st_size, (len(d), s.st_size); \
@@ -120,6 +121,7 @@ fn reader(file: &Path, mode: &str) -> std::process::Child {
         .args(["-c", script])
         .arg(file)
         .arg(mode)
+        .arg(written.to_string())
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
@@ -199,7 +201,7 @@ both_backends! {
                         let when = format!("{how}: {old} to {new}, {}, {is_seen}", file.display());
                         change(how, &"o".repeat(old));
                         // This has it open, and others look at it by its name.
-                        let mut reader = reader(file, if is_seen { "O_RDONLY" } else { mode });
+                        let mut reader = reader(file, if is_seen { "O_RDONLY" } else { mode }, 0);
                         let mut line = [0; 2];
                         reader.stdout.as_mut().unwrap().read_exact(&mut line).unwrap();
                         change(how, &"n".repeat(new));
@@ -220,11 +222,34 @@ both_backends! {
         }
     }
 
+    fn who_has_written_and_synced_a_file_is_told_how_long_that_is_which_he_reads(backend) {
+        let bench = Bench::new(backend);
+        let label = bench.of_data("CKA_LABEL");
+        let others = ["softhsm", "printf $v >$o/CKA_LABEL", "truncate -s $((${#v}+1)) $o/CKA_LABEL", "printf $v >$o/.t; mv $o/.t $o/CKA_LABEL"];
+        for how in others {
+            for (old, new) in [(5000, 100), (100, 5000)] {
+                let when = format!("{how}: {old} to {new}");
+                bench.quiet("printf before >$o/CKA_LABEL");
+                let mut writer = reader(&label, "O_RDWR", old);
+                writer.stdout.as_mut().unwrap().read_exact(&mut [0; 2]).unwrap();
+                assert_eq!(fs::read(&label).unwrap(), vec![b'w'; old], "{when}");
+                let value = "n".repeat(new);
+                match how {
+                    "softhsm" => Held::data_of(&bench).change(3, &text(&value)),
+                    _ => drop(bench.quiet(&format!("v={value}; {how}"))),
+                }
+                writer.stdin.as_mut().unwrap().write_all(b"\n").unwrap();
+                let ended = writer.wait_with_output().unwrap();
+                assert!(ended.status.success(), "{when}: {ended:?}");
+            }
+        }
+    }
+
     fn who_has_a_version_of_a_replaced_file_open_is_told_how_long_that_is(backend) {
         let bench = Bench::new(backend);
         let label = bench.of_data("CKA_LABEL");
         let opened = || {
-            let mut reader = reader(&label, "O_RDONLY");
+            let mut reader = reader(&label, "O_RDONLY", 0);
             reader.stdout.as_mut().unwrap().read_exact(&mut [0; 2]).unwrap();
             reader
         };

@@ -117,16 +117,22 @@ impl Tree {
             None => Text::First(&content),
         };
         let outcome = still.and_then(|_still| match node {
-            Node::Scratch(id) => self.commit_to_scratch(*id, &text, state.mtime),
+            Node::Scratch(id) => {
+                let outcome = self.commit_to_scratch(*id, &text, state.mtime);
+                outcome.map(|()| false)
+            }
             _ => self.commit(node, &text, state.mtime, patience),
         });
         let outcome = match (node, outcome) {
             // It was removed, and needs none.
-            (Node::Scratch(_), Err(error)) if error.kind() == ErrorKind::NotFound => Ok(()),
+            (Node::Scratch(_), Err(error)) if error.kind() == ErrorKind::NotFound => Ok(false),
             (_, outcome) => outcome,
         };
         if !matches!(&outcome, Err(error) if error.kind() == ErrorKind::WouldBlock) {
             let mut now = lock(&writer.state);
+            if matches!(outcome, Ok(true)) {
+                now.stored = state.version;
+            }
             if now.version == state.version {
                 now.committed(outcome.is_err());
             } else if let (Some(done), Some(all)) = (state.appended, now.appended) {
@@ -134,11 +140,14 @@ impl Tree {
                 now.appended = Some(all.saturating_sub(done));
             }
         }
-        if outcome.is_ok() {
+        if let Ok(is_same) = outcome {
             let pid = writer.user.load(Ordering::Relaxed);
             self.forget_opened(node, pid);
+            if is_same {
+                lock(&self.handles).is_present(writer);
+            }
         }
-        let outcome = self.noted_write(node, outcome);
+        let outcome = self.noted_write(node, outcome.map(drop));
         if let Err(error) = &outcome
             && error.kind() != ErrorKind::WouldBlock
         {

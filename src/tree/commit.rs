@@ -30,21 +30,24 @@ pub(super) enum Text<'a> {
 }
 
 impl Tree {
-    /// Makes `text` the value of `node`: in its draft if its object is new, else in the store.
+    /// Makes `text` the value of `node`: in its draft if its object is new, else in the store. Returns whether the text of that is the `text`, byte for
+    /// byte, and not what is written otherwise (`1`, which is `true`) or only a part of it.
     pub(super) fn commit(
         &self,
         node: &Node,
         text: &Text<'_>,
         mtime: Option<SystemTime>,
         patience: Patience,
-    ) -> Result<()> {
+    ) -> Result<bool> {
         let Some((_, _, slot)) = Slot::of(node) else {
             return Err(Error::new(ErrorKind::IsADirectory, "a directory"));
         };
+        let mut is_same = false;
         self.replacing(node, mtime, patience, &mut |attributes| {
             let siblings = slot.siblings(attributes);
             let context = siblings.map(Context::of).unwrap_or_default();
             let stored = siblings.and_then(|siblings| siblings.get(slot.key));
+            is_same = false;
             let value = match text {
                 Text::First(_) if stored.is_some() => return Ok(()),
                 Text::Whole(text) | Text::First(text) => text::parse(slot.key, text, context)?,
@@ -70,8 +73,12 @@ impl Tree {
                     text::parse(slot.key, &whole, context)?
                 }
             };
+            if let Text::Whole(text) = text {
+                is_same = **text == *text::render(slot.key.attribute_type, &value, context)?;
+            }
             slot.set(attributes, value)
-        })
+        })?;
+        Ok(is_same)
     }
 
     /// Makes `text` the content of a scratch file.
@@ -116,7 +123,8 @@ impl Tree {
         mtime: Option<SystemTime>,
         patience: Patience,
     ) -> Result<()> {
-        self.commit(node, &Text::Whole(text), mtime, patience)
+        self.commit(node, &Text::Whole(text), mtime, patience)?;
+        Ok(())
     }
 
     /// Cuts or extends the text of `node`: what it is at that moment. `fallback` is what it becomes if it has none.
@@ -128,7 +136,8 @@ impl Tree {
         patience: Patience,
     ) -> Result<()> {
         let size = usize::try_from(size).unwrap_or(usize::MAX);
-        self.commit(node, &Text::Resized(size, fallback), None, patience)
+        self.commit(node, &Text::Resized(size, fallback), None, patience)?;
+        Ok(())
     }
 
     /// Makes an attribute map of `entries`, which can take the place of an empty one if it `replaces` it.

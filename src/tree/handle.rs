@@ -149,6 +149,8 @@ pub(super) struct State {
     pub flushed: bool,
     /// Counts the writes, so that one that falls into a commit is not taken for committed.
     pub version: u64,
+    /// After how many of them what it holds was what is stored, byte for byte, at that time.
+    pub stored: u64,
 }
 
 impl State {
@@ -187,6 +189,7 @@ impl State {
             committing: self.committing,
             changing: self.changing,
             version: self.version + 1,
+            stored: self.stored,
             ..Self::default()
         };
     }
@@ -200,6 +203,7 @@ impl State {
             committing: self.committing,
             changing: self.changing,
             version: self.version,
+            stored: self.stored,
             ..Self::default()
         };
     }
@@ -270,7 +274,7 @@ impl Handles {
                 Handle::Content(content, _) => (content.len() as u64, true),
                 Handle::Writer(writer) => {
                     let state = lock(&writer.state);
-                    let is_unchanged = state.version == 0;
+                    let is_unchanged = state.version == state.stored;
                     let is_told = state.written || state.resized;
                     drop(state);
                     if !(is_told || is_unchanged && writer.is_read) {
@@ -308,6 +312,14 @@ impl Handles {
         let open = &self.open;
         let still = handles.into_iter().filter(|id| open.contains_key(id));
         self.outdated.extend(still);
+    }
+
+    /// What is read through this is the version that there is now.
+    pub(super) fn is_present(&mut self, writer: &Writer) {
+        let is_it = |(_, handle): &(&HandleId, &Handle)| matches!(handle, Handle::Writer(other) if std::ptr::eq(&raw const **other, writer));
+        if let Some((id, _)) = self.open.iter().find(is_it) {
+            self.outdated.remove(id);
+        }
     }
 
     /// What somebody who has the file `ino` open sees of it now, one who reads it first, and what he was told of it.

@@ -18,7 +18,7 @@ pub(super) struct Opened {
     pub user: u32,
     /// How long that is which is read through it, in bytes.
     pub size: u64,
-    /// What is read through it is what was opened, and its process has not changed the file since.
+    /// What is read through it is what was opened, or stored through it, and its process has not changed the file since.
     pub is_as_opened: bool,
 }
 
