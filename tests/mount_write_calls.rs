@@ -97,6 +97,12 @@ both_backends! {
         writing.write_all_at(b"nowhere", 0).unwrap();
         close(writing).unwrap();
         bench.assert_label("new", "which is another file");
+        let writing = options().open(&again).unwrap();
+        writing.write_all_at(b"longer", 0).unwrap();
+        nix::unistd::truncate(&again, 4).unwrap();
+        assert_eq!(writing.metadata().unwrap().len(), 4);
+        close(writing).unwrap();
+        bench.assert_label("new", "which is another file");
     }
 
     fn what_was_mapped_and_closed_is_renamed_as_it_was_written(backend) {

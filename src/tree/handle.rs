@@ -249,6 +249,17 @@ impl Handles {
         self.open.values().filter_map(writer).collect()
     }
 
+    /// What the file `ino` is written through.
+    pub(super) fn writers_of(&self, ino: Ino) -> Vec<HandleId> {
+        let open = self.open.iter();
+        open.filter(|(id, handle)| {
+            matches!(handle, Handle::Writer(_) | Handle::Shared(_))
+                && self.number(**id, handle) == Some(ino)
+        })
+        .map(|(id, _)| *id)
+        .collect()
+    }
+
     /// What is open for writing.
     pub(super) fn contents(&self) -> Vec<Bytes> {
         let writers = self.writers();

@@ -99,8 +99,9 @@ impl Tree {
         }
     }
 
-    /// Of a file that has lost its name only the size counts, through a descriptor: nobody will ever see the rest. (The kernel does not say
-    /// through which descriptor `fchmod` and `futimens` ask.)
+    /// Of a file that has lost its name only the size counts: nobody will ever see the rest. (The kernel does not say through which descriptor
+    /// `fchmod` and `futimens` ask.) Who cuts it by a name (`truncate`) found it by that just before it was another one's, or by
+    /// `/proc/self/fd`: then it is cut for those who are writing it.
     fn set_orphan(
         &self,
         ino: Ino,
@@ -108,10 +109,11 @@ impl Tree {
         change: &SetAttributes,
         patience: Patience,
     ) -> Result<Entry> {
-        match (change.size, handle) {
-            (Some(size), Some(handle)) => self.resize_open(handle, size)?,
-            (Some(_), None) => return Err(Error::not_found("it has lost its name")),
-            (None, _) => {}
+        if let Some(size) = change.size {
+            let writers = || lock(&self.handles).writers_of(ino);
+            for handle in handle.map_or_else(writers, |handle| vec![handle]) {
+                self.resize_open(handle, size)?;
+            }
         }
         self.attributes_for(ino, change.pid, patience)
     }
