@@ -7,7 +7,7 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
-use super::draft::{Room, no_room};
+use super::drafts::{Room, no_room};
 use super::node::Node;
 use super::{Tree, lock};
 use crate::error::{Error, ErrorKind, Result};

@@ -22,6 +22,7 @@ mod close;
 mod commit;
 mod dates;
 mod draft;
+mod drafts;
 mod due;
 mod early;
 mod entries;
@@ -63,7 +64,7 @@ use crate::store::attribute::Kind;
 use crate::store::watch::Coverage;
 use crate::store::{Object, Patience, Store, Token, TokenName};
 
-use draft::Drafts;
+use drafts::Drafts;
 pub use due::Task;
 pub use entries::{Caller, Creation};
 pub use handle::HandleId;

@@ -4,7 +4,8 @@
 use std::ffi::OsStr;
 use std::time::{Duration, Instant};
 
-use super::draft::{Draft, Drafts, Key};
+use super::draft::{Draft, Key};
+use super::drafts::Drafts;
 use super::entries::Caller;
 use super::node::{Ino, Node};
 use super::slot::Slot;

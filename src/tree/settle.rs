@@ -6,7 +6,8 @@
 
 use std::time::{Duration, Instant, SystemTime};
 
-use super::draft::{Build, Draft, Drafts, Key, New};
+use super::draft::{Draft, Key, New};
+use super::drafts::{Build, Drafts};
 use super::handle::HandleId;
 use super::name::file_name;
 use super::node::{Ino, Node};
@@ -57,7 +58,7 @@ impl Tree {
     pub(super) fn is_token(&self, token: &TokenName) -> bool {
         lock(&self.drafts)
             .build(token)
-            .is_some_and(super::draft::Build::is_token)
+            .is_some_and(Build::is_token)
     }
 
     /// Writes what is new or unlinked of one object to the store.
