@@ -1,6 +1,6 @@
 //! Open files and directories.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::atomic::AtomicU32;
 use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
@@ -12,7 +12,7 @@ use super::{Attributes, Ino, Listed, lock};
 use crate::error::{Error, Result};
 
 /// The number of an open file or directory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct HandleId(pub u64);
 
 /// What is kept while something is open.
@@ -209,134 +209,186 @@ impl State {
     }
 }
 
+/// One descriptor.
+#[derive(Debug)]
+struct Open {
+    handle: Handle,
+    /// The process that opened it, or wrote through it last, if that is known.
+    user: Option<u32>,
+    /// The number that it was opened by; that of its name is another one if it was scratch that has been renamed to that.
+    number: Ino,
+    /// Of what is read there is another version by now, and who reads it knows: his process has made it, or the file has another name.
+    is_outdated: bool,
+}
+
+impl Open {
+    fn is_file(&self) -> bool {
+        !matches!(self.handle, Handle::Listing(..))
+    }
+
+    fn writer(&self) -> Option<&Arc<Writer>> {
+        match &self.handle {
+            Handle::Writer(writer) | Handle::Shared(writer) => Some(writer),
+            Handle::Content(..) | Handle::Listing(..) => None,
+        }
+    }
+
+    /// What it is to who has it open, if he reads something else through it than what there is.
+    fn opened(&self) -> Option<Opened> {
+        let (size, is_unchanged) = match &self.handle {
+            Handle::Content(content, _) => (content.len() as u64, true),
+            Handle::Writer(writer) => {
+                let state = lock(&writer.state);
+                let is_unchanged = state.version == state.stored;
+                let is_told = state.written || state.resized;
+                drop(state);
+                if !(is_told || is_unchanged && writer.is_read) {
+                    // Nothing is read through it but what it has written itself.
+                    return None;
+                }
+                (writer.size(), is_unchanged)
+            }
+            Handle::Shared(_) | Handle::Listing(..) => return None,
+        };
+        Some(Opened {
+            user: self.user.unwrap_or_default(),
+            size,
+            is_as_opened: is_unchanged && !self.is_outdated,
+        })
+    }
+
+    /// What was told of it when it was opened, with the length that it has through this descriptor.
+    fn told(&self) -> Attributes {
+        let (attributes, size) = match &self.handle {
+            Handle::Content(content, attributes) => (attributes, content.len() as u64),
+            Handle::Listing(_, attributes, _) => (attributes, attributes.size),
+            Handle::Writer(writer) | Handle::Shared(writer) => (&writer.attributes, writer.size()),
+        };
+        Attributes {
+            ino: self.number,
+            size,
+            ..*attributes
+        }
+    }
+}
+
 /// All that is open.
 #[derive(Debug, Default)]
 pub(super) struct Handles {
     last: u64,
-    open: HashMap<HandleId, Handle>,
-    /// The process that opened it, or wrote through it last.
-    users: HashMap<HandleId, u32>,
-    /// The number that it was opened by, where that is not the one that its name has: it was scratch that has been renamed to that.
-    numbers: HashMap<HandleId, Ino>,
-    /// Of what is read there is another version by now, and who reads it knows: his process has made it, or the file has another name.
-    outdated: HashSet<HandleId>,
+    open: HashMap<HandleId, Open>,
+    /// What is open of each number, the latest last.
+    numbers: HashMap<Ino, BTreeSet<HandleId>>,
+    /// All that files are written through.
+    writers: BTreeMap<HandleId, Arc<Writer>>,
 }
 
 impl Handles {
     pub(super) fn insert(&mut self, handle: Handle) -> HandleId {
         self.last += 1;
         let id = HandleId(self.last);
-        self.open.insert(id, handle);
+        let number = match &handle {
+            Handle::Content(_, attributes) | Handle::Listing(_, attributes, _) => attributes.ino,
+            Handle::Writer(writer) | Handle::Shared(writer) => writer.attributes.ino,
+        };
+        let open = Open {
+            handle,
+            user: None,
+            number,
+            is_outdated: false,
+        };
+        if let Some(writer) = open.writer() {
+            self.writers.insert(id, Arc::clone(writer));
+        }
+        self.numbers.entry(number).or_default().insert(id);
+        self.open.insert(id, open);
         id
     }
 
-    pub(super) fn replace(&mut self, id: HandleId, handle: Handle) {
+    /// What an open directory lists is read anew.
+    pub(super) fn replace(&mut self, id: HandleId, listing: Handle) {
         if let Some(open) = self.open.get_mut(&id) {
-            *open = handle;
+            open.handle = listing;
         }
     }
 
     pub(super) fn get(&self, id: HandleId) -> Option<&Handle> {
-        self.open.get(&id)
+        self.open.get(&id).map(|open| &open.handle)
     }
 
     /// All that files are written through.
     pub(super) fn writers(&self) -> Vec<Arc<Writer>> {
-        let writer = |handle: &Handle| match handle {
-            Handle::Writer(writer) | Handle::Shared(writer) => Some(Arc::clone(writer)),
-            _ => None,
-        };
-        self.open.values().filter_map(writer).collect()
+        self.writers.values().map(Arc::clone).collect()
     }
 
     /// What the file `ino` is written through.
     pub(super) fn writers_of(&self, ino: Ino) -> Vec<HandleId> {
-        let open = self.open.iter();
-        open.filter(|(id, handle)| {
-            matches!(handle, Handle::Writer(_) | Handle::Shared(_))
-                && self.number(**id, handle) == Some(ino)
-        })
-        .map(|(id, _)| *id)
-        .collect()
+        let of = self.of(ino).filter(|(_, open)| open.writer().is_some());
+        of.map(|(id, _)| id).collect()
     }
 
     /// What is open for writing.
     pub(super) fn contents(&self) -> Vec<Bytes> {
-        let writers = self.writers();
         let content = |writer: &Arc<Writer>| Arc::clone(&writer.content);
-        writers.iter().map(content).collect()
+        self.writers.values().map(content).collect()
     }
 
     pub(super) fn remove(&mut self, id: HandleId) -> Option<Handle> {
-        self.users.remove(&id);
-        self.numbers.remove(&id);
-        self.outdated.remove(&id);
-        self.open.remove(&id)
+        let open = self.open.remove(&id)?;
+        self.writers.remove(&id);
+        self.take_number(id, open.number);
+        Some(open.handle)
+    }
+
+    fn take_number(&mut self, id: HandleId, number: Ino) {
+        if let Some(of) = self.numbers.get_mut(&number) {
+            of.remove(&id);
+            if of.is_empty() {
+                self.numbers.remove(&number);
+            }
+        }
+    }
+
+    /// What is open by the number `ino`, the latest last.
+    fn of(&self, ino: Ino) -> impl Iterator<Item = (HandleId, &Open)> {
+        let ids = self.numbers.get(&ino).into_iter().flatten();
+        ids.filter_map(|id| Some((*id, self.open.get(id)?)))
     }
 
     /// What is open of the file `ino`, the latest last.
     pub(super) fn opened(&self, ino: Ino) -> Vec<Opened> {
-        let mut opened: Vec<(HandleId, Opened)> = Vec::new();
-        for (id, handle) in &self.open {
-            if self.number(*id, handle) != Some(ino) {
-                continue;
-            }
-            let (size, is_unchanged) = match handle {
-                Handle::Content(content, _) => (content.len() as u64, true),
-                Handle::Writer(writer) => {
-                    let state = lock(&writer.state);
-                    let is_unchanged = state.version == state.stored;
-                    let is_told = state.written || state.resized;
-                    drop(state);
-                    if !(is_told || is_unchanged && writer.is_read) {
-                        // Nothing is read through it but what it has written itself.
-                        continue;
-                    }
-                    (writer.size(), is_unchanged)
-                }
-                Handle::Shared(_) | Handle::Listing(..) => continue,
-            };
-            let user = self.users.get(id).copied().unwrap_or_default();
-            let is_as_opened = is_unchanged && !self.outdated.contains(id);
-            let found = Opened {
-                user,
-                size,
-                is_as_opened,
-            };
-            opened.push((*id, found));
-        }
-        opened.sort_unstable_by_key(|(id, _)| id.0);
-        opened.into_iter().map(|(_, opened)| opened).collect()
+        self.of(ino).filter_map(|(_, open)| open.opened()).collect()
     }
 
     /// Who has the file `ino` open.
     pub(super) fn users(&self, ino: Ino) -> Vec<(HandleId, u32)> {
-        let user = |(id, handle): (&HandleId, &Handle)| {
-            let user = self.users.get(id).copied()?;
-            (self.number(*id, handle) == Some(ino)).then_some((*id, user))
-        };
-        self.open.iter().filter_map(user).collect()
+        let files = self.of(ino).filter(|(_, open)| open.is_file());
+        files
+            .filter_map(|(id, open)| Some((id, open.user?)))
+            .collect()
     }
 
     /// There is another version by now, and who has it open knows.
     pub(super) fn are_outdated(&mut self, handles: impl IntoIterator<Item = HandleId>) {
-        let open = &self.open;
-        let still = handles.into_iter().filter(|id| open.contains_key(id));
-        self.outdated.extend(still);
+        for id in handles {
+            if let Some(open) = self.open.get_mut(&id) {
+                open.is_outdated = true;
+            }
+        }
     }
 
     /// What is read through this is the version that there is now.
     pub(super) fn is_present(&mut self, writer: &Writer) {
-        let is_it = |(_, handle): &(&HandleId, &Handle)| matches!(handle, Handle::Writer(other) if std::ptr::eq(&raw const **other, writer));
-        if let Some((id, _)) = self.open.iter().find(is_it) {
-            self.outdated.remove(id);
+        let is_it = |other: &Arc<Writer>| std::ptr::eq(&raw const **other, writer);
+        let id = self.writers.iter().find(|(_, other)| is_it(other));
+        if let Some(open) = id.and_then(|(id, _)| self.open.get_mut(id)) {
+            open.is_outdated = false;
         }
     }
 
     /// What somebody who has the file `ino` open sees of it now, one who reads it first, and what he was told of it.
     pub(super) fn open_content(&self, ino: Ino) -> Option<(Arc<Vec<u8>>, Attributes)> {
-        let of_it = |(id, handle): &(&HandleId, &Handle)| self.number(**id, handle) == Some(ino);
-        let content = |(_, handle): (&HandleId, &Handle)| match handle {
+        let content = |(_, open): (HandleId, &Open)| match &open.handle {
             Handle::Content(content, opened) => Some((true, Arc::clone(content), *opened)),
             Handle::Writer(writer) | Handle::Shared(writer) => {
                 let content = Arc::new(lock(&writer.content).to_vec());
@@ -344,65 +396,41 @@ impl Handles {
             }
             Handle::Listing(..) => None,
         };
-        let found = self.open.iter().filter(of_it).filter_map(content);
+        let found = self.of(ino).filter_map(content);
         let (_, content, opened) = found.max_by_key(|(is_reader, ..)| *is_reader)?;
         Some((content, Attributes { ino, ..opened }))
     }
 
-    /// The number of the file that is open.
-    fn number(&self, id: HandleId, handle: &Handle) -> Option<Ino> {
-        let ino = match handle {
-            Handle::Content(_, attributes) => attributes.ino,
-            Handle::Writer(writer) | Handle::Shared(writer) => writer.attributes.ino,
-            Handle::Listing(..) => return None,
-        };
-        Some(self.numbers.get(&id).copied().unwrap_or(ino))
-    }
-
     pub(super) fn opened_by(&mut self, id: HandleId, ino: Ino) {
-        self.numbers.insert(id, ino);
+        let Some(open) = self.open.get_mut(&id) else {
+            return;
+        };
+        let before = std::mem::replace(&mut open.number, ino);
+        self.take_number(id, before);
+        self.numbers.entry(ino).or_default().insert(id);
     }
 
     pub(super) fn used_by(&mut self, id: HandleId, pid: u32) {
-        if self.open.contains_key(&id) {
-            self.users.insert(id, pid);
+        if let Some(open) = self.open.get_mut(&id) {
+            open.user = Some(pid);
         }
     }
 
     /// Whether somebody has the file `ino` open.
     pub(super) fn is_open(&self, ino: Ino) -> bool {
-        let mut open = self.open.iter();
-        open.any(|(id, handle)| self.number(*id, handle) == Some(ino))
+        self.of(ino).any(|(_, open)| open.is_file())
     }
 
     /// The numbers of the files that are open.
     pub(super) fn files(&self) -> HashSet<Ino> {
-        let number = |(id, handle): (&HandleId, &Handle)| self.number(*id, handle);
-        self.open.iter().filter_map(number).collect()
+        let numbers = self.numbers.keys().copied();
+        numbers.filter(|ino| self.is_open(*ino)).collect()
     }
 
     /// What each who has `ino` open was told of it when it was opened, with the length that it has for him: the latest last.
     pub(super) fn all_at_open(&self, ino: Ino) -> Vec<(u32, Attributes)> {
-        let told = |(id, handle): (&HandleId, &Handle)| {
-            let attributes = match handle {
-                Handle::Content(content, attributes) => Attributes {
-                    size: content.len() as u64,
-                    ..*attributes
-                },
-                Handle::Listing(_, attributes, _) => *attributes,
-                Handle::Writer(writer) | Handle::Shared(writer) => Attributes {
-                    size: writer.size(),
-                    ..writer.attributes
-                },
-            };
-            let number = self.numbers.get(id).unwrap_or(&attributes.ino);
-            let user = self.users.get(id).copied()?;
-            (*number == ino).then_some((*id, user, Attributes { ino, ..attributes }))
-        };
-        let mut all: Vec<_> = self.open.iter().filter_map(told).collect();
-        all.sort_unstable_by_key(|(id, ..)| id.0);
-        all.into_iter()
-            .map(|(_, user, told)| (user, told))
+        let of = self.of(ino);
+        of.filter_map(|(_, open)| Some((open.user?, open.told())))
             .collect()
     }
 }

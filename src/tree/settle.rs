@@ -56,9 +56,7 @@ impl Tree {
 
     /// Whether a token that is being built has what makes it one.
     pub(super) fn is_token(&self, token: &TokenName) -> bool {
-        lock(&self.drafts)
-            .build(token)
-            .is_some_and(Build::is_token)
+        lock(&self.drafts).build(token).is_some_and(Build::is_token)
     }
 
     /// Writes what is new or unlinked of one object to the store.
