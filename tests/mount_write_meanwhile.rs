@@ -245,6 +245,45 @@ both_backends! {
         }
     }
 
+    fn all_threads_of_who_writes_a_file_are_told_how_long_it_is(backend) {
+        let bench = Bench::new(backend);
+        let label = bench.of_data("CKA_LABEL");
+        bench.quiet("printf '%0100d' 0 >$o/CKA_LABEL");
+        let open = || File::options().write(true).truncate(true).open(&label).unwrap();
+        let mut file = open();
+        file.write_all(b"0123456789").unwrap();
+        thread::scope(|scope| {
+            let other = scope.spawn(|| (file.metadata().unwrap().len(), fs::metadata(&label).unwrap().len()));
+            assert_eq!(other.join().unwrap(), (10, 10));
+        });
+        drop(file);
+        // One that has ended.
+        bench.quiet("printf '%0100d' 0 >$o/CKA_LABEL");
+        let file = thread::scope(|scope| {
+            let writing = scope.spawn(|| {
+                let mut file = open();
+                file.write_all(b"012345").unwrap();
+                file
+            });
+            writing.join().unwrap()
+        });
+        thread::sleep(Duration::from_millis(50));
+        assert_eq!(file.metadata().unwrap().len(), 6);
+        drop(file);
+        assert_eq!(fs::read(&label).unwrap(), b"012345");
+    }
+
+    fn who_maps_a_file_that_he_has_extended_is_told_how_long_it_is_when_the_kernel_has_written_a_page(backend) {
+        let bench = Bench::new(backend);
+        bench.quiet("printf short >$o/CKA_VALUE");
+        let script = "import mmap,os,sys; n=65536; f=os.open(sys.argv[1],os.O_RDWR); os.ftruncate(f,n); m=mmap.mmap(f,n); \
+            m[:n//2]=b'a'*(n//2); os.posix_fadvise(f,0,0,os.POSIX_FADV_DONTNEED); import time; time.sleep(.3); \
+            assert os.fstat(f).st_size==n, os.fstat(f).st_size; m[n//2:]=b'b'*(n//2); m.flush(); os.close(f)";
+        bench.quiet(&format!("python3 -c \"{script}\" $o/CKA_VALUE"));
+        let value = bench.stored_data("CKA_VALUE").unwrap();
+        assert!(value == [[b'a'; 32768], [b'b'; 32768]].concat(), "{}", value.len());
+    }
+
     fn who_has_a_version_of_a_replaced_file_open_is_told_how_long_that_is(backend) {
         let bench = Bench::new(backend);
         let label = bench.of_data("CKA_LABEL");

@@ -902,6 +902,56 @@ fn what_could_not_be_written_to_its_end_is_no_value_until_it_is() {
 }
 
 #[test]
+fn what_is_appended_after_something_failed_comes_behind_all_that_was_written() {
+    let f = fixture();
+    let label = f.find(f.object, "CKA_LABEL");
+    let write = |open, text: &[u8]| f.tree.write(open, 0, text, patient());
+    for (truncate, expected) in [(false, &b"oldaaabbb"[..]), (true, b"aaabbb")] {
+        for is_busy in [false, true] {
+            rewrite(&f, b"old");
+            let how = OpenForWriting {
+                append: true,
+                truncate,
+                ..OpenForWriting::default()
+            };
+            let open = f.tree.open_for_writing(label, how, patient()).unwrap();
+            write(open, b"aaa").unwrap();
+            if is_busy {
+                let held = locked(&f, "key");
+                f.tree.flush(open, patient()).unwrap_err();
+                drop(held);
+            } else {
+                write(open, &vec![b'x'; 64 << 20]).unwrap_err();
+            }
+            write(open, b"bbb").unwrap();
+            f.close(open);
+            let when = format!("truncated: {truncate}, busy: {is_busy}");
+            let found = String::from_utf8_lossy(&label_of(&f, "key")).into_owned();
+            assert_eq!(found.as_bytes(), expected, "{when}: {found}");
+        }
+    }
+}
+
+#[test]
+fn what_is_cut_after_something_was_refused_is_cut() {
+    let f = fixture();
+    let label = f.find(f.find(f.token, "token"), "CKA_OS_TOKENLABEL");
+    let open = f.open(label);
+    // No token label has 33 bytes.
+    f.tree.write(open, 0, &[b'x'; 33], patient()).unwrap_err();
+    let cut = SetAttributes {
+        size: Some(2),
+        ..SetAttributes::default()
+    };
+    let cut = f.tree.set_attributes(label, Some(open), &cut, patient());
+    cut.unwrap();
+    f.tree.sync_file(label, open, patient()).unwrap();
+    f.close(open);
+    let reading = f.tree.open(label, patient()).unwrap();
+    assert_eq!(f.tree.read(reading, 0, 100).unwrap(), b"on");
+}
+
+#[test]
 fn what_is_written_and_closed_while_it_is_renamed_is_not_lost() {
     let f = fixture();
     f.put(f.object, ".x", b"one");

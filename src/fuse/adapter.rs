@@ -545,8 +545,11 @@ impl Filesystem for Adapter {
         reply: ReplyWrite,
     ) {
         let handle = HandleId(handle.0);
-        self.tree.used_by(handle, request.pid());
         let is_page = write_flags.contains(WriteFlags::FUSE_WRITE_CACHE);
+        if !is_page {
+            // A page is written by the kernel, whoever has changed it.
+            self.tree.used_by(handle, request.pid());
+        }
         let write = move |tree: &Tree, data: &[u8], patience| {
             if is_page {
                 tree.write_page(handle, offset, data, patience)

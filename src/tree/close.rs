@@ -27,7 +27,7 @@ impl Tree {
         self.commit_handle(handle, patience, |state| state.written)?;
         if let Ok(writer) = self.writer(handle) {
             let mut state = lock(&writer.state);
-            state.flushed = state.resized && !state.written;
+            state.flushed = state.resized && !state.written && !state.refused;
         }
         Ok(())
     }
@@ -135,7 +135,8 @@ impl Tree {
             }
             if now.version == state.version {
                 now.committed(outcome.is_err());
-            } else if let (Some(done), Some(all)) = (state.appended, now.appended) {
+            } else if let (Ok(_), Some(done), Some(all)) = (&outcome, state.appended, now.appended)
+            {
                 // What was written meanwhile is appended with the next flush, and nothing twice.
                 now.appended = Some(all.saturating_sub(done));
             }

@@ -86,10 +86,13 @@ impl Writer {
         if state.gap.is_some_and(|gap| size as u64 <= gap) {
             // What could not be written is cut off.
             state.gap = None;
-            state.refused = false;
-            state.error = None;
         } else if content.len() == size {
             return false;
+        }
+        if state.gap.is_none() {
+            // Whatever was refused, this is meant.
+            state.refused = false;
+            state.error = None;
         }
         self.begin(&mut content, &mut state);
         content.resize(size);
@@ -180,10 +183,12 @@ impl State {
         self.flushed = false;
     }
 
-    /// Not all that was to be written could be: what could is a part of it, and no value that anybody meant.
+    /// Not all that was to be written could be: what could is a part of it, and no value that anybody meant. It is a part of what is written next.
     pub fn failed(&mut self, error: Error, at: u64) {
         *self = Self {
             refused: true,
+            appended: self.appended,
+            resized: self.is_to_be_whole(),
             gap: Some(self.gap.map_or(at, |gap| gap.min(at))),
             error: Some(error),
             committing: self.committing,
@@ -194,10 +199,17 @@ impl State {
         };
     }
 
-    /// What there was to commit is committed, or was refused.
+    /// Whether what is committed next has to be all that it holds.
+    fn is_to_be_whole(&self) -> bool {
+        self.resized || self.written && self.appended.is_none()
+    }
+
+    /// What there was to commit is committed, or was refused: then it is committed with what is written next.
     pub fn committed(&mut self, refused: bool) {
         *self = Self {
             refused,
+            appended: self.appended.filter(|_| refused),
+            resized: refused && self.is_to_be_whole(),
             gap: self.gap,
             error: self.error.take().filter(|_| refused),
             committing: self.committing,
@@ -235,18 +247,18 @@ impl Open {
 
     /// What it is to who has it open, if he reads something else through it than what there is.
     fn opened(&self) -> Option<Opened> {
-        let (size, is_unchanged) = match &self.handle {
-            Handle::Content(content, _) => (content.len() as u64, true),
+        let (size, is_unchanged, is_written) = match &self.handle {
+            Handle::Content(content, _) => (content.len() as u64, true, false),
             Handle::Writer(writer) => {
                 let state = lock(&writer.state);
                 let is_unchanged = state.version == state.stored;
-                let is_told = state.written || state.resized;
+                let is_written = state.written || state.resized;
                 drop(state);
-                if !(is_told || is_unchanged && writer.is_read) {
+                if !(is_written || is_unchanged && writer.is_read) {
                     // Nothing is read through it but what it has written itself.
                     return None;
                 }
-                (writer.size(), is_unchanged)
+                (writer.size(), is_unchanged, is_written)
             }
             Handle::Shared(_) | Handle::Listing(..) => return None,
         };
@@ -254,6 +266,7 @@ impl Open {
             user: self.user.unwrap_or_default(),
             size,
             is_as_opened: is_unchanged && !self.is_outdated,
+            is_written,
         })
     }
 

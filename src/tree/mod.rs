@@ -72,6 +72,7 @@ use handle::{Handle, Handles, Writer};
 use inode::InodeTable;
 pub use node::Ino;
 use node::Node;
+use opened::Processes;
 pub use rename::RenameHow;
 use scratch::Scratch;
 pub use scratch::ScratchId;
@@ -195,6 +196,7 @@ pub struct Tree {
     coverage: Coverage,
     inodes: Mutex<InodeTable>,
     handles: Mutex<Handles>,
+    processes: Processes,
     labels: Mutex<by_label::Index>,
     drafts: Mutex<Drafts>,
     dates: Mutex<dates::AllDates>,
@@ -225,6 +227,7 @@ impl Tree {
             diagnostics,
             inodes: Mutex::default(),
             handles: Mutex::default(),
+            processes: Processes::default(),
             labels: Mutex::default(),
             drafts: Mutex::default(),
             dates: Mutex::default(),

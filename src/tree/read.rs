@@ -142,13 +142,14 @@ impl Tree {
     /// Whether it has lost its name, and is still open. (Who opens files by a name that others rename files to all the while comes by one after the
     /// other that is not there any more, and the kernel looks the name up anew only once.)
     pub(super) fn is_orphan(&self, ino: Ino) -> bool {
+        let mut inodes = lock(&self.inodes);
         let is_orphan = |inode: &Inode| inode.is_orphan;
-        if !lock(&self.inodes).get(ino).is_some_and(is_orphan) {
+        if !inodes.get(ino).is_some_and(is_orphan) {
             return false;
         }
         let is_open = lock(&self.handles).is_open(ino);
         if !is_open {
-            lock(&self.inodes).adopt(ino);
+            inodes.adopt(ino);
         }
         is_open
     }
@@ -261,8 +262,10 @@ impl Tree {
     /// # Errors
     /// [`ErrorKind::IsADirectory`]; [`ErrorKind::NotFound`] if it is gone by now, and what the store fails with.
     pub fn open(&self, ino: Ino, patience: Patience) -> Result<HandleId> {
-        if self.is_orphan(ino) {
-            return self.reopen(ino, None);
+        if self.is_orphan(ino)
+            && let Some(reopened) = self.reopen(ino, None)?
+        {
+            return Ok(reopened);
         }
         self.wherever(ino, patience, |node| {
             let handle = self.open_node(ino, node, patience)?;
@@ -276,14 +279,19 @@ impl Tree {
     }
 
     /// Opens a file once more that lost its name while it is open: by `/proc/self/fd`, or by a name that somebody was about to open. It is what
-    /// somebody who has it open sees of it now, and what is written into it is seen through this descriptor alone.
-    pub(super) fn reopen(&self, ino: Ino, for_writing: Option<OpenForWriting>) -> Result<HandleId> {
-        let opened = lock(&self.handles).open_content(ino);
-        // It has just been closed: what has its name now is another file.
-        let gone = || Error::new(ErrorKind::Stale, "it has lost its name");
-        let (content, attributes) = opened.ok_or_else(gone)?;
+    /// somebody who has it open sees of it now, and what is written into it is seen through this descriptor alone. Nothing if nobody has it open.
+    pub(super) fn reopen(
+        &self,
+        ino: Ino,
+        for_writing: Option<OpenForWriting>,
+    ) -> Result<Option<HandleId>> {
+        let Some((content, attributes)) = lock(&self.handles).open_content(ino) else {
+            // It has just been closed.
+            return Ok(None);
+        };
         let Some(how) = for_writing else {
-            return Ok(self.open_handle(Handle::Content(content, attributes)));
+            let handle = self.open_handle(Handle::Content(content, attributes));
+            return Ok(Some(handle));
         };
         let content = if how.truncate {
             Vec::new()
@@ -303,7 +311,7 @@ impl Tree {
             user: AtomicU32::new(0),
         })));
         lock(&self.handles).opened_by(handle, ino);
-        Ok(handle)
+        Ok(Some(handle))
     }
 
     fn open_node(&self, ino: Ino, node: &Node, patience: Patience) -> Result<HandleId> {

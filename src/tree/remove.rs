@@ -134,14 +134,14 @@ impl Tree {
         if kind == FileKind::Directory {
             return Err(Error::new(ErrorKind::IsADirectory, "a directory"));
         }
-        let known = self.open_numbers(&node);
         if let Node::Scratch(_) = node {
             lock(&self.scratch).remove(directory, name);
         } else {
             self.take_out(&node, patience)?;
             self.cut_off(&node);
         }
-        self.orphan(known);
+        // (The kernel lets nobody make it anew meanwhile.)
+        self.orphan(self.open_numbers(&node));
         // It may have been what was open in a new object.
         self.wake_when_left_alone();
         Ok(())

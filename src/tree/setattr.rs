@@ -110,9 +110,9 @@ impl Tree {
         patience: Patience,
     ) -> Result<Entry> {
         if let Some(size) = change.size {
-            let writers = || lock(&self.handles).writers_of(ino);
-            for handle in handle.map_or_else(writers, |handle| vec![handle]) {
-                self.resize_open(handle, size)?;
+            match handle {
+                Some(handle) => self.resize_open(handle, size)?,
+                None => self.resize_all(ino, size)?,
             }
         }
         self.attributes_for(ino, change.pid, patience)

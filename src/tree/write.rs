@@ -13,6 +13,7 @@ use super::body::{Body, Bytes};
 use super::draft::Key;
 use super::handle::{Handle, HandleId, State, Writer};
 use super::node::{Ino, Node};
+use super::opened::are_same;
 use super::scratch::{Content, ScratchId};
 use super::slot::Slot;
 use super::{Tree, lock, view};
@@ -54,8 +55,10 @@ impl Tree {
         how: OpenForWriting,
         patience: Patience,
     ) -> Result<HandleId> {
-        if self.is_orphan(ino) {
-            return self.reopen(ino, Some(how));
+        if self.is_orphan(ino)
+            && let Some(reopened) = self.reopen(ino, Some(how))?
+        {
+            return Ok(reopened);
         }
         let opened = self.wherever(ino, patience, |node| {
             self.wait_until_closed(node, patience)?;
@@ -84,25 +87,25 @@ impl Tree {
     /// Notes which process uses a descriptor. The kernel asks for the attributes of an open file without saying through
     /// which descriptor, and one who has written expects to be told of that.
     pub fn used_by(&self, handle: HandleId, pid: u32) {
-        lock(&self.handles).used_by(handle, pid);
+        let process = self.processes.of(pid);
+        lock(&self.handles).used_by(handle, process);
         if let Ok(writer) = self.writer(handle) {
-            writer.user.store(pid, Ordering::Relaxed);
+            writer.user.store(process, Ordering::Relaxed);
         }
     }
 
-    /// The size of a file as `pid` sees it who is writing it; and whether anybody is.
+    /// The size of a file as the process `pid` sees it which is writing it, through the descriptor that it opened last; and whether anybody is.
     pub(super) fn written_size(&self, node: &Node, pid: u32) -> (bool, Option<u64>) {
-        let writers = lock(&self.handles).writers();
-        let mut of_node = writers
-            .iter()
-            .filter(|writer| self.committed_as(writer).as_ref() == Some(node))
-            .peekable();
-        let is_open = of_node.peek().is_some();
-        let ours = of_node.find(|writer| {
+        let mut writers = lock(&self.handles).writers();
+        writers.retain(|writer| self.committed_as(writer).as_ref() == Some(node));
+        let is_open = !writers.is_empty();
+        let process = self.processes.of(pid);
+        writers.retain(|writer| {
             let state = lock(&writer.state);
-            (state.written || state.resized) && writer.user.load(Ordering::Relaxed) == pid
+            let is_written = state.written || state.resized;
+            is_written && are_same(writer.user.load(Ordering::Relaxed), process)
         });
-        (is_open, ours.map(|writer| writer.size()))
+        (is_open, writers.last().map(|writer| writer.size()))
     }
 
     /// Opens what [`Tree::in_place`] keeps where it is.
@@ -425,12 +428,12 @@ impl Tree {
         }
         state.refused = false;
         state.error = None;
-        state.appended = if at.is_some() || state.resized {
-            None
-        } else if state.written {
-            state.appended.map(|appended| appended + data.len())
-        } else {
-            Some(data.len())
+        state.appended = match state.appended {
+            _ if at.is_some() || state.resized => None,
+            Some(appended) => Some(appended + data.len()),
+            // What is written otherwise is not stored by appending.
+            None if state.written => None,
+            None => Some(data.len()),
         };
         state.written = true;
         state.mtime = None;
@@ -493,6 +496,19 @@ impl Tree {
         }
         if writer.resize(as_index(size)) {
             self.touch(&writer.node);
+        }
+        Ok(())
+    }
+
+    /// The same of all that the file `ino` is written through.
+    pub(super) fn resize_all(&self, ino: Ino, size: u64) -> Result<()> {
+        let writers = lock(&self.handles).writers_of(ino);
+        for handle in writers {
+            match self.resize_open(handle, size) {
+                // It has just been closed.
+                Err(error) if error.kind() == ErrorKind::System(libc::EBADF) => {}
+                outcome => outcome?,
+            }
         }
         Ok(())
     }
