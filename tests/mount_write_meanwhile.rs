@@ -245,6 +245,30 @@ both_backends! {
         }
     }
 
+    fn what_is_renamed_between_two_reads_of_a_directory_is_listed_once(backend) {
+        let bench = Bench::new(backend);
+        // The kernel is given all of it with the first read, and asks anew for what does not fit into that.
+        let script = "import ctypes,os,struct,sys\n\
+            d,a,b,first=sys.argv[1:5]; c=ctypes.CDLL(None); buf=ctypes.create_string_buffer(32768)\n\
+            def read(f,size):\n  \
+            k=c.getdents64(f,buf,size); q=0; r=[]\n  \
+            while q<k:\n    \
+            l=struct.unpack_from('<H',buf.raw,q+16)[0]; r.append(buf.raw[q+19:q+l].split(b'\\0')[0].decode()); q+=l\n  \
+            return r\n\
+            for i in range(20):\n  \
+            f=os.open(d,os.O_RDONLY|os.O_DIRECTORY); names=read(f,int(first)); part=[a,b][i%2]; was=part in names\n  \
+            os.rename(f'{d}/{part}',f'{d}/{[b,a][i%2]}')\n  \
+            while (more:=read(f,32768)): names+=more\n  \
+            os.close(f); found=[n for n in names if n in (a,b)]\n  \
+            assert len(found)==1, (i,was,names)";
+        fs::write(bench.outside.path().join("list.py"), script).unwrap();
+        for first in [48, 64, 100, 200, 400] {
+            bench.quiet(&format!("python3 $out/list.py $o CKA_LABEL CKA_URL {first}"));
+            bench.quiet(&format!("python3 $out/list.py . ${{o##*/}} {OTHER} {first}"));
+            bench.quiet(&format!("cp -r $o .new; mkdir .new/CKA_WRAP_TEMPLATE; python3 $out/list.py .new CKA_LABEL .x {first}; rm -r .new"));
+        }
+    }
+
     fn all_threads_of_who_writes_a_file_are_told_how_long_it_is(backend) {
         let bench = Bench::new(backend);
         let label = bench.of_data("CKA_LABEL");

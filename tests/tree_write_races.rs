@@ -1039,12 +1039,17 @@ fn a_directory_that_is_renamed_while_it_is_listed_lists_what_is_in_it() {
     let listed = f.tree.read_dir(handle).unwrap();
     assert!(!listed.is_empty());
     for entry in &*listed {
-        f.tree.look_at(directory, entry, patient()).unwrap();
+        f.tree
+            .look_at(directory, &listed, entry, patient())
+            .unwrap();
     }
     // Another one under the name that it had.
     rename(NAMES[1], NAMES[0]);
     for entry in &*listed {
-        let found = f.tree.look_at(directory, entry, patient()).unwrap();
+        let (_, found) = f
+            .tree
+            .look_at(directory, &listed, entry, patient())
+            .unwrap();
         if entry.name == "CKA_LABEL" {
             let handle = f.open(found.entry.attributes.ino);
             f.tree.write(handle, 0, b"FIRST", patient()).unwrap();
@@ -1184,7 +1189,7 @@ fn an_answer_that_is_taken_back_was_not_given() {
     let mode = std::os::unix::fs::PermissionsExt::from_mode(0o400);
     fs::set_permissions(f.dir.path().join("t/key.object"), mode).unwrap();
     for entry in &*listed {
-        let answer = f.tree.look_at(f.object, entry, patient()).unwrap();
+        let (_, answer) = f.tree.look_at(f.object, &listed, entry, patient()).unwrap();
         f.tree.take_back_answer(answer);
     }
     let opened = f
@@ -1203,8 +1208,9 @@ fn what_was_moved_out_of_a_scratch_directory_is_not_listed_in_it_any_more() {
     f.tree
         .rename(old, new, RenameHow::default(), patient())
         .unwrap();
-    for entry in &*f.tree.read_dir(handle).unwrap() {
-        let found = f.tree.look_at(from, entry, patient());
+    let listed = f.tree.read_dir(handle).unwrap();
+    for entry in &*listed {
+        let found = f.tree.look_at(from, &listed, entry, patient());
         assert_eq!(
             found.unwrap_err().kind(),
             tokenfs::error::ErrorKind::NotFound

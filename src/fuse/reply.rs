@@ -99,8 +99,8 @@ pub(super) fn fill(
     }
     let first = usize::try_from(offset.saturating_sub(2)).unwrap_or(usize::MAX);
     for (index, entry) in listing.iter().enumerate().skip(first) {
-        let answer = match tree.look_at(ino, entry, patience) {
-            Ok(answer) => answer,
+        let (name, answer) = match tree.look_at(ino, &listing, entry, patience) {
+            Ok(found) => found,
             // It has gone since the directory was opened.
             Err(error) if error.kind() == ErrorKind::NotFound => continue,
             // The next request begins with it.
@@ -115,7 +115,7 @@ pub(super) fn fill(
         let full = reply.add(
             INodeNo(found.attributes.ino),
             index as u64 + 3,
-            &entry.name,
+            &name,
             &found.valid,
             &attributes(&found.attributes),
             Generation(found.generation),
@@ -144,13 +144,21 @@ pub(super) fn names(
     };
     let dots = [(ino, "."), (tree.parent(ino), "..")];
     let dots = dots.map(|(ino, name)| (ino, FileKind::Directory, OsStr::new(name)));
-    let entries = listing
-        .iter()
-        .map(|entry| (entry.ino, entry.kind, entry.name.as_os_str()));
-    let skip = usize::try_from(offset).unwrap_or(usize::MAX);
-    for (index, (ino, kind, name)) in dots.into_iter().chain(entries).enumerate().skip(skip) {
-        // The offset of an entry is that of the one behind it.
-        if reply.add(INodeNo(ino), index as u64 + 1, file_type(kind), name) {
+    let first = usize::try_from(offset).unwrap_or(usize::MAX);
+    // The offset of an entry is that of the one behind it.
+    for (index, (number, kind, name)) in dots.into_iter().enumerate().skip(first) {
+        if reply.add(INodeNo(number), index as u64 + 1, file_type(kind), name) {
+            return reply.ok();
+        }
+    }
+    for (index, entry) in listing.iter().enumerate().skip(first.saturating_sub(2)) {
+        let now = tree.listed_now(ino, &listing, entry);
+        if reply.add(
+            INodeNo(now.ino),
+            index as u64 + 3,
+            file_type(now.kind),
+            &now.name,
+        ) {
             break;
         }
     }

@@ -14,10 +14,10 @@ use super::remove::Attending;
 use super::write::Scratched;
 use super::{
     Answer, Attributes, Entry, FileKind, Listed, Look, NAME_MAX, OpenForWriting, Tree, by_label,
-    lock, view,
+    lock, name, view,
 };
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::Patience;
+use crate::store::{ObjectId, Patience};
 
 /// How long an answer can take to be made, and still be remembered: well below what [`Tree::stale`] says things again after.
 const LONG_AGO: Duration = Duration::from_millis(20);
@@ -43,12 +43,79 @@ impl Tree {
         })
     }
 
-    /// What `stat` says of one entry of a directory that is being listed, where that is by now. It counts as an answer, as that of
-    /// [`Tree::lookup`], unless it is taken back with [`Tree::take_back_answer`].
+    /// What `stat` says of one entry of a directory that is being listed, where that is by now, and under which name. It counts as an answer, as
+    /// that of [`Tree::lookup`], unless it is taken back with [`Tree::take_back_answer`].
     ///
     /// # Errors
     /// As [`Tree::lookup`]; [`ErrorKind::NotFound`] if it is gone by now.
-    pub fn look_at(&self, parent: Ino, listed: &Listed, patience: Patience) -> Result<Answer> {
+    pub fn look_at(
+        &self,
+        parent: Ino,
+        listing: &[Listed],
+        listed: &Listed,
+        patience: Patience,
+    ) -> Result<(OsString, Answer)> {
+        let mut entry = self.listed_now(parent, listing, listed);
+        loop {
+            match self.look_at_entry(parent, &entry, patience) {
+                Err(error) if error.kind() == ErrorKind::NotFound => {
+                    let now = self.listed_now(parent, listing, listed);
+                    if now.name == entry.name {
+                        return Err(error);
+                    }
+                    entry = now;
+                }
+                answer => return Ok((entry.name, answer?)),
+            }
+        }
+    }
+
+    /// An entry of a listing of the directory `parent` as it is called by now: what was renamed in its directory since that was listed, and is read
+    /// only now, is in the listing under the name that it has, unless that is there already.
+    #[must_use]
+    pub fn listed_now(&self, parent: Ino, listing: &[Listed], listed: &Listed) -> Listed {
+        // Scratch is the same whatever it is called.
+        let may_be_renamed = |node: &Node| matches!(node, Node::Scratch(_)) || *node != listed.node;
+        let now = lock(&self.inodes)
+            .get(listed.ino)
+            .filter(|inode| may_be_renamed(&inode.node) && inode.parent == parent)
+            .map(|inode| inode.node.clone());
+        let found = now.and_then(|node| Some((self.name_in(parent, &node)?, node)));
+        match found {
+            Some((name, node)) if listing.iter().all(|other| other.name != name) => Listed {
+                name,
+                node,
+                ..listed.clone()
+            },
+            _ => listed.clone(),
+        }
+    }
+
+    /// What something is called in the listing of the directory `parent`, if it is in that: scratch is in none but that of scratch.
+    fn name_in(&self, parent: Ino, node: &Node) -> Option<OsString> {
+        let directory = self.node(parent).ok()?;
+        match node {
+            Node::Scratch(id) if matches!(directory, Node::Scratch(_)) => {
+                let scratch = lock(&self.scratch);
+                let mut names = scratch.names(&directory)?.iter();
+                let (name, _) = names.find(|(_, found)| *found == id)?;
+                Some(name.clone())
+            }
+            Node::Attribute(_, _, key) | Node::MapEntry(_, _, _, key)
+                if node.can_be_in(&directory) =>
+            {
+                Some(OsString::from(&*name::file_name(*key)))
+            }
+            Node::Object(token, ObjectId::Object(object))
+                if directory == Node::Token(token.clone()) =>
+            {
+                Some(object.as_os_str().to_os_string())
+            }
+            _ => None,
+        }
+    }
+
+    fn look_at_entry(&self, parent: Ino, listed: &Listed, patience: Patience) -> Result<Answer> {
         self.wherever(parent, patience, |directory| {
             let node = if listed.node.can_be_in(directory) {
                 listed.node.clone()

@@ -277,12 +277,13 @@ impl World for TreeWorld {
     fn list(&mut self, path: &str) -> Answer<BTreeSet<String>> {
         let directory = self.walk(path)?;
         let handle = errno(self.tree.open_dir(directory, patient()))?;
-        let listed = errno(self.tree.read_dir(handle))?;
-        let names: Vec<String> = listed
+        let all = errno(self.tree.read_dir(handle))?;
+        let names: Vec<String> = all
             .iter()
             .map(|listed| {
-                let found = self.tree.look_at(directory, listed, patient());
-                let found = found.unwrap_or_else(|error| panic!("{listed:?}: {error}"));
+                let found = self.tree.look_at(directory, &all, listed, patient());
+                let (name, found) = found.unwrap_or_else(|error| panic!("{listed:?}: {error}"));
+                assert_eq!(name, listed.name);
                 assert_eq!(found.entry.attributes.kind, listed.kind);
                 self.tree.take_back_answer(found);
                 listed.name.to_str().unwrap().to_owned()
