@@ -105,6 +105,15 @@ both_backends! {
         bench.assert_label("new", "which is another file");
     }
 
+    fn who_extends_a_file_that_a_child_has_written_is_told_its_length(backend) {
+        let bench = Bench::alone(backend);
+        bench.quiet("printf 12345678 >$o/CKA_VALUE");
+        let script = "import os,sys; f=sys.argv[1]; d=os.open(f,os.O_RDWR); p=os.fork(); p or (os.write(d,b'C'*14), os._exit(0)); os.wait(); \
+            os.posix_fallocate(d,0,6000); seen=(os.fstat(d).st_size, os.stat(f).st_size, len(os.pread(d,9999,0))); assert seen==(6000,)*3, seen";
+        bench.quiet(&format!("python3 -c \"{script}\" $o/CKA_VALUE"));
+        eventually(SOON, "what was extended", || bench.stored_data("CKA_VALUE").is_some_and(|value| value.len() == 6000));
+    }
+
     fn what_was_mapped_and_closed_is_renamed_as_it_was_written(backend) {
         let bench = Bench::alone(backend);
         let script = "python3 -c 'import mmap,os,sys; fd=os.open(sys.argv[1],os.O_RDWR); \

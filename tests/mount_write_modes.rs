@@ -125,6 +125,28 @@ both_backends! {
         }
     }
 
+    fn what_others_cannot_read_in_scratch_they_do_not_make_a_part_of_an_object(backend) {
+        let bench = shared(backend, "0000");
+        let secret = "printf secret >$o/.x; mkdir -m 0777 .w; (umask 0; for a in CLASS PRIVATE TOKEN; do cp $o/CKA_$a .w/; done); printf secret >.w/CKA_VALUE";
+        by(&bench, ALICE, 0o077, secret).unwrap();
+        for line in ["mv -f $o/.x $o/CKA_URL", "mv .w $n", "mv $o/.x $o/.y; mv -f $o/.y $o/CKA_URL"] {
+            let said = by(&bench, BOB, 0, line).unwrap_err();
+            assert!(said.contains("Permission denied"), "{line}: {said}");
+        }
+        assert!(bench.log().contains("cannot read a scratch file"), "{}", bench.log());
+        // Who has written it decides who is to read it.
+        by(&bench, ALICE, 0, "mv $o/.y $o/CKA_URL; mv .w $n").unwrap();
+        by(&bench, BOB, 0, "cat $o/CKA_URL").unwrap();
+        let of_file = backend == Backend::File;
+        assert_eq!(by(&bench, BOB, 0, "cat $n/CKA_VALUE").is_err(), of_file, "the mode of a database is that of all in it");
+        if of_file {
+            assert_eq!(is(&bench.at(NEW).join("CKA_CLASS")), format!("0600 {}:{}", ALICE.uid, ALICE.gid));
+        }
+        // What all may read all can make one.
+        by(&bench, ALICE, 0, "rm -r $n; printf public >$o/.x; cp -r $o .w").unwrap();
+        by(&bench, BOB, 0, "mv -f $o/.x $o/CKA_URL; mv .w $n").unwrap();
+    }
+
     fn a_lax_directory_lets_nobody_into_a_database(backend) {
         let bench = shared(backend, "0");
         let token = bench.softhsm.token_directory();

@@ -572,7 +572,7 @@ impl Filesystem for Adapter {
 
     fn fallocate(
         &self,
-        _request: &Request,
+        request: &Request,
         _ino: INodeNo,
         handle: FileHandle,
         offset: u64,
@@ -580,10 +580,10 @@ impl Filesystem for Adapter {
         mode: i32,
         reply: ReplyEmpty,
     ) {
+        let handle = HandleId(handle.0);
+        self.tree.used_by(handle, request.pid());
         let answer = match mode {
-            0 => self
-                .tree
-                .extend_open(HandleId(handle.0), offset.saturating_add(length)),
+            0 => (self.tree).extend_open(handle, offset.saturating_add(length)),
             // Nothing has to be reserved, since it is all in memory until it is committed.
             libc::FALLOC_FL_KEEP_SIZE => Ok(()),
             _ => return reply.error(Errno::EOPNOTSUPP),

@@ -4,7 +4,7 @@ use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 
 use super::body::Body;
-use super::entries::ScratchFile;
+use super::entries::{Caller, ScratchFile};
 use super::name::{self, Name};
 use super::node::Node;
 use super::rename::{End, other_device};
@@ -77,6 +77,30 @@ impl Tree {
         Ok(())
     }
 
+    /// That `caller` may read what scratch holds that is to become a part of an object: whoever may read that can read it from then on.
+    ///
+    /// # Errors
+    /// [`ErrorKind::PermissionDenied`].
+    pub(super) fn check_may_read(&self, id: ScratchId, caller: Option<Caller>) -> Result<()> {
+        let Some(caller) = caller.filter(|caller| caller.uid != 0) else {
+            return Ok(());
+        };
+        let parts = parts(&lock(&self.scratch), id);
+        let may_read = |part: &Access| {
+            // The owner could give himself the right.
+            part.uid == caller.uid
+                || part.mode & 0o004 != 0
+                || part.mode & 0o040 != 0 && caller.is_in(part.gid)
+        };
+        if parts.iter().all(may_read) {
+            return Ok(());
+        }
+        Err(Error::new(
+            ErrorKind::PermissionDenied,
+            "who cannot read a scratch file does not make it a part of an object, which others can read",
+        ))
+    }
+
     /// Makes a scratch directory an object, in one step.
     pub(super) fn publish_object(
         &self,
@@ -96,10 +120,13 @@ impl Tree {
                     "this was a damaged object when it was renamed to scratch, and nothing of it is left; restore it from a backup",
                 ));
             }
-            let access = Access {
+            let mut access = Access {
                 mode: entry.access.mode & 0o666,
                 ..entry.access
             };
+            for part in parts(&scratch, id) {
+                access.mode &= !closed_to(access, part);
+            }
             (access, entry.given)
         };
         let key = (token.clone(), ObjectId::Object(object.clone()));
@@ -321,6 +348,33 @@ impl Tree {
             entry.given = Some(mtime);
         }
     }
+}
+
+/// Mode and owner of what becomes a part of an object if this scratch does: of a file, or of all in a directory that has the name of an attribute.
+fn parts(scratch: &Scratch, id: ScratchId) -> Vec<Access> {
+    let Ok(entry) = scratch.get(id) else {
+        return Vec::new();
+    };
+    let Content::Directory(names) = &entry.content else {
+        return vec![entry.access];
+    };
+    let is_part = |name: &OsStr| matches!(name::parse(name.as_bytes()), Name::Attribute(_));
+    let inside = names.iter().filter(|(name, _)| is_part(name));
+    inside
+        .flat_map(|(_, id)| {
+            let entry = scratch.get(*id).ok();
+            let map = entry.filter(|entry| entry.kind() == FileKind::Directory);
+            let own = map.map(|entry| entry.access);
+            own.into_iter().chain(parts(scratch, *id))
+        })
+        .collect()
+}
+
+/// The bits of those who cannot read `part`, and would if it were in an object of this mode: the store has one for all of it.
+fn closed_to(object: Access, part: Access) -> u32 {
+    let others = part.mode & 0o004 != 0;
+    let group = others || part.gid == object.gid && part.mode & 0o040 != 0;
+    (if group { 0 } else { 0o060 }) | (if others { 0 } else { 0o006 })
 }
 
 /// Mode and owner that `stat` says.

@@ -139,6 +139,9 @@ impl Tree {
         let place = self.place(to.directory, to.name, kind)?;
         // There is nothing, or nothing that stays: what the kernel knows by that name is something that is gone.
         let target = place.directory().filter(|_| kind == FileKind::Directory);
+        if let (Node::Scratch(id), Place::Attribute(_) | Place::Object(..)) = (&node, &place) {
+            self.check_may_read(*id, how.by)?;
+        }
         let buried = target.as_ref().and_then(|target| self.known_number(target));
         match (&node, place) {
             (Node::Scratch(id), Place::Attribute(target)) => {
