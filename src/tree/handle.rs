@@ -8,7 +8,7 @@ use std::time::SystemTime;
 use super::body::{Body, Bytes};
 use super::node::Node;
 use super::opened::Opened;
-use super::{Attributes, Ino, Listed, lock};
+use super::{Attributes, Ino, Listed, OpenForWriting, lock};
 use crate::error::{Error, Result};
 
 /// The number of an open file or directory.
@@ -29,6 +29,24 @@ pub(super) enum Handle {
     Listing(Arc<[Listed]>, Attributes, u64),
 }
 
+/// What a file was opened for (`open(2)`, "access mode").
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum OpenedFor {
+    /// `O_RDONLY`, of scratch: nobody is done writing when it is closed.
+    Reading,
+    /// `O_WRONLY`.
+    Writing,
+    /// `O_RDWR`.
+    Both,
+}
+
+impl OpenedFor {
+    /// What the kernel says of one that is opened for writing.
+    pub fn writing(how: OpenForWriting) -> Self {
+        if how.read { Self::Both } else { Self::Writing }
+    }
+}
+
 /// A descriptor that a file is being written through.
 #[derive(Debug)]
 pub(super) struct Writer {
@@ -38,10 +56,8 @@ pub(super) struct Writer {
     pub attributes: Attributes,
     /// Every write goes to the end (`O_APPEND`).
     pub append: bool,
-    /// It was opened for reading, so that nobody is done writing when it is closed.
-    pub is_reader: bool,
-    /// It can be read through it.
-    pub is_read: bool,
+    /// What it was opened for.
+    pub opened_for: OpenedFor,
     /// What is in the file as this descriptor sees it.
     pub content: Bytes,
     /// What of that the store has to be told.
@@ -107,7 +123,7 @@ impl Writer {
         let mut content = lock(&self.content);
         let mut state = lock(&self.state);
         state.committed(false);
-        if !self.is_reader {
+        if self.opened_for != OpenedFor::Reading {
             state.end(&mut content);
         }
     }
@@ -254,7 +270,7 @@ impl Open {
                 let is_unchanged = state.version == state.stored;
                 let is_written = state.written || state.resized;
                 drop(state);
-                if !(is_written || is_unchanged && writer.is_read) {
+                if !(is_written || is_unchanged && writer.opened_for != OpenedFor::Writing) {
                     // Nothing is read through it but what it has written itself.
                     return None;
                 }

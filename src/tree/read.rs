@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use super::body::Body;
-use super::handle::{Handle, HandleId, Place, Writer};
+use super::handle::{Handle, HandleId, OpenedFor, Place, Writer};
 use super::inode::{Inode, InodeTable};
 use super::node::{Ino, Node, ROOT};
 use super::publish::access_of;
@@ -370,8 +370,7 @@ impl Tree {
             node: self.node(ino)?,
             attributes,
             append: how.append,
-            is_reader: false,
-            is_read: how.read,
+            opened_for: OpenedFor::writing(how),
             content: Arc::new(Mutex::new(Body::open(content))),
             state: Mutex::default(),
             place: Mutex::new(Place::Gone),

@@ -11,7 +11,7 @@ use std::time::SystemTime;
 
 use super::body::{Body, Bytes};
 use super::draft::Key;
-use super::handle::{Handle, HandleId, State, Writer};
+use super::handle::{Handle, HandleId, OpenedFor, State, Writer};
 use super::node::{Ino, Node};
 use super::opened::are_same;
 use super::scratch::{Content, ScratchId};
@@ -177,8 +177,7 @@ impl Tree {
             node,
             attributes,
             append: how.append,
-            is_reader: false,
-            is_read: how.read,
+            opened_for: OpenedFor::writing(how),
             content,
             state: Mutex::new(state),
             place: Mutex::default(),
@@ -248,8 +247,7 @@ impl Tree {
             node: node.clone(),
             attributes,
             append: how.append,
-            is_reader: for_writing.is_none(),
-            is_read: for_writing.is_none_or(|how| how.read),
+            opened_for: for_writing.map_or(OpenedFor::Reading, OpenedFor::writing),
             content: bytes,
             state: Mutex::default(),
             place: Mutex::default(),
