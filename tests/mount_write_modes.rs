@@ -142,6 +142,15 @@ both_backends! {
         if of_file {
             assert_eq!(is(&bench.at(NEW).join("CKA_CLASS")), format!("0600 {}:{}", ALICE.uid, ALICE.gid));
         }
+        // A directory that is closed to them holds nothing of theirs, either, whatever the modes in it are.
+        let closed = "mkdir -m 0700 $o/.m .w; (umask 022; printf secret >$o/.m/CKA_LABEL; for a in CLASS PRIVATE TOKEN; do cp $o/CKA_$a .w/; done; printf secret >.w/CKA_VALUE)";
+        by(&bench, ALICE, 0, closed).unwrap();
+        let other = "00000000-0000-4000-8000-000000000002";
+        for line in ["mv -T $o/.m $o/CKA_WRAP_TEMPLATE", &format!("mv -T .w {other}")] {
+            let said = by(&bench, BOB, 0, line).unwrap_err();
+            assert!(said.contains("Permission denied"), "{line}: {said}");
+        }
+        by(&bench, ALICE, 0, "rm -r .w").unwrap();
         // What all may read all can make one.
         by(&bench, ALICE, 0, "rm -r $n; printf public >$o/.x; cp -r $o .w").unwrap();
         by(&bench, BOB, 0, "mv -f $o/.x $o/CKA_URL; mv .w $n").unwrap();

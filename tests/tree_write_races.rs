@@ -933,6 +933,113 @@ fn what_is_appended_after_something_failed_comes_behind_all_that_was_written() {
 }
 
 #[test]
+fn of_what_is_refused_in_the_middle_nothing_is_a_value() {
+    let f = fixture();
+    let (name, before) = ("CKA_ALLOWED_MECHANISMS", "CKM_RSA_PKCS\nCKM_SHA256\n");
+    f.put(f.object, name, before.as_bytes());
+    let file = f.find(f.object, name);
+    let read = || {
+        let handle = f.tree.open(file, patient()).unwrap();
+        let text = f.tree.read(handle, 0, 1000).unwrap();
+        f.tree.release(handle, patient()).unwrap();
+        String::from_utf8(text).unwrap()
+    };
+    let how = OpenForWriting {
+        truncate: true,
+        ..OpenForWriting::default()
+    };
+    let half = || {
+        let open = f.tree.open_for_writing(file, how, patient()).unwrap();
+        f.tree.write(open, 0, b"CKM_MD5\n", patient()).unwrap();
+        let refused = f.tree.write(open, 8, b"CKM_TYPO\n", patient());
+        refused.unwrap_err();
+        open
+    };
+    for is_synced in [false, true] {
+        let open = half();
+        if is_synced {
+            let _ = f.tree.sync_file(file, open, patient());
+        }
+        let _ = f.tree.flush(open, patient());
+        f.tree.release(open, patient()).unwrap();
+        assert_eq!(read(), before, "synced: {is_synced}");
+    }
+    // Unless what is meant follows.
+    let open = half();
+    f.tree.write(open, 8, b"CKM_SHA_1\n", patient()).unwrap();
+    f.close(open);
+    assert_eq!(read(), "CKM_MD5\nCKM_SHA_1\n");
+}
+
+#[test]
+fn what_is_unlinked_while_its_commit_waits_is_gone_for_good() {
+    for round in 0..6 {
+        let f = fixture();
+        let label = f.find(f.object, "CKA_LABEL");
+        let open = f.open(label);
+        f.tree.write(open, 0, b"late", patient()).unwrap();
+        let held = locked(&f, "key");
+        std::thread::scope(|s| {
+            let closing = s.spawn(|| f.tree.flush(open, patient()));
+            std::thread::sleep(Duration::from_millis(100));
+            f.tree.unlink(f.object, os("CKA_LABEL"), patient()).unwrap();
+            assert!(f.tree.lookup(f.object, os("CKA_LABEL"), patient()).is_err());
+            let syncing = s.spawn(|| f.tree.sync_dir(f.object, patient()));
+            std::thread::sleep(Duration::from_millis(100 + 7 * round));
+            drop(held);
+            closing.join().unwrap().unwrap();
+            syncing.join().unwrap().unwrap();
+        });
+        assert!(!labels(&f).0, "round {round}");
+        f.tree.release(open, patient()).unwrap();
+    }
+}
+
+#[test]
+fn what_softhsm_has_given_a_file_without_a_value_is_removed_with_it() {
+    let f = fixture();
+    let name = "CKA_COPYABLE";
+    f.close(f.create(f.object, name));
+    let mut a = Attributes::new();
+    a.insert(0, Value::Ulong(0));
+    a.insert(PRIVATE, Value::Bool(false));
+    a.insert(3, Value::Bytes(b"old".to_vec()));
+    a.insert(0x171, Value::Bool(true));
+    std::thread::sleep(Duration::from_millis(20));
+    fs::write(f.dir.path().join("t/key.object"), encode(2, &a)).unwrap();
+    f.tree.unlink(f.object, os(name), patient()).unwrap();
+    assert!(f.tree.lookup(f.object, os(name), patient()).is_err());
+    f.tree.sync_dir(f.object, patient()).unwrap();
+    let stored = fs::read(f.dir.path().join("t/key.object")).unwrap();
+    let stored = tokenfs::store::file::decode(&stored).unwrap().attributes;
+    assert!(stored.of_type(0x171).is_none());
+}
+
+#[test]
+fn nothing_is_no_object() {
+    let f = fixture();
+    let is_stored = |name: &str| f.dir.path().join(format!("t/{name}.object")).exists();
+    let made = f.make_dir(f.token, NAMES[0]);
+    f.tree.sync_dir(made, patient()).unwrap();
+    assert!(!is_stored(NAMES[0]));
+    f.make_dir(f.token, ".n");
+    let (from, to) = ((f.token, os(".n")), (f.token, os(NAMES[1])));
+    let renamed = f.tree.rename(from, to, RenameHow::default(), patient());
+    renamed.unwrap();
+    assert!(!is_stored(NAMES[1]));
+    // They are what was made by mkdir.
+    for name in [NAMES[0], NAMES[1]] {
+        let made = f.find(f.token, name);
+        f.put(made, "CKA_CLASS", b"CKO_DATA\n");
+        f.put(made, "CKA_LABEL", b"in the clear");
+        f.put(made, "CKA_PRIVATE", b"false\n");
+        f.tree.sync_dir(made, patient()).unwrap();
+        assert!(is_stored(name));
+        assert_eq!(label_of(&f, name), b"in the clear");
+    }
+}
+
+#[test]
 fn what_is_cut_after_something_was_refused_is_cut() {
     let f = fixture();
     let label = f.find(f.find(f.token, "token"), "CKA_OS_TOKENLABEL");

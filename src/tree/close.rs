@@ -24,7 +24,7 @@ impl Tree {
     /// # Errors
     /// [`ErrorKind::Invalid`] if it is no value of its kind: the old value stays; what writing to the store fails with.
     pub fn flush(&self, handle: HandleId, patience: Patience) -> Result<()> {
-        self.commit_handle(handle, patience, |state| state.written)?;
+        self.commit_handle(handle, patience, |state| state.written && !state.refused)?;
         if let Ok(writer) = self.writer(handle) {
             let mut state = lock(&writer.state);
             state.flushed = state.resized && !state.written && !state.refused;
@@ -38,7 +38,7 @@ impl Tree {
     /// As [`Tree::flush`].
     pub(super) fn commit_all(&self, handle: HandleId, patience: Patience) -> Result<()> {
         self.commit_handle(handle, patience, |state| {
-            state.written || state.resized && !state.refused
+            (state.written || state.resized) && !state.refused
         })
     }
 

@@ -198,17 +198,18 @@ impl Tree {
             .filter_map(|node| Slot::of(node).map(|(_, _, slot)| slot))
             .collect();
         // Before the value is there: nobody must take it for the one that was unlinked, and remove it.
-        let (number, held) = self.with_drafts(&key, patience, |drafts| {
+        let (number, commit, held) = self.with_drafts(&key, patience, |drafts| {
+            let commit = drafts.begin_commit();
             let draft = drafts.entry(&key);
             for slot in &slots {
-                *draft.committing.entry(*slot).or_insert(0) += 1;
+                draft.committing.entry(*slot).or_default().insert(commit);
                 draft.written.insert(*slot);
             }
             let ours = |held: &Slot| slots.iter().any(|slot| held == slot || held.is_in(*slot));
             let held = draft.removed.iter().filter(|(slot, _)| ours(slot));
             let held: Vec<(Slot, Attributes)> =
                 held.map(|(slot, then)| (*slot, then.clone())).collect();
-            Ok((draft.number, held))
+            Ok((draft.number, commit, held))
         })?;
         let mut made = Attributes::new();
         let outcome = self.change(first, mtime, patience, &mut |attributes| {
@@ -225,20 +226,20 @@ impl Tree {
         // The object may have another name by now, or there is another one of this name.
         let key = drafts.find(&key, number).unwrap_or(key);
         let draft = drafts.get_mut(&key).filter(|draft| draft.number == number);
+        let mut was_overtaken = false;
         if let Some(draft) = draft {
             for slot in slots {
-                let Some(count) = draft.committing.get_mut(&slot) else {
-                    // It was unlinked meanwhile: what has come is to go again, if anything has.
+                if draft.end_commit(slot, commit) {
+                    was_overtaken = true;
+                    // What has come is to go again, if anything has.
+                    let mut removed = draft.removed.iter_mut();
                     if outcome.is_ok()
-                        && let Some(then) = draft.removed.get_mut(&slot)
+                        && let Some((_, then)) =
+                            removed.find(|(held, _)| **held == slot || slot.is_in(**held))
                     {
                         then.clone_from(&made);
                     }
                     continue;
-                };
-                *count -= 1;
-                if *count == 0 {
-                    draft.committing.remove(&slot);
                 }
                 if outcome.is_ok() {
                     draft.fresh.remove(&slot);
@@ -252,7 +253,7 @@ impl Tree {
             drafts.touch(&key);
         }
         drafts.tidy(&key);
-        let can_be_due = outcome.is_err() || drafts.is_finished(&key.0);
+        let can_be_due = outcome.is_err() || was_overtaken || drafts.is_finished(&key.0);
         drop(drafts);
         self.wake_for(can_be_due);
         if outcome.is_ok() {

@@ -101,9 +101,11 @@ pub(super) struct Draft {
     pub written: BTreeSet<Slot>,
     /// Files that were created and have no value yet.
     pub fresh: BTreeMap<Slot, Bytes>,
-    /// How many commits are on their way to each place. What was unlinked there stays held until the first of them has come, and is not
-    /// written; who unlinks the place meanwhile takes it out of here, and means what comes too.
-    pub committing: BTreeMap<Slot, usize>,
+    /// The commits that are on their way to each place, by their numbers. What was unlinked there stays held until the first of them has come,
+    /// and is not written.
+    pub committing: BTreeMap<Slot, BTreeSet<u64>>,
+    /// Those to places that were unlinked meanwhile, by who means what comes, too: that is not done before it has come.
+    pub overtaken: BTreeMap<Slot, BTreeSet<u64>>,
     /// The time that the object was given since its content last changed: what was unlinked before that does not change it.
     pub given: Option<SystemTime>,
     /// The directory itself was removed (a token's own: its last step is the token's).
@@ -126,6 +128,7 @@ impl Draft {
             written: BTreeSet::new(),
             fresh: BTreeMap::new(),
             committing: BTreeMap::new(),
+            overtaken: BTreeMap::new(),
             given: None,
             gone: false,
             busy: false,
@@ -145,6 +148,7 @@ impl Draft {
         self.new.is_some()
             || !self.removed.is_empty()
             || !self.committing.is_empty()
+            || !self.overtaken.is_empty()
             || self.gone
             || self.busy
     }
@@ -156,6 +160,40 @@ impl Draft {
             .iter()
             .map(|(slot, then)| (*slot, then))
             .filter(move |(slot, _)| !fresh.contains_key(slot) && !committing.contains_key(slot))
+    }
+
+    /// The same, as far as nothing is on its way there that is to be removed, too.
+    pub fn to_remove(&self) -> impl Iterator<Item = (Slot, &Attributes)> {
+        self.unlinked().filter(|(slot, _)| {
+            let mut coming = self.overtaken.keys();
+            !coming.any(|other| other == slot || other.is_in(*slot))
+        })
+    }
+
+    /// What is at `slot` is unlinked: what is on its way there, or into a map there, is to go again when it has come. Whether there is any.
+    pub fn overtake(&mut self, slot: Slot) -> bool {
+        let is_there = |held: &Slot| *held == slot || held.is_in(slot);
+        let slots: Vec<Slot> = self.committing.keys().copied().filter(is_there).collect();
+        for slot in &slots {
+            let commits = self.committing.remove(slot).unwrap_or_default();
+            self.overtaken.entry(*slot).or_default().extend(commits);
+        }
+        !slots.is_empty()
+    }
+
+    /// The commit of this number has ended. Whether its place was unlinked meanwhile.
+    pub fn end_commit(&mut self, slot: Slot, number: u64) -> bool {
+        let is_of = |commits: &mut BTreeMap<Slot, BTreeSet<u64>>| {
+            let Some(numbers) = commits.get_mut(&slot) else {
+                return false;
+            };
+            let was = numbers.remove(&number);
+            if numbers.is_empty() {
+                commits.remove(&slot);
+            }
+            was
+        };
+        !is_of(&mut self.committing) && is_of(&mut self.overtaken)
     }
 
     /// Whether an object that is being removed has nothing left but what SoftHSM adds to one that lacks it when somebody looks at it there

@@ -83,6 +83,8 @@ pub(super) struct Drafts {
     builds: HashMap<TokenName, Build>,
     /// How many drafts there have been.
     last: u64,
+    /// How many commits have begun.
+    begun: u64,
     /// How many commits there have been, so that who has looked at an object before one looks again.
     pub commits: u64,
     /// The times that the directories of tokens were given while something was still to be written into them.
@@ -117,6 +119,12 @@ impl Drafts {
             *last += 1;
             Draft::new(*last, None)
         })
+    }
+
+    /// The number of a commit that begins.
+    pub fn begin_commit(&mut self) -> u64 {
+        self.begun += 1;
+        self.begun
     }
 
     /// Under which key the draft is now that had this number under `key`.

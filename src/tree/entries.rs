@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
+use std::time::SystemTime;
 
 use super::body::{Body, Bytes};
 use super::draft::New;
@@ -303,7 +304,8 @@ impl Tree {
                 self.check_may_make(&token, caller, patience)?;
                 let access = self.access(directory, mode, 0o666, caller, patience)?;
                 self.abandon(&(token.clone(), ObjectId::Object(object.clone())));
-                self.begin_object(&token, &object, access, caller, patience)?;
+                let maker = Some(caller.pid);
+                self.begin_object(&token, &object, access, None, maker, patience)?;
                 Ok(Node::Object(token, ObjectId::Object(object)))
             }
             Place::Own(token) => {
@@ -358,7 +360,8 @@ impl Tree {
         token: &TokenName,
         object: &ObjectName,
         access: Access,
-        caller: Caller,
+        mtime: Option<SystemTime>,
+        maker: Option<u32>,
         patience: Patience,
     ) -> Result<()> {
         let opened = self.token(token)?;
@@ -370,9 +373,9 @@ impl Tree {
         let new = New {
             attributes: Attributes::new(),
             access,
-            mtime: None,
+            mtime,
             unwritten: BTreeSet::new(),
-            makers: BTreeSet::from([caller.pid]),
+            makers: maker.into_iter().collect(),
         };
         self.check_entries()?;
         let key = (token.clone(), ObjectId::Object(object.clone()));

@@ -86,11 +86,14 @@ impl Tree {
             return Ok(());
         };
         let parts = parts(&lock(&self.scratch), id);
-        let may_read = |part: &Access| {
+        let may = |bits: u32, part: &Access| {
             // The owner could give himself the right.
-            part.uid == caller.uid
-                || part.mode & 0o004 != 0
-                || part.mode & 0o040 != 0 && caller.is_in(part.gid)
+            let (others, group) = (part.mode & bits == bits, part.mode >> 3 & bits == bits);
+            part.uid == caller.uid || others || group && caller.is_in(part.gid)
+        };
+        let may_read = |(kind, part): &(FileKind, Access)| match kind {
+            FileKind::Directory => may(0o5, part),
+            _ => may(0o4, part),
         };
         if parts.iter().all(may_read) {
             return Ok(());
@@ -124,7 +127,7 @@ impl Tree {
                 mode: entry.access.mode & 0o666,
                 ..entry.access
             };
-            for part in parts(&scratch, id) {
+            for (_, part) in parts(&scratch, id) {
                 access.mode &= !closed_to(access, part);
             }
             (access, entry.given)
@@ -133,14 +136,18 @@ impl Tree {
         // Before anything makes room for it.
         self.token(token)?.check_name(object)?;
         validate::check(None, &attributes)?;
+        if !replaces_damaged {
+            self.make_room(&key, object, false, patience)?;
+        }
+        if attributes.is_empty() && !replaces_damaged {
+            // Nothing was put into it, as into a directory that was just made.
+            return self.begin_object(token, object, access, mtime, None, patience);
+        }
         let new = NewObject {
             attributes,
             access,
             mtime,
         };
-        if !replaces_damaged {
-            self.make_room(&key, object, false, patience)?;
-        }
         self.ask(token, patience, |token| {
             if replaces_damaged {
                 token.replace_damaged(object, Some(&new), patience)
@@ -350,24 +357,19 @@ impl Tree {
     }
 }
 
-/// Mode and owner of what becomes a part of an object if this scratch does: of a file, or of all in a directory that has the name of an attribute.
-fn parts(scratch: &Scratch, id: ScratchId) -> Vec<Access> {
+/// Mode and owner of what becomes a part of an object if this scratch does: of a file, or of a directory with all in it that has the name of an
+/// attribute.
+fn parts(scratch: &Scratch, id: ScratchId) -> Vec<(FileKind, Access)> {
     let Ok(entry) = scratch.get(id) else {
         return Vec::new();
     };
-    let Content::Directory(names) = &entry.content else {
-        return vec![entry.access];
-    };
-    let is_part = |name: &OsStr| matches!(name::parse(name.as_bytes()), Name::Attribute(_));
-    let inside = names.iter().filter(|(name, _)| is_part(name));
-    inside
-        .flat_map(|(_, id)| {
-            let entry = scratch.get(*id).ok();
-            let map = entry.filter(|entry| entry.kind() == FileKind::Directory);
-            let own = map.map(|entry| entry.access);
-            own.into_iter().chain(parts(scratch, *id))
-        })
-        .collect()
+    let mut found = vec![(entry.kind(), entry.access)];
+    if let Content::Directory(names) = &entry.content {
+        let is_part = |name: &OsStr| matches!(name::parse(name.as_bytes()), Name::Attribute(_));
+        let inside = names.iter().filter(|(name, _)| is_part(name));
+        found.extend(inside.flat_map(|(_, id)| parts(scratch, *id)));
+    }
+    found
 }
 
 /// The bits of those who cannot read `part`, and would if it were in an object of this mode: the store has one for all of it.

@@ -74,12 +74,18 @@ impl Tree {
     /// only now, is in the listing under the name that it has, unless that is there already.
     #[must_use]
     pub fn listed_now(&self, parent: Ino, listing: &[Listed], listed: &Listed) -> Listed {
-        // Scratch is the same whatever it is called.
-        let may_be_renamed = |node: &Node| matches!(node, Node::Scratch(_)) || *node != listed.node;
         let now = lock(&self.inodes)
             .get(listed.ino)
-            .filter(|inode| may_be_renamed(&inode.node) && inode.parent == parent)
+            .filter(|inode| inode.parent == parent)
             .map(|inode| inode.node.clone());
+        // Scratch is the same whatever it is called.
+        let is_renamed = |node: &Node| match node {
+            Node::Scratch(id) => self.node(parent).is_ok_and(|directory| {
+                lock(&self.scratch).find(&directory, &listed.name) != Some(*id)
+            }),
+            node => *node != listed.node,
+        };
+        let now = now.filter(is_renamed);
         let found = now.and_then(|node| Some((self.name_in(parent, &node)?, node)));
         match found {
             Some((name, node)) if listing.iter().all(|other| other.name != name) => Listed {
@@ -227,12 +233,15 @@ impl Tree {
     /// # Errors
     /// As [`Tree::attributes`].
     pub fn open_attributes(&self, ino: Ino, handle: HandleId, patience: Patience) -> Result<Entry> {
-        let (at_open, size) = match lock(&self.handles).get(handle) {
-            Some(Handle::Content(content, attributes)) => (*attributes, content.len() as u64),
+        let opened = match lock(&self.handles).get(handle) {
+            Some(Handle::Content(content, attributes)) => Some((*attributes, content.len() as u64)),
             Some(Handle::Writer(writer) | Handle::Shared(writer)) => {
-                (writer.attributes, writer.size())
+                Some((writer.attributes, writer.size()))
             }
-            _ => return self.attributes(ino, patience),
+            _ => None,
+        };
+        let Some((at_open, size)) = opened else {
+            return self.attributes(ino, patience);
         };
         let mut entry = match self.attributes(ino, patience) {
             Err(error) if error.kind() == ErrorKind::NotFound => Entry {

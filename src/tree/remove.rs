@@ -185,16 +185,16 @@ impl Tree {
         let draft = drafts.entry(key);
         let was_fresh = draft.fresh.remove(&slot).is_some();
         draft.fresh.retain(|held, _| !held.is_in(slot));
-        // What is on its way there is to go again when it has come.
-        let was_committing = draft.committing.remove(&slot).is_some();
-        draft.committing.retain(|held, _| !held.is_in(slot));
+        let was_committing = draft.overtake(slot);
+        let held = draft.removed.get(&slot).map(|held| slot.get(held));
+        let is_held = slot.get(then).is_none() || held == Some(slot.get(then));
         match &mut draft.new {
             Some(new) => {
                 slot.remove(&mut new.attributes);
                 new.unwritten.remove(&slot);
             }
-            // What was unlinked before it was created again is held already.
-            None if was_fresh && !was_committing => {}
+            // What was unlinked before it was created again is held already, unless SoftHSM has given it a value meanwhile.
+            None if was_fresh && !was_committing && is_held => {}
             None => {
                 draft.removed.retain(|held, _| !held.is_in(slot));
                 draft.removed.insert(slot, then.clone());

@@ -67,12 +67,28 @@ impl Tree {
         patience: Patience,
     ) -> Result<()> {
         let is_open = finished == Finished::LeftAlone && self.open_objects().contains(key);
+        let is_overtaking = || {
+            let drafts = lock(&self.drafts);
+            drafts
+                .get(key)
+                .is_some_and(|draft| !draft.overtaken.is_empty())
+        };
+        while finished == Finished::Said && is_overtaking() {
+            patience.wait(PAUSE, "what was unlinked is being written")?;
+        }
         let draft = self.with_drafts(key, patience, |drafts| {
             let Some(draft) = drafts.get_mut(key) else {
                 return Ok(None);
             };
             // It may be another one by now, or somebody may have gone on with it.
             if finished == Finished::LeftAlone && !draft.is_due(Instant::now(), is_open) {
+                return Ok(None);
+            }
+            // That its directory is synced does not make an object of what nothing was put into.
+            let is_nothing = |new: &New| new.attributes.is_empty() && new.unwritten.is_empty();
+            if matches!(finished, Finished::Said | Finished::Assumed)
+                && draft.new.as_ref().is_some_and(is_nothing)
+            {
                 return Ok(None);
             }
             draft.busy = true;
@@ -105,7 +121,7 @@ impl Tree {
                     written.busy = false;
                     written.new = None;
                     written.gone = false;
-                    for (slot, _) in draft.unlinked() {
+                    for (slot, _) in draft.to_remove() {
                         written.removed.remove(&slot);
                     }
                     if draft.gone {
@@ -205,7 +221,7 @@ impl Tree {
     }
 
     fn write_unlinked(&self, key: &Key, draft: &Draft, patience: Patience) -> Result<()> {
-        let unlinked: Vec<(Slot, &Attributes)> = draft.unlinked().collect();
+        let unlinked: Vec<(Slot, &Attributes)> = draft.to_remove().collect();
         if unlinked.is_empty() {
             return Ok(());
         }
@@ -376,6 +392,8 @@ impl Tree {
                 each(&tokens, |token| {
                     self.sync_all(token, Finished::Assumed, patience)
                 })?;
+                // The disk knows no patience.
+                patience.wait(Duration::ZERO, "a sync waits for the disk")?;
                 self.noted(self.store.sync())
             }
             // What was scratch when it was opened.
@@ -393,17 +411,7 @@ impl Tree {
     /// Writes all that is pending in a token, and syncs it.
     fn sync_all(&self, token: &TokenName, finished: Finished, patience: Patience) -> Result<()> {
         let keys = lock(&self.drafts).keys(Some(token));
-        each(&keys, |key| {
-            let is_empty = lock(&self.drafts).get(key).is_some_and(|draft| {
-                let new = draft.new.as_ref();
-                new.is_some_and(|new| new.attributes.is_empty() && new.unwritten.is_empty())
-            });
-            // That its directory is synced does not make an object of what nothing was put into.
-            if is_empty {
-                return Ok(());
-            }
-            self.write_draft(key, finished, patience)
-        })?;
+        each(&keys, |key| self.write_draft(key, finished, patience))?;
         if self.is_token(token) {
             self.publish(token, patience)?;
         }
