@@ -6,6 +6,7 @@ mod support;
 mod write_common;
 
 use std::fs;
+use std::io::Write;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -335,6 +336,40 @@ both_backends! {
             assert_eq!(fs::metadata(&file).unwrap().uid(), 0);
         }
         assert_eq!(fs::read(&file).unwrap(), before);
+    }
+
+    fn a_token_that_is_given_away_is_all_theirs(backend) {
+        let bench = shared(backend, "0000");
+        // A `generation` and a lock file that stay root's would keep them from telling others what they have made.
+        bench.quiet(&format!("chown -R {}:{} .; chmod -R go= .", ALICE.uid, ALICE.gid));
+        let token = bench.softhsm.token_directory();
+        for path in walk(&token) {
+            let stat = fs::metadata(&path).unwrap();
+            assert_eq!((stat.uid(), stat.gid(), stat.mode() & 0o077), (ALICE.uid, ALICE.gid, 0), "{}", path.display());
+        }
+    }
+
+    fn what_is_written_into_a_store_whose_parent_was_moved_is_in_the_one_that_is_there(backend) {
+        let bench = Bench::new(backend);
+        let parent = bench.softhsm.directory.path();
+        let moved = parent.with_extension("moved");
+        fs::rename(parent, &moved).unwrap();
+        run(tool("cp").arg("-a").args([&moved, &PathBuf::from(parent)]));
+        let write = || -> std::io::Result<()> {
+            let mut label = fs::File::options().write(true).open(bench.at(&bench.data).join("CKA_LABEL"))?;
+            label.write_all(b"late")?;
+            label.sync_all()
+        };
+        let written = write();
+        let stored = bench.stored_data("CKA_LABEL").unwrap();
+        let log = bench.log();
+        fs::remove_dir_all(parent).unwrap();
+        fs::rename(&moved, parent).unwrap();
+        if written.is_ok() {
+            assert_eq!(stored, b"late");
+        } else {
+            assert!(log.contains("was moved, removed or replaced"), "{written:?}: {log}");
+        }
     }
 
     fn all_that_shares_a_mode_shows_the_new_one_at_once(backend) {

@@ -95,7 +95,9 @@ pub struct Watcher {
     coverage: Coverage,
 }
 
+// IN_MODIFY is what the kernel says of a time that is set alone.
 const ROOT_MASK: AddWatchFlags = AddWatchFlags::IN_CREATE
+    .union(AddWatchFlags::IN_MODIFY)
     .union(AddWatchFlags::IN_MOVE_SELF)
     .union(AddWatchFlags::IN_DELETE)
     .union(AddWatchFlags::IN_MOVE)
@@ -103,9 +105,7 @@ const ROOT_MASK: AddWatchFlags = AddWatchFlags::IN_CREATE
     .union(AddWatchFlags::IN_ONLYDIR);
 
 // Not IN_CLOSE_WRITE: what matters is each write, and the last one comes before the close.
-const TOKEN_MASK: AddWatchFlags = ROOT_MASK
-    .union(AddWatchFlags::IN_MODIFY)
-    .union(AddWatchFlags::IN_DONT_FOLLOW);
+const TOKEN_MASK: AddWatchFlags = ROOT_MASK.union(AddWatchFlags::IN_DONT_FOLLOW);
 
 /// File systems on which inotify does not tell what other hosts, or what the server, changes (`inotify(7)`, "Limitations").
 fn is_remote(kind: FsType) -> bool {

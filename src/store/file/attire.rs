@@ -17,7 +17,7 @@ use rustix::io::Errno as Refusal;
 
 use crate::error::{Error, Result};
 use crate::store::crash::point;
-use crate::store::{Access, MetadataChange, Time};
+use crate::store::{Access, MetadataChange, Time, acl};
 
 /// With which a file is made: nobody has it yet, and nobody but its owner may read it before its mode is set.
 pub(super) fn create_flags() -> OFlag {
@@ -30,6 +30,16 @@ pub(super) fn access_of(stat: &FileStat) -> Access {
         mode: stat.st_mode & 0o7777,
         uid: stat.st_uid,
         gid: stat.st_gid,
+    }
+}
+
+/// The same for another file that has no access control list: nobody may do with that what the list keeps him from.
+pub(super) fn narrowed(file: &File, stat: &FileStat) -> Access {
+    let list = |buffer: &mut [u8]| rustix::fs::fgetxattr(file, acl::NAME, buffer);
+    let access = access_of(stat);
+    Access {
+        mode: acl::narrow(access.mode, list),
+        ..access
     }
 }
 

@@ -5,8 +5,8 @@ use std::sync::{MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use nix::errno::Errno;
-use nix::fcntl::OFlag;
-use nix::sys::stat::fstatat;
+use nix::fcntl::{AtFlags, OFlag};
+use nix::sys::stat::{FileStat, fstat, fstatat, stat};
 use rustix::fs::{RenameFlags, renameat_with};
 use rustix::io::Errno as Refusal;
 
@@ -23,6 +23,7 @@ use super::{CKA_TOKENFS_FILLER, FileToken};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::attribute::{Attributes, Value};
 use crate::store::crash::point;
+use crate::store::tokendir::replaced;
 use crate::store::{Access, MetadataChange, ObjectId, Patience, Time, Token, lock, validate};
 
 /// After how long it is looked again whether a file is what has come back.
@@ -53,7 +54,27 @@ impl FileToken {
                 "a write waits for locks and for the disk",
             ));
         }
-        Ok(())
+        self.check_in_place()
+    }
+
+    /// That what has the name of the token's directory is the directory that is written into: with a parent of the tokendir it can be moved without
+    /// anybody being told, and SoftHSM would see nothing of what is written. One that is gone says so itself.
+    fn check_in_place(&self) -> Result<()> {
+        if self.is_building() {
+            return Ok(());
+        }
+        let directory = self.directory();
+        let is = |stat: FileStat| (stat.st_dev, stat.st_ino);
+        let opened = fstat(directory).map_err(|errno| Error::system("stat", errno))?;
+        if opened.st_nlink == 0 || stat(&self.path).map(is) == Ok(is(opened)) {
+            return Ok(());
+        }
+        let tokendir = fstatat(directory, "..", AtFlags::empty());
+        let named = self.path.parent().map(stat);
+        if named.is_some_and(|named| named.map(is) == tokendir.map(is)) {
+            return Err(Error::not_found("another token has its name, or none"));
+        }
+        Err(replaced().at(&self.path))
     }
 
     pub(super) fn change(

@@ -95,8 +95,15 @@ impl Generation {
     pub fn raise(directory: BorrowedFd<'_>, patience: Patience) -> Result<()> {
         let mut at_least = 0;
         for _ in 0..AGAIN {
-            let generation = Self::open(directory)?;
-            lock::lock_exclusive(&generation.0, patience)?;
+            let locked = Self::open(directory).and_then(|generation| {
+                lock::lock_exclusive(&generation.0, patience)?;
+                Ok(generation)
+            });
+            let generation = match locked {
+                // It has been raised, and others have heard.
+                Err(_) if at_least != 0 => return Ok(()),
+                locked => locked?,
+            };
             // Where there is no number, one that nobody can have had: time goes on, too.
             let present = generation.read()?.unwrap_or_else(microseconds);
             let next = present.max(at_least).checked_add(1).unwrap_or(1);

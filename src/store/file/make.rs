@@ -7,7 +7,7 @@ use std::sync::PoisonError;
 
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, renameat};
-use nix::sys::stat::fstat;
+use nix::sys::stat::{FileStat, fstat};
 use rustix::fs::{AtFlags as LinkFlags, linkat};
 use rustix::io::Errno as Refusal;
 
@@ -323,6 +323,9 @@ impl FileToken {
             mtime: None,
             ..*change
         };
+        if *id == ObjectId::Token && access != MetadataChange::default() {
+            self.change_those_of_token(&stat, &access)?;
+        }
         if let Some(lock) = held.filter(|_| access != MetadataChange::default()) {
             // Who may rename files here can have put somebody else's there.
             let found = fstat(&lock).map_err(|errno| Error::system("stat", errno))?;
@@ -336,6 +339,24 @@ impl FileToken {
             }
         }
         self.cache().remove(id);
+        Ok(())
+    }
+
+    /// Gives what belongs to the token as a whole the mode and owner that its own object, which was `before`, has been given: whoever may use that has to
+    /// be able to tell others that he has made or removed something.
+    fn change_those_of_token(&self, before: &FileStat, access: &MetadataChange) -> Result<()> {
+        for name in [super::GENERATION, super::TOKEN_LOCK] {
+            let file = match open_regular(self.directory(), Path::new(name), OFlag::O_RDONLY) {
+                Ok(file) => file,
+                Err(error) if error.kind() == ErrorKind::NotFound => continue,
+                Err(error) => return Err(error.at(self.path.join(name))),
+            };
+            let found = fstat(&file).map_err(|errno| Error::system("stat", errno))?;
+            // Who may rename files here can have put somebody else's there.
+            if found.st_uid == before.st_uid {
+                apply_to_open(&file, access)?;
+            }
+        }
         Ok(())
     }
 

@@ -12,18 +12,19 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
+use nix::fcntl::OFlag;
 use nix::sys::stat::{FileStat, fstat};
 use rustix::fs::{RenameFlags, renameat_with};
 
 use super::FileToken;
-use super::attire::{access_of, set_access_if_possible, set_mtime};
+use super::attire::{access_of, copy, narrowed, set_access_if_possible, set_mtime};
 use super::change::following;
 use super::departed::{AT_ONCE, Departed, Fingerprint};
 use super::generation::{Generation, microseconds};
 use super::guard::{Temporary, Transaction, exists, stat_regular, sync, unlink_if_there};
 use super::make::already;
 use super::names::{Names, TOKEN_STEM};
-use super::read::{Reading, is_named};
+use super::read::{Reading, is_named, open_regular};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::crash::point;
 use crate::store::rename::rename_to_free;
@@ -221,7 +222,10 @@ impl FileToken {
                 "somebody has changed the other one since",
             ));
         }
-        set_access_if_possible(&reading.file, access_of(base));
+        let other = open_regular(directory, target.object(), OFlag::O_RDONLY)?;
+        if !copy(&other, &present, &reading.file) {
+            set_access_if_possible(&reading.file, narrowed(&other, &present));
+        }
         // As young as it is, SoftHSM is not making it.
         self.born.remember(&reading.file);
         Generation::open(directory)?;

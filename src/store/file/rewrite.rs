@@ -16,7 +16,7 @@ use nix::unistd::ftruncate;
 use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::Errno as Refusal;
 
-use super::attire::{access_of, set_access_if_possible, set_mtime};
+use super::attire::{narrowed, set_access_if_possible, set_mtime};
 use super::encode::encode;
 use super::guard::{Temporary, sync, sync_directory, unlink};
 use super::journal::{Journal, Verdict};
@@ -43,7 +43,7 @@ pub(super) fn rewrite(
     };
     let mut on_disk = Temporary::new(directory, names.journal())?;
     point("file.rewrite.journal-made");
-    set_access_if_possible(&on_disk.file, access_of(&reading.stat));
+    set_access_if_possible(&on_disk.file, narrowed(&reading.file, &reading.stat));
     on_disk.write(&journal.encode())?;
     point("file.rewrite.journal-written");
     sync(&on_disk.file)?;
