@@ -110,6 +110,16 @@ both_backends! {
             assert_eq!(is(&file_of(&bench, NEW)), format!("0644 {}:{GROUP}", ALICE.uid));
             assert_eq!(is(&bench.at(NEW).join("CKA_LABEL")), format!("0644 {}:{GROUP}", ALICE.uid));
         }
+        // And to scratch, which hands it on.
+        let other = "00000000-0000-4000-8000-000000000002";
+        by(&bench, ALICE, 0o007, &format!("mkdir -p .w/CKA_WRAP_TEMPLATE; cp $o/* .w/; mv -T .w {other}")).unwrap();
+        if backend == Backend::File {
+            assert_eq!(is(&file_of(&bench, other)), format!("0660 {}:{GROUP}", ALICE.uid));
+        }
+        bench.quiet(&format!("mv {other} .gone; printf new >.gone/CKA_URL"));
+        let group = |path: &str| fs::metadata(bench.at(path)).unwrap().gid();
+        assert_eq!(group(".gone/CKA_URL"), group(".gone"));
+        bench.quiet("rm -r .gone");
         // And to a new token below a setgid tokendir, with the bit.
         let tokendir = &bench.softhsm.tokendir;
         nix::unistd::chown(tokendir, None, Some(GROUP.into())).unwrap();

@@ -1021,6 +1021,9 @@ fn nothing_is_no_object() {
     let is_stored = |name: &str| f.dir.path().join(format!("t/{name}.object")).exists();
     let made = f.make_dir(f.token, NAMES[0]);
     f.tree.sync_dir(made, patient()).unwrap();
+    f.make_dir(made, "CKA_WRAP_TEMPLATE");
+    f.tree.sync_dir(made, patient()).unwrap();
+    f.date(made, SystemTime::now());
     assert!(!is_stored(NAMES[0]));
     f.make_dir(f.token, ".n");
     let (from, to) = ((f.token, os(".n")), (f.token, os(NAMES[1])));

@@ -73,6 +73,12 @@ impl New {
         }
     }
 
+    /// Whether nothing was put into it, but directories.
+    pub fn is_nothing(&self) -> bool {
+        let is_empty = |value: &Value| matches!(value, Value::Map(entries) if entries.is_empty());
+        self.unwritten.is_empty() && self.attributes.iter().all(|(_, value)| is_empty(value))
+    }
+
     /// Of the files that it would have.
     pub fn metadata(&self) -> Metadata {
         let now = SystemTime::now();

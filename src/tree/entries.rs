@@ -90,6 +90,27 @@ impl Tree {
         })
     }
 
+    /// The same of a directory, which hands on its group if the one that it is made in does (`mkdir(2)`).
+    fn access_of_directory(
+        &self,
+        directory: &Node,
+        mode: u32,
+        caller: Caller,
+        patience: Patience,
+    ) -> Result<Access> {
+        let access = self.access(directory, mode, 0o777, caller, patience)?;
+        Ok(Access {
+            mode: access.mode | self.hands_on(directory, patience)?,
+            ..access
+        })
+    }
+
+    /// The bit that a directory has, and those in it, if what is made in it belongs to its group.
+    pub(super) fn hands_on(&self, directory: &Node, patience: Patience) -> Result<u32> {
+        let (attributes, _) = self.describe(directory, patience)?;
+        Ok(attributes.mode & libc::S_ISGID)
+    }
+
     /// That what `access` says can be made by this process: only root gives files away.
     pub(super) fn check_owner(&self, access: Access) -> Result<()> {
         if self.settings.uid != 0 && access.uid != self.settings.uid {
@@ -322,16 +343,10 @@ impl Tree {
                 Ok(Node::Object(token, ObjectId::Token))
             }
             Place::Token(token) => {
-                let access = self.access(directory, mode, 0o777, caller, patience)?;
+                let access = self.access_of_directory(directory, mode, caller, patience)?;
                 self.check_owner(access)?;
                 let files = Access {
                     mode: access.mode & 0o666,
-                    ..access
-                };
-                // As everywhere, it hands on its group if the directory that it is made in does (mkdir(2)).
-                let (parent, _) = self.describe(directory, patience)?;
-                let access = Access {
-                    mode: access.mode | parent.mode & libc::S_ISGID,
                     ..access
                 };
                 self.drop_pending(&token);
@@ -347,7 +362,7 @@ impl Tree {
                 Ok(Node::Token(token))
             }
             Place::Scratch => {
-                let access = self.access(directory, mode, 0o777, caller, patience)?;
+                let access = self.access_of_directory(directory, mode, caller, patience)?;
                 let made = lock(&self.scratch).make(directory, name, None, access)?;
                 Ok(Node::Scratch(made))
             }

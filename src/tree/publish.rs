@@ -314,8 +314,9 @@ impl Tree {
     /// A copy in scratch of an attribute, a map or an object, with the mode and owner that it has.
     fn copy_to_scratch(&self, node: &Node, to: End<'_>, patience: Patience) -> Result<ScratchId> {
         let (attributes, object) = self.describe(node, patience)?;
-        let access = access_of(&attributes);
+        let mut access = access_of(&attributes);
         if attributes.kind == FileKind::Directory {
+            access.mode |= self.hands_on(to.directory, patience)?;
             let children = self.children(node, patience)?;
             let made = {
                 let mut scratch = lock(&self.scratch);

@@ -178,7 +178,7 @@ impl Scratch {
             return None;
         };
         let access = self.get(*id).ok()?.access;
-        let mode = if is_directory { 0o777 } else { 0o666 };
+        let mode = if is_directory { 0o7777 } else { 0o666 };
         let access = Access {
             mode: access.mode & mode,
             ..access

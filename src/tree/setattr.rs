@@ -147,7 +147,7 @@ impl Tree {
                 // If it has been renamed to an attribute meanwhile it is asked for again (`Tree::wherever`).
                 let entry = scratch.get_mut(*id)?;
                 let most = match entry.kind() {
-                    FileKind::Directory => 0o777,
+                    FileKind::Directory => 0o777 | libc::S_ISGID,
                     _ => 0o666,
                 };
                 if let Some(mode) = metadata.mode {

@@ -85,9 +85,8 @@ impl Tree {
                 return Ok(None);
             }
             // That its directory is synced does not make an object of what nothing was put into.
-            let is_nothing = |new: &New| new.attributes.is_empty() && new.unwritten.is_empty();
             if matches!(finished, Finished::Said | Finished::Assumed)
-                && draft.new.as_ref().is_some_and(is_nothing)
+                && draft.new.as_ref().is_some_and(New::is_nothing)
             {
                 return Ok(None);
             }
@@ -440,7 +439,7 @@ impl Tree {
         let is_filled = self.with_drafts(key, patience, |drafts| {
             let new = drafts.get_mut(key).and_then(|draft| draft.new.as_mut());
             Ok(new.is_some_and(|new| {
-                let is_filled = !new.attributes.is_empty();
+                let is_filled = !new.is_nothing();
                 if is_filled && mtime.is_some() {
                     new.mtime = mtime;
                 }

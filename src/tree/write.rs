@@ -411,7 +411,12 @@ impl Tree {
             }
             content.truncate(length);
             drop(content);
-            lock(&writer.state).refused = true;
+            let mut state = lock(&writer.state);
+            state.refused = true;
+            if state.written {
+                // What was written before it is no value, either, and whoever wrote that hears of it.
+                state.error = Some(error.clone());
+            }
             return Err(error);
         }
         // Both at once: a flush in another thread must not see the one without the other.

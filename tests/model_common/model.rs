@@ -562,7 +562,12 @@ impl Model {
             let is_whole = start == 0 && new.len() == data.len();
             let refused = self.is_refused(open.node, &new, is_whole);
             if refused {
-                self.fd(fd).refused = true;
+                let fd = self.fd(fd);
+                fd.refused = true;
+                if fd.written {
+                    // What was written before it is no value, either.
+                    fd.error = Err(EINVAL);
+                }
                 return Err(EINVAL);
             }
         }
@@ -570,12 +575,11 @@ impl Model {
         self.buffers[open.bytes].now = new;
         let fd = self.fd(fd);
         fd.refused = false;
-        fd.appended = if !open.how.append || open.resized || open.shared {
-            None
-        } else if open.written {
-            open.appended.map(|appended| appended + data.len())
-        } else {
-            Some(data.len())
+        fd.appended = match open.appended {
+            _ if !open.how.append || open.resized || open.shared => None,
+            Some(appended) => Some(appended + data.len()),
+            None if open.written => None,
+            None => Some(data.len()),
         };
         fd.written = true;
         fd.error = Ok(());
@@ -617,7 +621,7 @@ impl Model {
     }
 
     pub fn close_duplicate(&mut self, fd: usize) -> Answer {
-        if self.fd(fd).written {
+        if self.fd(fd).written && !self.fd(fd).refused {
             return self.commit_fd(fd);
         }
         // What was refused is, until something else is written.
@@ -668,7 +672,13 @@ impl Model {
             }
         };
         let fd = self.fd(fd);
-        (fd.written, fd.resized, fd.appended) = (false, false, None);
+        if outcome.is_ok() {
+            (fd.resized, fd.appended) = (false, None);
+        } else {
+            // It is committed with what is written next.
+            fd.resized |= open.written && open.appended.is_none();
+        }
+        fd.written = false;
         fd.refused = outcome.is_err();
         fd.error = outcome;
         outcome
@@ -742,6 +752,7 @@ impl Model {
         if !same {
             fd.resized = true;
             fd.appended = None;
+            (fd.refused, fd.error) = (false, Ok(()));
         }
         Ok(())
     }
@@ -874,7 +885,8 @@ impl Model {
                 self.check_object_name(to_name)?;
                 validate::check_finished(None, &attributes).map_err(|_| EINVAL)?;
                 self.take_away(to_directory, to_name);
-                let role = Role::Object { pending: false };
+                let pending = attributes.is_empty();
+                let role = Role::Object { pending };
                 let object = self.add_directory(to_directory, to_name, role);
                 self.fill(object, &attributes);
                 self.keep_scratch(id, object);
@@ -1030,12 +1042,18 @@ impl Model {
     pub fn set_times(&mut self, path: &str) -> Answer<bool> {
         let id = self.find(path)?;
         if self.role(id) == Some(Role::Object { pending: true }) {
-            if self.values(id).is_empty() {
+            if self.is_nothing(id) {
                 return Ok(false);
             }
             self.store(id);
         }
         Ok(true)
+    }
+
+    /// Whether nothing was put into an object, but directories.
+    fn is_nothing(&self, object: Id) -> bool {
+        let is_empty = |value: &Value| matches!(value, Value::Map(entries) if entries.is_empty());
+        self.values(object).iter().all(|(_, value)| is_empty(value))
     }
 
     fn store(&mut self, object: Id) {
@@ -1047,11 +1065,12 @@ impl Model {
     pub fn sync_dir(&mut self, path: &str) -> Answer {
         let id = self.find(path)?;
         match self.role(id).ok_or(ENOTDIR)? {
+            Role::Object { .. } if self.is_nothing(id) => {}
             Role::Object { .. } => self.store(id),
             Role::Token { .. } => {
                 for object in self.listed(id).into_values() {
                     // What nothing was put into is no object.
-                    if !self.values(object).is_empty() {
+                    if !self.is_nothing(object) {
                         self.store(object);
                     }
                 }
@@ -1130,22 +1149,28 @@ impl Model {
 
     /// What the store holds once everything is settled.
     pub fn content(&self) -> Content {
-        self.objects(|_| true, |id| self.is_token(id))
+        // The end of the mount does not write what is no object.
+        let is_lacking = |id| {
+            let private = self.values(id).of_type(pkcs11::CKA_PRIVATE).is_some();
+            self.role(id) == Some(Role::Object { pending: true }) && !private
+        };
+        self.objects(|id| !is_lacking(id), |id| self.is_token(id))
     }
 
     /// The objects that are in the store now, with the values that they show.
     pub fn stored(&self) -> Content {
         let is_there = |id| self.role(id) == Some(Role::Token { building: false });
-        self.objects(|role| role != Role::Object { pending: true }, is_there)
+        let is_stored = |id| self.role(id) != Some(Role::Object { pending: true });
+        self.objects(is_stored, is_there)
     }
 
-    fn objects(&self, is_wanted: impl Fn(Role) -> bool, is_token: impl Fn(Id) -> bool) -> Content {
+    fn objects(&self, is_wanted: impl Fn(Id) -> bool, is_token: impl Fn(Id) -> bool) -> Content {
         let tokens = self.listed(ROOT).into_iter();
         tokens
             .filter(|(_, id)| is_token(*id))
             .map(|(token, id)| {
                 let objects = self.listed(id).into_iter();
-                let wanted = objects.filter(|(_, id)| self.role(*id).is_some_and(&is_wanted));
+                let wanted = objects.filter(|(_, id)| self.role(*id).is_some() && is_wanted(*id));
                 let objects = wanted.map(|(object, id)| (object, self.values(id)));
                 (token, objects.collect())
             })
