@@ -845,7 +845,7 @@ fn a_file_that_is_closed_empty_takes_no_value_away() {
     }
 }
 
-/// `: >f; rm f`: the first is refused, of which nobody hears, and perhaps only when the second has been done.
+/// `: >f; rm f`: the first would be refused, of which nobody hears, and perhaps it is its turn only when the second has been done: then it is nothing.
 #[test]
 fn what_is_unlinked_while_something_is_refused_for_it_is_gone() {
     let f = fixture();
@@ -862,7 +862,7 @@ fn what_is_unlinked_while_something_is_refused_for_it_is_gone() {
         let unlinked = f.tree.unlink(f.object, os("CKA_CLASS"), patient());
         drop(held);
         unlinked.unwrap();
-        refused.join().unwrap().unwrap_err();
+        refused.join().unwrap().unwrap();
     });
     // Longer than a removed class is held back.
     for _ in 0..15 {
@@ -991,6 +991,33 @@ fn what_is_unlinked_while_its_commit_waits_is_gone_for_good() {
             syncing.join().unwrap().unwrap();
         });
         assert!(!labels(&f).0, "round {round}");
+        f.tree.release(open, patient()).unwrap();
+    }
+}
+
+#[test]
+fn what_is_made_anew_is_not_overwritten_by_what_was_unlinked_before_it() {
+    for round in 0..8 {
+        let f = fixture();
+        let label = f.find(f.object, "CKA_LABEL");
+        let open = f.open(label);
+        f.tree.write(open, 0, b"late", patient()).unwrap();
+        let held = locked(&f, "key");
+        std::thread::scope(|s| {
+            let closing = s.spawn(|| f.tree.flush(open, patient()));
+            std::thread::sleep(Duration::from_millis(60));
+            f.tree.unlink(f.object, os("CKA_LABEL"), patient()).unwrap();
+            let anew = f.create(f.object, "CKA_LABEL");
+            f.tree.write(anew, 0, b"anew", patient()).unwrap();
+            let f = &f;
+            let closing_anew = s.spawn(move || f.close(anew));
+            std::thread::sleep(Duration::from_millis(60 + 7 * round));
+            drop(held);
+            closing.join().unwrap().unwrap();
+            closing_anew.join().unwrap();
+        });
+        let found = String::from_utf8(label_of(&f, "key")).unwrap();
+        assert_eq!(found, "anew", "round {round}");
         f.tree.release(open, patient()).unwrap();
     }
 }

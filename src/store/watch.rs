@@ -251,6 +251,10 @@ impl Watcher {
         ) {
             return Err(replaced().at(&self.path));
         }
+        if mask.contains(AddWatchFlags::IN_MODIFY) && event.name.is_some() {
+            // The time of a token's directory, which the watch of that tells of, or something that is none of SoftHSM's.
+            return Ok(());
+        }
         changes.push(Change::Tokendir);
         let Some(name) = event.name.as_deref().and_then(TokenName::new) else {
             return Ok(());

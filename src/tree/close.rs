@@ -121,7 +121,11 @@ impl Tree {
                 let outcome = self.commit_to_scratch(*id, &text, state.mtime);
                 outcome.map(|()| false)
             }
-            _ => self.commit(node, &text, state.mtime, patience),
+            _ => {
+                // It can have lost its name while this has waited.
+                let is_wanted = || self.committed_as(writer).as_ref() == Some(node);
+                self.commit(node, &text, state.mtime, &is_wanted, patience)
+            }
         });
         let outcome = match (node, outcome) {
             // It was removed, and needs none.

@@ -5,6 +5,8 @@ use std::time::SystemTime;
 
 use nix::sys::statvfs::FsFlags;
 
+use super::draft::Key;
+use super::drafts::Drafts;
 use super::entries::exists;
 use super::node::Node;
 use super::scratch::{Content, ScratchId};
@@ -16,6 +18,20 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::pkcs11;
 use crate::store::attribute::{Attributes, Value};
 use crate::store::{ObjectId, Patience, TokenName, validate};
+
+/// A commit that is on its way.
+#[derive(Clone, Copy)]
+struct Commit<'a> {
+    number: u64,
+    slots: &'a [Slot],
+    /// Whether what it commits still belongs there.
+    is_wanted: &'a dyn Fn() -> bool,
+}
+
+/// What is always wanted.
+pub(super) fn always() -> bool {
+    true
+}
 
 /// What is to become of a value.
 pub(super) enum Text<'a> {
@@ -31,19 +47,20 @@ pub(super) enum Text<'a> {
 
 impl Tree {
     /// Makes `text` the value of `node`: in its draft if its object is new, else in the store. Returns whether the text of that is the `text`, byte for
-    /// byte, and not what is written otherwise (`1`, which is `true`) or only a part of it.
+    /// byte, and not what is written otherwise (`1`, which is `true`) or only a part of it. What is not wanted any more when it is its turn is not done.
     pub(super) fn commit(
         &self,
         node: &Node,
         text: &Text<'_>,
         mtime: Option<SystemTime>,
+        is_wanted: &dyn Fn() -> bool,
         patience: Patience,
     ) -> Result<bool> {
         let Some((_, _, slot)) = Slot::of(node) else {
             return Err(Error::new(ErrorKind::IsADirectory, "a directory"));
         };
         let mut is_same = false;
-        self.replacing(node, mtime, patience, &mut |attributes| {
+        self.replacing_all(&[node], mtime, is_wanted, patience, &mut |attributes| {
             let siblings = slot.siblings(attributes);
             let context = siblings.map(Context::of).unwrap_or_default();
             let stored = siblings.and_then(|siblings| siblings.get(slot.key));
@@ -123,7 +140,7 @@ impl Tree {
         mtime: Option<SystemTime>,
         patience: Patience,
     ) -> Result<()> {
-        self.commit(node, &Text::Whole(text), mtime, patience)?;
+        self.commit(node, &Text::Whole(text), mtime, &always, patience)?;
         Ok(())
     }
 
@@ -136,7 +153,13 @@ impl Tree {
         patience: Patience,
     ) -> Result<()> {
         let size = usize::try_from(size).unwrap_or(usize::MAX);
-        self.commit(node, &Text::Resized(size, fallback), None, patience)?;
+        self.commit(
+            node,
+            &Text::Resized(size, fallback),
+            None,
+            &always,
+            patience,
+        )?;
         Ok(())
     }
 
@@ -154,7 +177,7 @@ impl Tree {
         let Some((_, _, slot)) = Slot::of(node) else {
             return Err(Error::new(ErrorKind::Invalid, "no attribute"));
         };
-        self.replacing(node, None, patience, &mut |attributes| {
+        self.replacing_all(&[node], None, &always, patience, &mut |attributes| {
             match slot.get(attributes) {
                 Some(_) if !replaces => return Err(exists()),
                 Some(Value::Map(present)) if !present.is_empty() => {
@@ -167,22 +190,12 @@ impl Tree {
         })
     }
 
-    /// A change that gives `node` a value, whether it was unlinked just now or never had one.
-    fn replacing(
-        &self,
-        node: &Node,
-        mtime: Option<SystemTime>,
-        patience: Patience,
-        edit: &mut dyn FnMut(&mut Attributes) -> Result<()>,
-    ) -> Result<()> {
-        self.replacing_all(&[node], mtime, patience, edit)
-    }
-
     /// A change that gives some of `nodes`, all in one object, a value, and takes it from others.
     pub(super) fn replacing_all(
         &self,
         nodes: &[&Node],
         mtime: Option<SystemTime>,
+        is_wanted: &dyn Fn() -> bool,
         patience: Patience,
         edit: &mut dyn FnMut(&mut Attributes) -> Result<()>,
     ) -> Result<()> {
@@ -211,14 +224,19 @@ impl Tree {
                 held.map(|(slot, then)| (*slot, then.clone())).collect();
             Ok((draft.number, commit, held))
         })?;
-        let mut made = Attributes::new();
-        let outcome = self.change(first, mtime, patience, &mut |attributes| {
+        let mut made = None;
+        let coming = Commit {
+            number: commit,
+            slots: &slots,
+            is_wanted,
+        };
+        let outcome = self.change(first, mtime, coming, patience, &mut |attributes| {
             // What the store has there still is not there for whoever unlinked it.
             for (slot, then) in &held {
                 slot.remove_unchanged(attributes, then);
             }
             edit(attributes)?;
-            made.clone_from(attributes);
+            made = Some(attributes.clone());
             Ok(())
         });
         let mut drafts = lock(&self.drafts);
@@ -234,14 +252,15 @@ impl Tree {
                     // What has come is to go again, if anything has.
                     let mut removed = draft.removed.iter_mut();
                     if outcome.is_ok()
+                        && let Some(made) = &made
                         && let Some((_, then)) =
                             removed.find(|(held, _)| **held == slot || slot.is_in(**held))
                     {
-                        then.clone_from(&made);
+                        then.clone_from(made);
                     }
                     continue;
                 }
-                if outcome.is_ok() {
+                if outcome.is_ok() && made.is_some() {
                     draft.fresh.remove(&slot);
                     draft
                         .removed
@@ -263,11 +282,13 @@ impl Tree {
         outcome
     }
 
-    /// Changes the object that `node` is in: its draft if it is new, else what the store has.
-    pub(super) fn change(
+    /// Changes the object that `node` is in: its draft if it is new, else what the store has. What has been unlinked since it was on its way changes
+    /// nothing: what came behind that may be there already.
+    fn change(
         &self,
         node: &Node,
         mtime: Option<SystemTime>,
+        coming: Commit<'_>,
         patience: Patience,
         edit: &mut dyn FnMut(&mut Attributes) -> Result<()>,
     ) -> Result<()> {
@@ -281,6 +302,9 @@ impl Tree {
             let Some(old) = drafts.new_attributes(&key) else {
                 return Ok(false);
             };
+            if is_overtaken(drafts, &key, coming) {
+                return Ok(true);
+            }
             let mut attributes = old.clone();
             edit(&mut attributes)?;
             validate::check(Some(&old), &attributes)?;
@@ -315,6 +339,9 @@ impl Tree {
         };
         self.begin_dating(&key, mtime, patience)?;
         let outcome = self.update_store(&key, mtime, patience, &mut |attributes| {
+            if is_overtaken(&lock(&self.drafts), &key, coming) || !(coming.is_wanted)() {
+                return Ok(());
+            }
             edit(attributes)?;
             if let Some(taken) = &taken {
                 validate::check_slot(attributes, taken)?;
@@ -404,4 +431,12 @@ impl Tree {
             error
         })
     }
+}
+
+/// Whether the place of a commit was unlinked since it began.
+fn is_overtaken(drafts: &Drafts, key: &Key, commit: Commit<'_>) -> bool {
+    drafts.get(key).is_some_and(|draft| {
+        let mut slots = commit.slots.iter();
+        slots.any(|slot| draft.is_overtaken(*slot, commit.number))
+    })
 }

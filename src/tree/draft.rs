@@ -187,6 +187,12 @@ impl Draft {
         !slots.is_empty()
     }
 
+    /// Whether the place of the commit of this number was unlinked since that began.
+    pub fn is_overtaken(&self, slot: Slot, number: u64) -> bool {
+        let of_place = self.overtaken.get(&slot);
+        of_place.is_some_and(|numbers| numbers.contains(&number))
+    }
+
     /// The commit of this number has ended. Whether its place was unlinked meanwhile.
     pub fn end_commit(&mut self, slot: Slot, number: u64) -> bool {
         let is_of = |commits: &mut BTreeMap<Slot, BTreeSet<u64>>| {
@@ -267,7 +273,7 @@ impl Draft {
                 } else {
                     LEFT_ALONE
                 };
-                self.unlinked().next().map(|_| self.touched + wait)
+                self.to_remove().next().map(|_| self.touched + wait)
             }
         }?;
         Some(self.not_before.map_or(due, |limit| limit.max(due)))

@@ -4,7 +4,6 @@ use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
-use std::time::SystemTime;
 
 use super::body::{Body, Bytes};
 use super::draft::New;
@@ -326,7 +325,7 @@ impl Tree {
                 let access = self.access(directory, mode, 0o666, caller, patience)?;
                 self.abandon(&(token.clone(), ObjectId::Object(object.clone())));
                 let maker = Some(caller.pid);
-                self.begin_object(&token, &object, access, None, maker, patience)?;
+                self.begin_object(&token, &object, access, maker, patience)?;
                 Ok(Node::Object(token, ObjectId::Object(object)))
             }
             Place::Own(token) => {
@@ -375,7 +374,6 @@ impl Tree {
         token: &TokenName,
         object: &ObjectName,
         access: Access,
-        mtime: Option<SystemTime>,
         maker: Option<u32>,
         patience: Patience,
     ) -> Result<()> {
@@ -388,7 +386,7 @@ impl Tree {
         let new = New {
             attributes: Attributes::new(),
             access,
-            mtime,
+            mtime: None,
             unwritten: BTreeSet::new(),
             makers: maker.into_iter().collect(),
         };

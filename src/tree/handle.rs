@@ -102,7 +102,7 @@ impl Writer {
         if state.gap.is_some_and(|gap| size as u64 <= gap) {
             // What could not be written is cut off.
             state.gap = None;
-        } else if content.len() == size {
+        } else if content.len() == size && !state.refused {
             return false;
         }
         if state.gap.is_none() {

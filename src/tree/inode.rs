@@ -71,6 +71,12 @@ impl Inode {
         }
     }
 
+    /// Whether what it stands for is what has that name now.
+    #[must_use]
+    pub fn has_name(&self) -> bool {
+        !self.is_orphan && !self.is_replaced
+    }
+
     /// Notes that the kernel is told of this version.
     pub fn tell(&mut self, version: Option<Arc<Object>>) {
         self.seen = version;

@@ -86,10 +86,15 @@ impl Tree {
             return Ok(());
         };
         let parts = parts(&lock(&self.scratch), id);
+        // As the kernel looks at it, but that the owner could give himself the right.
         let may = |bits: u32, part: &Access| {
-            // The owner could give himself the right.
             let (others, group) = (part.mode & bits == bits, part.mode >> 3 & bits == bits);
-            part.uid == caller.uid || others || group && caller.is_in(part.gid)
+            part.uid == caller.uid
+                || match (others, group) {
+                    (true, true) => true,
+                    (false, false) => false,
+                    _ => group == caller.is_in(part.gid),
+                }
         };
         let may_read = |(kind, part): &(FileKind, Access)| match kind {
             FileKind::Directory => may(0o5, part),
@@ -127,8 +132,8 @@ impl Tree {
                 mode: entry.access.mode & 0o666,
                 ..entry.access
             };
-            for (_, part) in parts(&scratch, id) {
-                access.mode &= !closed_to(access, part);
+            for (kind, part) in parts(&scratch, id) {
+                access.mode &= !closed_to(access, kind, part);
             }
             (access, entry.given)
         };
@@ -141,7 +146,7 @@ impl Tree {
         }
         if attributes.is_empty() && !replaces_damaged {
             // Nothing was put into it, as into a directory that was just made.
-            return self.begin_object(token, object, access, mtime, None, patience);
+            return self.begin_object(token, object, access, None, patience);
         }
         let new = NewObject {
             attributes,
@@ -374,9 +379,17 @@ fn parts(scratch: &Scratch, id: ScratchId) -> Vec<(FileKind, Access)> {
 }
 
 /// The bits of those who cannot read `part`, and would if it were in an object of this mode: the store has one for all of it.
-fn closed_to(object: Access, part: Access) -> u32 {
-    let others = part.mode & 0o004 != 0;
-    let group = others || part.gid == object.gid && part.mode & 0o040 != 0;
+fn closed_to(object: Access, kind: FileKind, part: Access) -> u32 {
+    let needed = match kind {
+        FileKind::Directory => 0o5,
+        _ => 0o4,
+    };
+    let others = part.mode & needed == needed;
+    let group = if part.gid == object.gid {
+        part.mode >> 3 & needed == needed
+    } else {
+        others
+    };
     (if group { 0 } else { 0o060 }) | (if others { 0 } else { 0o006 })
 }
 

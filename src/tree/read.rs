@@ -76,7 +76,7 @@ impl Tree {
     pub fn listed_now(&self, parent: Ino, listing: &[Listed], listed: &Listed) -> Listed {
         let now = lock(&self.inodes)
             .get(listed.ino)
-            .filter(|inode| inode.parent == parent)
+            .filter(|inode| inode.parent == parent && inode.has_name())
             .map(|inode| inode.node.clone());
         // Scratch is the same whatever it is called.
         let is_renamed = |node: &Node| match node {
@@ -338,10 +338,11 @@ impl Tree {
     /// # Errors
     /// [`ErrorKind::IsADirectory`]; [`ErrorKind::NotFound`] if it is gone by now, and what the store fails with.
     pub fn open(&self, ino: Ino, patience: Patience) -> Result<HandleId> {
-        if self.is_orphan(ino)
-            && let Some(reopened) = self.reopen(ino, None)?
-        {
-            return Ok(reopened);
+        // Until nobody has it open any more.
+        while self.is_orphan(ino) {
+            if let Some(reopened) = self.reopen(ino, None)? {
+                return Ok(reopened);
+            }
         }
         self.wherever(ino, patience, |node| {
             let handle = self.open_node(ino, node, patience)?;

@@ -3,6 +3,7 @@
 
 use std::ffi::OsStr;
 
+use super::commit::always;
 use super::draft::Key;
 use super::entries::{Caller, exists};
 use super::name;
@@ -419,7 +420,7 @@ impl Tree {
                 "the file has no value yet, so it cannot be renamed",
             ));
         }
-        self.replacing_all(&[from, to], None, patience, &mut |attributes| {
+        self.replacing_all(&[from, to], None, &always, patience, &mut |attributes| {
             // The text that it has at this moment, whatever it was when somebody looked last.
             let context = |slot: Slot, attributes: &Attributes| {
                 slot.siblings(attributes)

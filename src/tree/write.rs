@@ -55,10 +55,11 @@ impl Tree {
         how: OpenForWriting,
         patience: Patience,
     ) -> Result<HandleId> {
-        if self.is_orphan(ino)
-            && let Some(reopened) = self.reopen(ino, Some(how))?
-        {
-            return Ok(reopened);
+        // Until nobody has it open any more.
+        while self.is_orphan(ino) {
+            if let Some(reopened) = self.reopen(ino, Some(how))? {
+                return Ok(reopened);
+            }
         }
         let opened = self.wherever(ino, patience, |node| {
             self.wait_until_closed(node, patience)?;

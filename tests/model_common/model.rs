@@ -749,7 +749,7 @@ impl Model {
         }
         self.buffers[bytes].now.resize(length as usize, 0);
         let fd = self.fd(fd);
-        if !same {
+        if !same || fd.refused {
             fd.resized = true;
             fd.appended = None;
             (fd.refused, fd.error) = (false, Ok(()));

@@ -348,7 +348,15 @@ impl FileToken {
         for name in [super::GENERATION, super::TOKEN_LOCK] {
             let file = match open_regular(self.directory(), Path::new(name), OFlag::O_RDONLY) {
                 Ok(file) => file,
-                Err(error) if error.kind() == ErrorKind::NotFound => continue,
+                // What we may not open is not ours to give away.
+                Err(error)
+                    if matches!(
+                        error.kind(),
+                        ErrorKind::NotFound | ErrorKind::PermissionDenied
+                    ) =>
+                {
+                    continue;
+                }
                 Err(error) => return Err(error.at(self.path.join(name))),
             };
             let found = fstat(&file).map_err(|errno| Error::system("stat", errno))?;
