@@ -933,6 +933,35 @@ fn what_is_appended_after_something_failed_comes_behind_all_that_was_written() {
 }
 
 #[test]
+fn who_syncs_once_more_what_could_not_be_committed_commits_it() {
+    let f = fixture();
+    let label = f.find(f.object, "CKA_LABEL");
+    for append in [false, true] {
+        rewrite(&f, b"old");
+        let how = OpenForWriting {
+            append,
+            truncate: true,
+            ..OpenForWriting::default()
+        };
+        let open = f.tree.open_for_writing(label, how, patient()).unwrap();
+        let held = locked(&f, "key");
+        f.tree.write(open, 0, b"new", patient()).unwrap();
+        for _ in 0..2 {
+            f.tree.sync_file(label, open, patient()).unwrap_err();
+        }
+        // Whoever closes it hears of it, and does not wait once more.
+        f.tree.flush(open, patient()).unwrap_err();
+        drop(held);
+        f.tree.flush(open, patient()).unwrap_err();
+        assert_eq!(label_of(&f, "key"), b"old");
+        f.tree.sync_file(label, open, patient()).unwrap();
+        assert_eq!(label_of(&f, "key"), b"new");
+        f.close(open);
+        assert_eq!(label_of(&f, "key"), b"new");
+    }
+}
+
+#[test]
 fn of_what_is_refused_in_the_middle_nothing_is_a_value() {
     let f = fixture();
     let (name, before) = ("CKA_ALLOWED_MECHANISMS", "CKM_RSA_PKCS\nCKM_SHA256\n");

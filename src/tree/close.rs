@@ -32,13 +32,14 @@ impl Tree {
         Ok(())
     }
 
-    /// A descriptor is synced: all that was done through it is committed, also that the file was cut or extended.
+    /// A descriptor is synced: all that was done through it is committed, also that the file was cut or extended, and what could not be committed
+    /// before.
     ///
     /// # Errors
     /// As [`Tree::flush`].
     pub(super) fn commit_all(&self, handle: HandleId, patience: Patience) -> Result<()> {
         self.commit_handle(handle, patience, |state| {
-            (state.written || state.resized) && !state.refused
+            (state.written || state.resized) && !state.refused || state.uncommitted
         })
     }
 

@@ -108,6 +108,7 @@ impl Writer {
         if state.gap.is_none() {
             // Whatever was refused, this is meant.
             state.refused = false;
+            state.uncommitted = false;
             state.error = None;
         }
         self.begin(&mut content, &mut state);
@@ -153,6 +154,8 @@ pub(super) struct State {
     pub appended: Option<usize>,
     /// A write was refused and nothing was written since: there is nothing to commit, not even that the file was emptied for it.
     pub refused: bool,
+    /// It could not be committed, and is complete: who syncs it once more means it to be tried again.
+    pub uncommitted: bool,
     /// Where a write failed for lack of room: until that place is written, or cut off, there is no value.
     pub gap: Option<u64>,
     /// Why what was written last was not committed.
@@ -224,6 +227,7 @@ impl State {
     pub fn committed(&mut self, refused: bool) {
         *self = Self {
             refused,
+            uncommitted: refused && self.gap.is_none(),
             appended: self.appended.filter(|_| refused),
             resized: refused && self.is_to_be_whole(),
             gap: self.gap,

@@ -414,6 +414,7 @@ impl Tree {
             drop(content);
             let mut state = lock(&writer.state);
             state.refused = true;
+            state.uncommitted = false;
             if state.written {
                 // What was written before it is no value, either, and whoever wrote that hears of it.
                 state.error = Some(error.clone());
@@ -431,6 +432,7 @@ impl Tree {
             state.gap = None;
         }
         state.refused = false;
+        state.uncommitted = false;
         state.error = None;
         state.appended = match state.appended {
             _ if at.is_some() || state.resized => None,

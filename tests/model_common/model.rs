@@ -98,6 +98,8 @@ struct Fd {
     /// The scratch file is being written through it.
     changing: bool,
     refused: bool,
+    /// What was to be committed was refused, and is tried once more when it is synced.
+    uncommitted: bool,
     appended: Option<usize>,
     /// The file has no name any more, or another one: what is done through it reaches nothing.
     detached: bool,
@@ -522,6 +524,7 @@ impl Model {
             changing: false,
             refused: false,
             appended: None,
+            uncommitted: false,
             detached: false,
         });
     }
@@ -563,7 +566,7 @@ impl Model {
             let refused = self.is_refused(open.node, &new, is_whole);
             if refused {
                 let fd = self.fd(fd);
-                fd.refused = true;
+                (fd.refused, fd.uncommitted) = (true, false);
                 if fd.written {
                     // What was written before it is no value, either.
                     fd.error = Err(EINVAL);
@@ -574,7 +577,7 @@ impl Model {
         self.begin(fd);
         self.buffers[open.bytes].now = new;
         let fd = self.fd(fd);
-        fd.refused = false;
+        (fd.refused, fd.uncommitted) = (false, false);
         fd.appended = match open.appended {
             _ if !open.how.append || open.resized || open.shared => None,
             Some(appended) => Some(appended + data.len()),
@@ -679,6 +682,7 @@ impl Model {
             fd.resized |= open.written && open.appended.is_none();
         }
         fd.written = false;
+        fd.uncommitted = outcome.is_err();
         fd.refused = outcome.is_err();
         fd.error = outcome;
         outcome
@@ -752,14 +756,15 @@ impl Model {
         if !same || fd.refused {
             fd.resized = true;
             fd.appended = None;
-            (fd.refused, fd.error) = (false, Ok(()));
+            (fd.refused, fd.uncommitted, fd.error) = (false, false, Ok(()));
         }
         Ok(())
     }
 
     pub fn sync(&mut self, fd: usize) -> Answer {
         // One file of an object that is being made does not make it whole.
-        if self.fd(fd).resized && !self.fd(fd).refused {
+        let open = self.fd(fd);
+        if open.resized && !open.refused || open.uncommitted {
             return self.commit_fd(fd);
         }
         self.close_duplicate(fd)
