@@ -182,6 +182,11 @@ impl Scene {
                 self.counts.growing.fetch_add(1, Relaxed);
                 return;
             }
+            if listed.is_empty() && story.going.is_some() {
+                // It was destroyed between opening its directory and reading it: that is empty then, as any that was removed.
+                self.counts.vanished.fetch_add(1, Relaxed);
+                return;
+            }
             assert_eq!(
                 listed, world.complete[story.kind],
                 "object {id}, a {}, is not complete",
