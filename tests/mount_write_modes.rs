@@ -153,6 +153,15 @@ both_backends! {
         if of_file {
             assert_eq!(is(&bench.at(NEW).join("CKA_CLASS")), format!("0600 {}:{}", ALICE.uid, ALICE.gid));
         }
+        // Nor do they take away what they could not put back.
+        if of_file {
+            bench.quiet("chmod 0600 $k/CKA_LABEL");
+            for line in ["cat $k/CKA_LABEL", "mv $k .gone"] {
+                let said = by(&bench, BOB, 0, line).unwrap_err();
+                assert!(said.contains("Permission denied"), "{line}: {said}");
+            }
+            assert!(bench.has(&bench.private));
+        }
         // A directory that is closed to them holds nothing of theirs, either, whatever the modes in it are.
         let closed = "mkdir -m 0700 $o/.m .w; (umask 022; printf secret >$o/.m/CKA_LABEL; for a in CLASS PRIVATE TOKEN; do cp $o/CKA_$a .w/; done; printf secret >.w/CKA_VALUE)";
         by(&bench, ALICE, 0, closed).unwrap();

@@ -86,26 +86,38 @@ impl Tree {
             return Ok(());
         };
         let parts = parts(&lock(&self.scratch), id);
-        // As the kernel looks at it, but that the owner could give himself the right.
-        let may = |bits: u32, part: &Access| {
-            let (others, group) = (part.mode & bits == bits, part.mode >> 3 & bits == bits);
-            part.uid == caller.uid
-                || match (others, group) {
-                    (true, true) => true,
-                    (false, false) => false,
-                    _ => group == caller.is_in(part.gid),
-                }
-        };
-        let may_read = |(kind, part): &(FileKind, Access)| match kind {
-            FileKind::Directory => may(0o5, part),
-            _ => may(0o4, part),
-        };
-        if parts.iter().all(may_read) {
+        if parts
+            .iter()
+            .all(|(kind, part)| may_read(caller, *kind, *part))
+        {
             return Ok(());
         }
         Err(Error::new(
             ErrorKind::PermissionDenied,
             "who cannot read a scratch file does not make it a part of an object, which others can read",
+        ))
+    }
+
+    /// That `caller` may read what he makes scratch of: otherwise he could not put it back, and the only copy would be in memory.
+    ///
+    /// # Errors
+    /// [`ErrorKind::PermissionDenied`].
+    pub(super) fn check_may_take(
+        &self,
+        node: &Node,
+        caller: Option<Caller>,
+        patience: Patience,
+    ) -> Result<()> {
+        let Some(caller) = caller.filter(|caller| caller.uid != 0) else {
+            return Ok(());
+        };
+        let (attributes, _) = self.describe(node, patience)?;
+        if may_read(caller, attributes.kind, access_of(&attributes)) {
+            return Ok(());
+        }
+        Err(Error::new(
+            ErrorKind::PermissionDenied,
+            "who cannot read this could not put it back, and does not make scratch of it",
         ))
     }
 
@@ -376,6 +388,21 @@ fn parts(scratch: &Scratch, id: ScratchId) -> Vec<(FileKind, Access)> {
         found.extend(inside.flat_map(|(_, id)| parts(scratch, *id)));
     }
     found
+}
+
+/// Whether `caller` may read a file, or a directory with what is in it. As the kernel looks at it, but that the owner could give himself the right.
+fn may_read(caller: Caller, kind: FileKind, part: Access) -> bool {
+    let bits = match kind {
+        FileKind::Directory => 0o5,
+        _ => 0o4,
+    };
+    let (others, group) = (part.mode & bits == bits, part.mode >> 3 & bits == bits);
+    part.uid == caller.uid
+        || match (others, group) {
+            (true, true) => true,
+            (false, false) => false,
+            _ => group == caller.is_in(part.gid),
+        }
 }
 
 /// The bits of those who cannot read `part`, and would if it were in an object of this mode: the store has one for all of it.

@@ -178,6 +178,7 @@ impl Tree {
                 self.forget_all_opened(&target);
             }
             (Node::Attribute(..) | Node::MapEntry(..), Place::Scratch) => {
+                self.check_may_take(&node, how.by, patience)?;
                 let made = self.move_to_scratch((&node, false), to, patience, || {
                     self.take_out(&node, patience).map(Some)
                 })?;
@@ -239,6 +240,7 @@ impl Tree {
                         gid: metadata.gid,
                     })?;
                 }
+                self.check_may_take(&node, how.by, patience)?;
                 let made = self.move_to_scratch((&node, is_damaged), to, patience, || {
                     let expected = if is_damaged {
                         Expected::Damaged
