@@ -891,11 +891,10 @@ impl Model {
                 validate::check_finished(None, &attributes).map_err(|_| EINVAL)?;
                 self.take_away(to_directory, to_name);
                 let pending = attributes.is_empty();
-                let role = Role::Object { pending };
-                let object = self.add_directory(to_directory, to_name, role);
-                self.fill(object, &attributes);
-                self.keep_scratch(id, object);
-                self.take_away(from_directory, from_name);
+                // Who has a file in it open goes on to write into the attribute.
+                self.become_attributes(id, &attributes, Role::Object { pending });
+                self.names_mut(from_directory).remove(from_name);
+                self.put_at(to_directory, to_name, id);
             }
             (Node::Attribute { .. } | Node::Directory(Role::Map, _), Place::Attribute) => {
                 if self.object_of(from_directory) != self.object_of(to_directory) {
@@ -1005,6 +1004,26 @@ impl Model {
             {
                 self.keep_scratch(id, map);
             }
+        }
+    }
+
+    /// A scratch directory becomes an object, or a map in it, of these attributes. What is scratch in it stays scratch.
+    fn become_attributes(&mut self, directory: Id, attributes: &Attributes, becomes: Role) {
+        for (name, id) in self.names(directory).cloned().unwrap() {
+            let Name::Attribute(key) = name::parse(name.as_bytes()) else {
+                continue;
+            };
+            match (attributes.get(key), &self.nodes[id]) {
+                (Some(Value::Map(entries)), _) => self.become_attributes(id, entries, Role::Map),
+                (Some(value), Node::Scratch { bytes }) => {
+                    let (value, bytes) = (Some(value.clone()), *bytes);
+                    self.nodes[id] = Node::Attribute { value, bytes };
+                }
+                _ => {}
+            }
+        }
+        if let Node::Directory(role, _) = &mut self.nodes[directory] {
+            *role = becomes;
         }
     }
 
