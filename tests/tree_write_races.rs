@@ -1000,27 +1000,33 @@ fn of_what_is_refused_in_the_middle_nothing_is_a_value() {
     assert_eq!(read(), "CKM_MD5\nCKM_SHA_1\n");
 }
 
+/// A label is closed, unlinked while that waits for a lock, and something else done, which waits for the lock too; it is free again after so many
+/// milliseconds.
+fn unlink_while_a_close_waits(f: &F, milliseconds: u64, then: impl FnOnce() + Send) {
+    let open = f.open(f.find(f.object, "CKA_LABEL"));
+    f.tree.write(open, 0, b"late", patient()).unwrap();
+    let held = locked(f, "key");
+    std::thread::scope(|s| {
+        let closing = s.spawn(|| f.tree.flush(open, patient()));
+        std::thread::sleep(Duration::from_millis(80));
+        f.tree.unlink(f.object, os("CKA_LABEL"), patient()).unwrap();
+        assert!(f.tree.lookup(f.object, os("CKA_LABEL"), patient()).is_err());
+        let doing = s.spawn(then);
+        std::thread::sleep(Duration::from_millis(milliseconds));
+        drop(held);
+        closing.join().unwrap().unwrap();
+        doing.join().unwrap();
+    });
+    f.tree.release(open, patient()).unwrap();
+}
+
 #[test]
 fn what_is_unlinked_while_its_commit_waits_is_gone_for_good() {
     for round in 0..6 {
         let f = fixture();
-        let label = f.find(f.object, "CKA_LABEL");
-        let open = f.open(label);
-        f.tree.write(open, 0, b"late", patient()).unwrap();
-        let held = locked(&f, "key");
-        std::thread::scope(|s| {
-            let closing = s.spawn(|| f.tree.flush(open, patient()));
-            std::thread::sleep(Duration::from_millis(100));
-            f.tree.unlink(f.object, os("CKA_LABEL"), patient()).unwrap();
-            assert!(f.tree.lookup(f.object, os("CKA_LABEL"), patient()).is_err());
-            let syncing = s.spawn(|| f.tree.sync_dir(f.object, patient()));
-            std::thread::sleep(Duration::from_millis(100 + 7 * round));
-            drop(held);
-            closing.join().unwrap().unwrap();
-            syncing.join().unwrap().unwrap();
-        });
+        let sync = || f.tree.sync_dir(f.object, patient()).unwrap();
+        unlink_while_a_close_waits(&f, 100 + 7 * round, sync);
         assert!(!labels(&f).0, "round {round}");
-        f.tree.release(open, patient()).unwrap();
     }
 }
 
@@ -1028,26 +1034,10 @@ fn what_is_unlinked_while_its_commit_waits_is_gone_for_good() {
 fn what_is_made_anew_is_not_overwritten_by_what_was_unlinked_before_it() {
     for round in 0..8 {
         let f = fixture();
-        let label = f.find(f.object, "CKA_LABEL");
-        let open = f.open(label);
-        f.tree.write(open, 0, b"late", patient()).unwrap();
-        let held = locked(&f, "key");
-        std::thread::scope(|s| {
-            let closing = s.spawn(|| f.tree.flush(open, patient()));
-            std::thread::sleep(Duration::from_millis(60));
-            f.tree.unlink(f.object, os("CKA_LABEL"), patient()).unwrap();
-            let anew = f.create(f.object, "CKA_LABEL");
-            f.tree.write(anew, 0, b"anew", patient()).unwrap();
-            let f = &f;
-            let closing_anew = s.spawn(move || f.close(anew));
-            std::thread::sleep(Duration::from_millis(60 + 7 * round));
-            drop(held);
-            closing.join().unwrap().unwrap();
-            closing_anew.join().unwrap();
-        });
+        let make = || f.put(f.object, "CKA_LABEL", b"anew");
+        unlink_while_a_close_waits(&f, 60 + 7 * round, make);
         let found = String::from_utf8(label_of(&f, "key")).unwrap();
         assert_eq!(found, "anew", "round {round}");
-        f.tree.release(open, patient()).unwrap();
     }
 }
 

@@ -190,7 +190,7 @@ impl Tree {
         })
     }
 
-    /// A change that gives some of `nodes`, all in one object, a value, and takes it from others.
+    /// A change that gives some of `nodes`, all in one object, a value, and takes it from others, if that `is_wanted` when it is its turn.
     pub(super) fn replacing_all(
         &self,
         nodes: &[&Node],
@@ -338,9 +338,11 @@ impl Tree {
             _ => None,
         };
         self.begin_dating(&key, mtime, patience)?;
+        let mut is_late = false;
         let outcome = self.update_store(&key, mtime, patience, &mut |attributes| {
-            if is_overtaken(&lock(&self.drafts), &key, coming) || !(coming.is_wanted)() {
-                return Ok(());
+            is_late = is_overtaken(&lock(&self.drafts), &key, coming) || !(coming.is_wanted)();
+            if is_late {
+                return Err(Error::not_found("its place was unlinked meanwhile"));
             }
             edit(attributes)?;
             if let Some(taken) = &taken {
@@ -353,7 +355,7 @@ impl Tree {
         });
         if let Err(error) = outcome {
             self.give_up_dating(&key);
-            return Err(error);
+            return if is_late { Ok(()) } else { Err(error) };
         }
         self.end_dating(&key, slot.as_slice(), mtime, patience);
         if *id == ObjectId::Token

@@ -77,16 +77,20 @@ impl Tree {
         patience: Patience,
     ) -> Result<Access> {
         let (parent, _) = self.describe(directory, patience)?;
+        Ok(self.access_in(&parent, mode & most, caller))
+    }
+
+    fn access_in(&self, parent: &super::Attributes, mode: u32, caller: Caller) -> Access {
         let gid = if parent.mode & libc::S_ISGID == 0 {
             caller.gid
         } else {
             parent.gid
         };
-        Ok(Access {
-            mode: mode & most & !self.settings.mask,
+        Access {
+            mode: mode & !self.settings.mask,
             uid: caller.uid,
             gid,
-        })
+        }
     }
 
     /// The same of a directory, which hands on its group if the one that it is made in does (`mkdir(2)`).
@@ -97,17 +101,12 @@ impl Tree {
         caller: Caller,
         patience: Patience,
     ) -> Result<Access> {
-        let access = self.access(directory, mode, 0o777, caller, patience)?;
+        let (parent, _) = self.describe(directory, patience)?;
+        let access = self.access_in(&parent, mode & 0o777, caller);
         Ok(Access {
-            mode: access.mode | self.hands_on(directory, patience)?,
+            mode: access.mode | hands_on(&parent),
             ..access
         })
-    }
-
-    /// The bit that a directory has, and those in it, if what is made in it belongs to its group.
-    pub(super) fn hands_on(&self, directory: &Node, patience: Patience) -> Result<u32> {
-        let (attributes, _) = self.describe(directory, patience)?;
-        Ok(attributes.mode & libc::S_ISGID)
     }
 
     /// That what `access` says can be made by this process: only root gives files away.
@@ -457,4 +456,9 @@ impl Tree {
 
 pub(super) fn exists() -> Error {
     Error::new(ErrorKind::Exists, "there is something of that name")
+}
+
+/// The bit that a directory has, and those in it, if what is made in it belongs to its group.
+pub(super) fn hands_on(directory: &super::Attributes) -> u32 {
+    directory.mode & libc::S_ISGID
 }

@@ -5,14 +5,14 @@
 //!
 //! The parts: [`name`] and [`text`] spell attributes, [`mode`] masks, [`label`] spells `by-label`; [`node`] says what an inode
 //! stands for, [`inode`] which of them the kernel knows; `view` looks a node up in the store, `layout` one of `.tokenfs/file`;
-//! `object` has objects as the mount shows them, `read` the operations that read, `opened` what they say of a file to whoever has an old version of it open, and `stale` what becomes of answers when the store changes.
+//! `object` has objects as the mount shows them, `read` the operations that read, `listing` directories that are read, `opened` what they say of a file to whoever has an old version of it open, and `stale` what becomes of answers when the store changes.
 //!
 //! Writing: `write` has the descriptors, `body` what a file holds while it is written, `early` what can be told of a text by then, `close` what becomes of them, `commit` how a value
-//! gets into its object, `follow` what an open file follows; `place`, `entries`, `remove`, `rename`, `publish` and `setattr` have what is made, removed, renamed and set; `draft` and `scratch` hold what the store does not
+//! gets into its object, `follow` what an open file follows; `place`, `entries`, `remove`, `rename`, `publish` and `setattr` have what is made, removed, renamed and set, `rights` who may do that where the kernel cannot tell; `draft` (what is pending of one object), `drafts` (all that is) and `scratch` hold what the store does not
 //! have, `due` says when it is time to write that, `settle` writes it, `dates` has the times that attributes have beside the store's, and `building` keeps others off a token at the moment that it is published.
 //!
 //! Locks: each table (inodes, handles, labels, drafts, dates, scratch, spots, files that are being closed) has one. None is held while the store is asked, and
-//! none while another of them is taken, but scratch, which can be taken inside inodes and inside handles. A writer's content, then its state, can be taken inside any of them.
+//! none while another of them is taken, but handles inside inodes, and scratch inside both. The store asks in the middle of a change whether that is wanted still, for which drafts and scratch are looked at. A writer's content, then its state, can be taken inside any of them.
 
 mod body;
 mod budget;
@@ -31,6 +31,7 @@ mod handle;
 pub mod inode;
 pub mod label;
 mod layout;
+mod listing;
 pub mod mode;
 pub mod name;
 pub mod node;
@@ -41,6 +42,7 @@ mod publish;
 mod read;
 mod remove;
 mod rename;
+mod rights;
 mod scratch;
 mod setattr;
 mod settle;

@@ -4,10 +4,11 @@ use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 
 use super::body::Body;
-use super::entries::{Caller, ScratchFile};
+use super::entries::{ScratchFile, hands_on};
 use super::name::{self, Name};
 use super::node::Node;
 use super::rename::{End, other_device};
+use super::rights::{closed_to, parts};
 use super::scratch::{Content, Scratch, ScratchId};
 use super::slot::Slot;
 use super::text::{self, Context};
@@ -75,50 +76,6 @@ impl Tree {
             published = Some(bytes);
         }
         Ok(())
-    }
-
-    /// That `caller` may read what scratch holds that is to become a part of an object: whoever may read that can read it from then on.
-    ///
-    /// # Errors
-    /// [`ErrorKind::PermissionDenied`].
-    pub(super) fn check_may_read(&self, id: ScratchId, caller: Option<Caller>) -> Result<()> {
-        let Some(caller) = caller.filter(|caller| caller.uid != 0) else {
-            return Ok(());
-        };
-        let parts = parts(&lock(&self.scratch), id);
-        if parts
-            .iter()
-            .all(|(kind, part)| may_read(caller, *kind, *part))
-        {
-            return Ok(());
-        }
-        Err(Error::new(
-            ErrorKind::PermissionDenied,
-            "who cannot read a scratch file does not make it a part of an object, which others can read",
-        ))
-    }
-
-    /// That `caller` may read what he makes scratch of: otherwise he could not put it back, and the only copy would be in memory.
-    ///
-    /// # Errors
-    /// [`ErrorKind::PermissionDenied`].
-    pub(super) fn check_may_take(
-        &self,
-        node: &Node,
-        caller: Option<Caller>,
-        patience: Patience,
-    ) -> Result<()> {
-        let Some(caller) = caller.filter(|caller| caller.uid != 0) else {
-            return Ok(());
-        };
-        let (attributes, _) = self.describe(node, patience)?;
-        if may_read(caller, attributes.kind, access_of(&attributes)) {
-            return Ok(());
-        }
-        Err(Error::new(
-            ErrorKind::PermissionDenied,
-            "who cannot read this could not put it back, and does not make scratch of it",
-        ))
     }
 
     /// Makes a scratch directory an object, in one step.
@@ -333,7 +290,8 @@ impl Tree {
         let (attributes, object) = self.describe(node, patience)?;
         let mut access = access_of(&attributes);
         if attributes.kind == FileKind::Directory {
-            access.mode |= self.hands_on(to.directory, patience)?;
+            let (parent, _) = self.describe(to.directory, patience)?;
+            access.mode |= hands_on(&parent);
             let children = self.children(node, patience)?;
             let made = {
                 let mut scratch = lock(&self.scratch);
@@ -373,51 +331,6 @@ impl Tree {
             entry.given = Some(mtime);
         }
     }
-}
-
-/// Mode and owner of what becomes a part of an object if this scratch does: of a file, or of a directory with all in it that has the name of an
-/// attribute.
-fn parts(scratch: &Scratch, id: ScratchId) -> Vec<(FileKind, Access)> {
-    let Ok(entry) = scratch.get(id) else {
-        return Vec::new();
-    };
-    let mut found = vec![(entry.kind(), entry.access)];
-    if let Content::Directory(names) = &entry.content {
-        let is_part = |name: &OsStr| matches!(name::parse(name.as_bytes()), Name::Attribute(_));
-        let inside = names.iter().filter(|(name, _)| is_part(name));
-        found.extend(inside.flat_map(|(_, id)| parts(scratch, *id)));
-    }
-    found
-}
-
-/// Whether `caller` may read a file, or a directory with what is in it. As the kernel looks at it, but that the owner could give himself the right.
-fn may_read(caller: Caller, kind: FileKind, part: Access) -> bool {
-    let bits = match kind {
-        FileKind::Directory => 0o5,
-        _ => 0o4,
-    };
-    let (others, group) = (part.mode & bits == bits, part.mode >> 3 & bits == bits);
-    part.uid == caller.uid
-        || match (others, group) {
-            (true, true) => true,
-            (false, false) => false,
-            _ => group == caller.is_in(part.gid),
-        }
-}
-
-/// The bits of those who cannot read `part`, and would if it were in an object of this mode: the store has one for all of it.
-fn closed_to(object: Access, kind: FileKind, part: Access) -> u32 {
-    let needed = match kind {
-        FileKind::Directory => 0o5,
-        _ => 0o4,
-    };
-    let others = part.mode & needed == needed;
-    let group = if part.gid == object.gid {
-        part.mode >> 3 & needed == needed
-    } else {
-        others
-    };
-    (if group { 0 } else { 0o060 }) | (if others { 0 } else { 0o006 })
 }
 
 /// Mode and owner that `stat` says.

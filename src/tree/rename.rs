@@ -282,64 +282,6 @@ impl Tree {
         Ok(())
     }
 
-    /// That `caller` may write into the database of a `db` token. Of groups the kernel tells one; who has it as another one of theirs
-    /// can copy instead, and is then looked at by the kernel.
-    pub(super) fn check_may_write(
-        &self,
-        token: &TokenName,
-        caller: Option<Caller>,
-        patience: Patience,
-    ) -> Result<()> {
-        let Some(caller) = caller.filter(|caller| caller.uid != 0) else {
-            return Ok(());
-        };
-        if self.token(token)?.backend() == Backend::File {
-            return Ok(());
-        }
-        let own = ObjectId::Token;
-        let database = self.ask(token, patience, |token| {
-            token.object_metadata(&own, patience)
-        })?;
-        let mode = database.mode & !self.settings.mask;
-        let may = if caller.uid == database.uid {
-            mode & 0o200 != 0
-        } else if caller.is_in(database.gid) {
-            mode & 0o020 != 0
-        } else {
-            mode & 0o002 != 0
-        };
-        if may {
-            return Ok(());
-        }
-        Err(may_not_write())
-    }
-
-    /// The same of who makes an object step by step: in whatever groups they are, they have to be able to put something into it.
-    pub(super) fn check_may_make(
-        &self,
-        token: &TokenName,
-        caller: Caller,
-        patience: Patience,
-    ) -> Result<()> {
-        let opened = self.token(token)?;
-        if caller.uid == 0 || opened.backend() == Backend::File || self.store.is_building(token) {
-            return Ok(());
-        }
-        let database = self.ask(token, patience, |token| {
-            token.object_metadata(&ObjectId::Token, patience)
-        })?;
-        let mode = database.mode & !self.settings.mask;
-        let needed = if caller.uid == database.uid {
-            0o200
-        } else {
-            0o022
-        };
-        if mode & needed != 0 {
-            return Ok(());
-        }
-        Err(may_not_write())
-    }
-
     /// The number under which the kernel knows `node`.
     pub(super) fn known_number(&self, node: &Node) -> Option<Ino> {
         lock(&self.inodes).find(node)
@@ -515,12 +457,5 @@ pub(super) fn other_device() -> Error {
     Error::new(
         ErrorKind::CrossDevice,
         "this has to be copied, as mv does of itself",
-    )
-}
-
-fn may_not_write() -> Error {
-    Error::new(
-        ErrorKind::PermissionDenied,
-        "only who may write the token's database can put an object into it, or take one out",
     )
 }
