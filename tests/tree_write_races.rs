@@ -993,6 +993,9 @@ fn of_what_is_refused_in_the_middle_nothing_is_a_value() {
         f.tree.release(open, patient()).unwrap();
         assert_eq!(read(), before, "synced: {is_synced}");
     }
+    // All of it is said of the file that it is about.
+    let log = f.tree.diagnostics().render();
+    assert!(log.lines().all(|line| line.contains("t/key/")), "{log}");
     // Unless what is meant follows.
     let open = half();
     f.tree.write(open, 8, b"CKM_SHA_1\n", patient()).unwrap();

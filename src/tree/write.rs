@@ -333,6 +333,15 @@ impl Tree {
         let outcome = self.write_into(writer, at, data, patience);
         let outcome = self.noted_write(&writer.node, outcome);
         if let Err(error) = &outcome
+            && error.kind() == ErrorKind::Invalid
+        {
+            let mut state = lock(&writer.state);
+            if state.refused && state.written {
+                // What was written before it is no value, either, and whoever wrote that hears of it.
+                state.error = Some(error.clone());
+            }
+        }
+        if let Err(error) = &outcome
             && !matches!(
                 error.kind(),
                 ErrorKind::Invalid | ErrorKind::WouldBlock | ErrorKind::NotFound
@@ -415,10 +424,6 @@ impl Tree {
             let mut state = lock(&writer.state);
             state.refused = true;
             state.uncommitted = false;
-            if state.written {
-                // What was written before it is no value, either, and whoever wrote that hears of it.
-                state.error = Some(error.clone());
-            }
             return Err(error);
         }
         // Both at once: a flush in another thread must not see the one without the other.
