@@ -5,6 +5,7 @@ mod mount_common;
 mod support;
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
@@ -72,12 +73,11 @@ fn more_than_so_many_that_wait_are_busy_at_once_and_hold_up_nobody() {
     let mount = MountOptions::new().option("lock_wait=20").mount(&softhsm);
     // What the kernel does not know yet it asks for once, whoever wants it.
     fs::read(mount.join(blocked)).unwrap();
-    let held = exclusively(
-        &softhsm
-            .tokendir
-            .join(blocked.parent().unwrap())
-            .with_extension("object"),
-    );
+    let object = softhsm.tokendir.join(blocked.parent().unwrap());
+    let object = object.with_extension("object");
+    let held = exclusively(&object);
+    // Nor does the mount know what is in it by now, however long ago it was read.
+    set_mode(&object, fs::metadata(&object).unwrap().permissions().mode());
     let refused = std::sync::atomic::AtomicUsize::new(0);
     let read: usize = std::thread::scope(|scope| {
         let reader = || match fs::read(mount.join(blocked)) {
