@@ -15,7 +15,7 @@ use std::time::Duration;
 use mount_common::entries;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use support::template::ulong;
+use support::template::{Attribute, boolean, bytes, ulong};
 use support::*;
 use tokenfs::store::file::{decode, encode};
 use write_common::*;
@@ -315,4 +315,86 @@ fn what_somebody_else_puts_into_the_store_is_his() {
         }
         assert_eq!(lonely_locks(&bench), Vec::<PathBuf>::new());
     }
+}
+
+fn labelled(label: &str) -> Vec<Attribute> {
+    vec![
+        ulong(0, 0),
+        boolean(1, true),
+        boolean(2, false),
+        bytes(3, label),
+    ]
+}
+
+/// A SoftHSM that makes or destroys an object takes the number that it writes to `generation` for one that it has read by
+/// (`OSToken::createObject`, `Generation::commit`), and so steps over what others have made and removed since it has looked.
+#[test]
+fn a_session_that_makes_or_destroys_something_first_sees_what_was_made_and_removed() {
+    for way in ["C_CreateObject", "C_DestroyObject"] {
+        for change in ["made", "removed", "renamed"] {
+            let mut bench = Bench::new(Backend::File);
+            let name = bench.data.clone();
+            let (spare, next) = ("spare", "next");
+            bench.client.create(&labelled(spare)).unwrap();
+            let count = |bench: &mut Bench| bench.client.find(&[]).unwrap().len();
+            let spare = bench.client.find_label(spare).unwrap()[0];
+            let before = count(&mut bench);
+            let line = match change {
+                "made" => format!("cp -a $o {OTHER} && sync -f ."),
+                "removed" => format!("rm -r {name}"),
+                _ => format!("mv {name} {OTHER}"),
+            };
+            bench.quiet(&line);
+            let place = if change == "made" { OTHER } else { &*name };
+            eventually(SOON, "it has reached the store", || {
+                bench.has(place) == (change == "made")
+            });
+            // Without having looked: it finds by its handle what it destroys.
+            if way == "C_CreateObject" {
+                bench.client.create(&labelled(next)).unwrap();
+            } else {
+                bench.client.destroy(spare).unwrap();
+            }
+            let made = usize::from(way == "C_CreateObject") + usize::from(change == "made");
+            let gone = usize::from(way == "C_DestroyObject") + usize::from(change == "removed");
+            eventually(SOON, &format!("{way} and {change}"), || {
+                count(&mut bench) == before + made - gone
+            });
+            if change == "renamed" {
+                assert_eq!(bench.client.find_label("data").unwrap().len(), 1);
+            }
+        }
+    }
+}
+
+/// Two mounts do not answer each other for ever.
+#[test]
+fn what_is_told_again_is_told_once() {
+    let bench = Bench::new(Backend::File);
+    let _second = Mount::new(&bench.softhsm);
+    let generation = bench.softhsm.token_directory().join("generation");
+    let number = || u64::from_be_bytes(fs::read(&generation).unwrap().try_into().unwrap());
+    let raise = |by: u64| fs::write(&generation, (number() + by).to_be_bytes()).unwrap();
+    let settled = |what: &str| {
+        let mut seen = (number(), std::time::Instant::now());
+        eventually(SOON, what, || {
+            let now = number();
+            if now != seen.0 {
+                seen = (now, std::time::Instant::now());
+            }
+            seen.1.elapsed() > Duration::from_millis(300)
+        });
+        seen.0
+    };
+    bench.quiet(&format!("cp -a $o {OTHER} && sync -f ."));
+    let first = settled("one creation");
+    raise(1);
+    let second = settled("a raise of somebody else");
+    assert_eq!(second, first + 2, "ours has not followed once");
+    raise(1);
+    assert_eq!(
+        settled("another one"),
+        second + 1,
+        "nothing of ours was stepped over"
+    );
 }

@@ -112,7 +112,7 @@ impl Scene {
                     // Each label has one taker, so that both do not remove the same.
                     let Some(label) = self.take() else { continue };
                     // A SoftHSM that raises the token's generation itself steps over a change of it that it has not seen yet,
-                    // and lists the token again only at the next one (Generation::commit).
+                    // and lists the token again only when that is told once more (Generation::commit).
                     let mut found = Vec::new();
                     let deadline = Instant::now() + SOON;
                     while found.is_empty() && Instant::now() < deadline && self.goes_on() {

@@ -363,13 +363,13 @@ pub trait Token: Send + Sync + fmt::Debug {
     /// otherwise as [`Token::check_name`] and [`Token::update`].
     fn rename(&self, from: &ObjectName, to: &ObjectName, patience: Patience) -> Result<()>;
 
-    /// Something has happened to an object: if it was renamed or removed through this value, and a SoftHSM that had a change in
-    /// hand has brought it back since, that is put right as far as it can be, and said otherwise. That a SoftHSM has overwritten a change
-    /// of ours is said.
+    /// Something has happened to a file of a token of the `file` backend. If an object was renamed or removed through this value, and a SoftHSM
+    /// that had a change in hand has brought it back since, that is put right as far as it can be, and said otherwise. That a SoftHSM has
+    /// overwritten a change of ours is said. If it has raised the token's generation over ours, it is told once more what was made and removed.
     ///
     /// # Errors
     /// [`ErrorKind::WouldBlock`] with [`Patience::Now`] if there is anything to do; what writing fails with.
-    fn look_after(&self, _id: &ObjectId, _patience: Patience) -> Result<()> {
+    fn look_after(&self, _file: &LayoutFile, _patience: Patience) -> Result<()> {
         // In a database nothing comes back.
         Ok(())
     }

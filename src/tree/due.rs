@@ -17,7 +17,8 @@ use super::node::Node;
 use super::settle::Finished;
 use super::{Tree, lock};
 use crate::error::ErrorKind;
-use crate::store::{Backend, ObjectId, Patience, TokenName};
+use crate::store::layout::LayoutFile;
+use crate::store::{Backend, Patience, TokenName};
 
 /// How many objects are written at once at the end of a mount.
 const AT_ONCE: usize = 64;
@@ -34,8 +35,8 @@ const FOREVER: Duration = Duration::from_secs(3600);
 /// What there is to do.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) enum What {
-    /// SoftHSM may have brought back an object, or overwritten a change of it.
-    LookAfter(TokenName, ObjectId),
+    /// SoftHSM may have brought back an object, overwritten a change of it, or stepped over what was made or removed.
+    LookAfter(TokenName, LayoutFile),
     /// An object is new, or something in it was unlinked.
     Write(Key),
     /// The same of objects of one token, one after the other, since they share a lock; and then that token itself, if it is being built.
@@ -48,7 +49,7 @@ pub(super) enum What {
 #[derive(Debug, Default)]
 pub(super) struct Tasks {
     taken: HashSet<What>,
-    returned: HashSet<(TokenName, ObjectId)>,
+    returned: HashSet<(TokenName, LayoutFile)>,
 }
 
 /// Something that is due. As long as it is there nobody else is given the same.
@@ -98,20 +99,20 @@ impl Drop for Task {
         let mut all = lock(&self.all);
         all.taken.remove(&self.what);
         // Nobody else would know of it; what is to be written is due until it is.
-        if let What::LookAfter(token, object) = &self.what
+        if let What::LookAfter(token, file) = &self.what
             && !self.is_done
         {
-            all.returned.insert((token.clone(), object.clone()));
+            all.returned.insert((token.clone(), file.clone()));
         }
     }
 }
 
 impl Tree {
-    /// SoftHSM may have brought back an object, or overwritten a change of it: who can wait sees to it.
-    pub(super) fn is_to_be_looked_after(&self, token: &TokenName, object: &ObjectId) {
+    /// SoftHSM may have undone a change of ours, or not have seen it: who can wait sees to it.
+    pub(super) fn is_to_be_looked_after(&self, token: &TokenName, file: &LayoutFile) {
         lock(&self.tasks)
             .returned
-            .insert((token.clone(), object.clone()));
+            .insert((token.clone(), file.clone()));
         self.wake();
     }
 
@@ -122,14 +123,14 @@ impl Tree {
             let mut all = lock(&self.tasks);
             let Tasks { taken, returned } = &mut *all;
             // Something has happened to it since somebody has begun to look after it.
-            let is_free = |(token, object): &(TokenName, ObjectId)| {
-                !taken.contains(&What::LookAfter(token.clone(), object.clone()))
+            let is_free = |(token, file): &(TokenName, LayoutFile)| {
+                !taken.contains(&What::LookAfter(token.clone(), file.clone()))
             };
             returned.extract_if(is_free).collect()
         };
         let looks = returned
             .into_iter()
-            .filter_map(|(token, object)| take(What::LookAfter(token, object)));
+            .filter_map(|(token, file)| take(What::LookAfter(token, file)));
         let mut tasks: Vec<Task> = looks.collect();
         let open = self.open_objects();
         let (keys, finished, next) = lock(&self.drafts).due(Instant::now(), &open);
@@ -185,9 +186,9 @@ impl Tree {
     /// Does what is due. What fails is in the log, and is due again in a while.
     pub fn attend(&self, mut task: Task) {
         match &task.what {
-            What::LookAfter(token, object) => {
+            What::LookAfter(token, file) => {
                 let patience = self.patience();
-                let seen_to = self.ask(token, patience, |token| token.look_after(object, patience));
+                let seen_to = self.ask(token, patience, |token| token.look_after(file, patience));
                 let _ = self.noted(seen_to);
             }
             What::Write(key) => {

@@ -106,11 +106,14 @@ impl Tree {
                 }
                 Change::Token(token) => self.stale_token(token, &mut stale),
                 Change::Object(token, id) => {
-                    self.notice_return(token, id);
+                    self.look_after(token, &LayoutFile::Object(id.clone()));
                     self.stale_below(&Node::Object(token.clone(), id.clone()), &mut stale);
                     self.stale_file(token, LayoutFile::Object(id.clone()), &mut stale);
                 }
-                Change::File(token, file) => self.stale_file(token, file.clone(), &mut stale),
+                Change::File(token, file) => {
+                    self.look_after(token, file);
+                    self.stale_file(token, file.clone(), &mut stale);
+                }
                 Change::Database(token) => {
                     self.stale_database(token, patience, &mut stale);
                     self.stale_below(&Node::TokenLayout(token.clone()), &mut stale);
@@ -136,13 +139,13 @@ impl Tree {
         (stale, recent)
     }
 
-    /// An object that was renamed or removed may be back, and a change overwritten: who can wait sees to it.
-    fn notice_return(&self, token: &TokenName, id: &ObjectId) {
+    /// An object that was renamed or removed may be back, a change overwritten or not seen: who can wait sees to it.
+    fn look_after(&self, token: &TokenName, file: &LayoutFile) {
         let Ok(opened) = self.store.token(token) else {
             return;
         };
-        if opened.look_after(id, Patience::Now).is_err() {
-            self.is_to_be_looked_after(token, id);
+        if opened.look_after(file, Patience::Now).is_err() {
+            self.is_to_be_looked_after(token, file);
         }
     }
 

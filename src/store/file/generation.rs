@@ -3,11 +3,16 @@
 //! It is raised under its own write lock, after the files are in place or gone, and never goes back. 2.6.1 unlocks it before its
 //! buffer has reached the file, in `C_Initialize` too: what it writes then can undo a raise of ours. So a raise is looked
 //! at once more a moment later, and made again if anybody has written since.
+//!
+//! A SoftHSM that makes or destroys an object takes the number that it writes for one that it has read by (`Generation::commit`), whatever others have
+//! raised before it: what they have made and removed since it has looked stays unseen by it until the next raise. So each change of ours is told
+//! once more when somebody else is the first to raise the number after it ([`Told`]).
 
 use std::fs::File;
 use std::os::fd::BorrowedFd;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -25,6 +30,55 @@ const FLUSHED: Duration = Duration::from_millis(1);
 
 /// How often a raise is made again.
 const AGAIN: usize = 5;
+
+/// The number that was written with the last change of ours, as long as nobody else is known to have raised it since.
+///
+/// It is told once more and not more often, so that two mounts of one store do not answer each other for ever.
+#[derive(Debug, Default)]
+pub(super) struct Told(Mutex<Option<u64>>);
+
+impl Told {
+    fn get(&self) -> MutexGuard<'_, Option<u64>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether somebody else has raised the number since our last change, and may have stepped over it.
+    ///
+    /// # Errors
+    /// What reading the number fails with.
+    pub fn is_passed(&self, directory: BorrowedFd<'_>) -> Result<bool> {
+        // Held while it is read, so that a number of ours is no other one's.
+        let told = self.get();
+        let Some(ours) = *told else {
+            return Ok(false);
+        };
+        let flags = nix::fcntl::OFlag::O_RDONLY;
+        let generation = match open_regular(directory, Path::new(GENERATION), flags) {
+            Ok(generation) => generation,
+            // The token is removed; or whoever makes the next change makes another number.
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(false),
+            Err(error) => return Err(error),
+        };
+        // Nothing is in it while it is written; there is more to come then.
+        Ok(Generation(generation)
+            .read()?
+            .is_some_and(|present| present != ours))
+    }
+
+    /// It is about to be told once more. Whoever changes anything from now on begins anew.
+    ///
+    /// # Errors
+    /// As [`Generation::raise`]; then it is still to be told.
+    pub fn tell_again(&self, directory: BorrowedFd<'_>, patience: Patience) -> Result<()> {
+        let ours = self.get().take();
+        let told = Generation::raise(directory, None, patience);
+        if told.is_err() {
+            let mut now = self.get();
+            *now = now.or(ours);
+        }
+        told
+    }
+}
 
 /// The file `generation` of a token, open and not locked.
 #[derive(Debug)]
@@ -88,11 +142,11 @@ impl Generation {
         Ok(())
     }
 
-    /// Raises the number by one, under its write lock.
+    /// Raises the number by one, under its write lock, and remembers it in `told`.
     ///
     /// # Errors
     /// [`ErrorKind::Busy`] if somebody holds its lock; what writing fails with.
-    pub fn raise(directory: BorrowedFd<'_>, patience: Patience) -> Result<()> {
+    pub fn raise(directory: BorrowedFd<'_>, told: Option<&Told>, patience: Patience) -> Result<()> {
         let mut at_least = 0;
         for _ in 0..AGAIN {
             let locked = Self::open(directory).and_then(|generation| {
@@ -107,7 +161,13 @@ impl Generation {
             // Where there is no number, one that nobody can have had: time goes on, too.
             let present = generation.read()?.unwrap_or_else(microseconds);
             let next = present.max(at_least).checked_add(1).unwrap_or(1);
-            generation.write(next)?;
+            {
+                let mut told = told.map(Told::get);
+                generation.write(next)?;
+                if let Some(told) = &mut told {
+                    **told = Some(next);
+                }
+            }
             point("file.generation.raised");
             at_least = next;
             let written = generation.stat()?;

@@ -405,7 +405,26 @@ impl FileToken {
 
     /// Tells SoftHSM that an object has come or gone.
     pub(super) fn raise_generation(&self, patience: Patience) -> Result<()> {
-        Generation::raise(self.directory(), patience)?;
+        Generation::raise(self.directory(), Some(&self.told), patience)?;
+        self.unsynced(Path::new(super::GENERATION));
+        Ok(())
+    }
+
+    /// Tells it once more what has come or gone, if somebody else has raised the number since and may have stepped over that.
+    ///
+    /// # Errors
+    /// [`ErrorKind::WouldBlock`] with [`Patience::Now`] if it is to be told; what reading and writing fail with.
+    pub(super) fn tell_again(&self, patience: Patience) -> Result<()> {
+        if !self.told.is_passed(self.directory())? {
+            return Ok(());
+        }
+        if matches!(patience, Patience::Now) {
+            return Err(Error::new(
+                ErrorKind::WouldBlock,
+                "what was changed is told once more",
+            ));
+        }
+        self.told.tell_again(self.directory(), patience)?;
         self.unsynced(Path::new(super::GENERATION));
         Ok(())
     }

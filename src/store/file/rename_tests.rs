@@ -15,6 +15,7 @@ use crate::diagnostics::Diagnostics;
 use crate::error::{ErrorKind, Result};
 use crate::store::ObjectId;
 use crate::store::attribute::Value;
+use crate::store::layout::LayoutFile;
 use crate::store::{Access, NewObject, Options, Patience, Token, TokenName};
 
 /// What is there where there is the object `a` alone.
@@ -22,8 +23,8 @@ const WHOLE: [&str; 4] = ["a.lock", "a.object", "generation", "token.object"];
 
 /// Something has happened to what has that name.
 fn look_after(fixture: &Fixture, called: &str) {
-    let id = ObjectId::Object(name(called));
-    fixture.token.look_after(&id, soon()).unwrap();
+    let file = LayoutFile::Object(ObjectId::Object(name(called)));
+    fixture.token.look_after(&file, soon()).unwrap();
 }
 
 fn rename(fixture: &Fixture, from: &str, to: &str) -> Result<()> {

@@ -19,6 +19,7 @@ use nix::sys::stat::{FileStat, Mode, fstat, fstatat};
 
 use super::born::Ours;
 use super::departed::Departures;
+use super::generation::Told;
 use super::names::Names;
 use super::noticed::{Changes, name_of};
 use super::read::{Reading, Version, read_file};
@@ -51,6 +52,7 @@ pub struct FileToken {
     pub(super) born: Ours,
     changes: Mutex<Changes>,
     departures: Mutex<Departures>,
+    pub(super) told: Told,
     /// What was written and not synced.
     pending: Mutex<BTreeSet<OsString>>,
     /// Held while that is synced.
@@ -92,6 +94,7 @@ impl FileToken {
             born: Ours::default(),
             changes: Mutex::default(),
             departures: Mutex::default(),
+            told: Told::default(),
             pending: Mutex::default(),
             syncing: Mutex::default(),
             directory_time: Mutex::default(),
@@ -400,7 +403,16 @@ impl Token for FileToken {
             .map_err(|error| error.at(self.path_of(&ObjectId::Object(from.clone()))))
     }
 
-    fn look_after(&self, id: &ObjectId, patience: Patience) -> Result<()> {
+    fn look_after(&self, file: &LayoutFile, patience: Patience) -> Result<()> {
+        let id = match file {
+            LayoutFile::Object(id) => id,
+            LayoutFile::Lock(_) => return Ok(()),
+            LayoutFile::Generation => {
+                return self
+                    .tell_again(patience)
+                    .map_err(|error| error.at(self.path.join(super::GENERATION)));
+            }
+        };
         let seen_to = match id {
             ObjectId::Object(name) => self.look_after_departed(name, patience),
             ObjectId::Token => Ok(()),
