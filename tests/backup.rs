@@ -266,6 +266,25 @@ both_backends! {
         bench.mount.unmount();
     }
 
+    /// As a restore leaves it that is cut off before it comes to `token`, which is the last of a token in a listing.
+    fn objects_without_their_token_are_pending(backend) {
+        let bench = Bench::new(backend);
+        bench.quiet("cp -a $t $out/token; printf 0123456789abcdef >$out/token/token/CKA_OS_TOKENSERIAL");
+        let token = format!("{}-copy", bench.directory().display());
+        bench.quiet(&format!("mkdir {token}; cp -a $out/token/$o {token}/; sync {token}/$o/CKA_LABEL"));
+        bench.fails(&format!("sync {token}"));
+        bench.fails("sync ..");
+        let said = refused_umount(&bench);
+        assert_eq!(said.matches(&format!("tokenfs: {token}: pending: it has objects, and no directory")).count(), 1, "{said}");
+        // What completes it makes it whole.
+        bench.quiet(&format!("cp -a $out/token/token {token}/; sync {token}"));
+        assert_eq!(bench.softhsm.token_directories().len(), 2);
+        bench.quiet(&format!("rm -r {token}; mkdir {token}"));
+        // A directory with nothing in it is nothing.
+        bench.mount.unmount();
+        assert_eq!(bench.softhsm.token_directories().len(), 1);
+    }
+
     fn tokenfs_umount_of_what_is_in_use_names_nothing(backend) {
         let bench = Bench::new(backend);
         bench.fails("echo maybe >$p/CKA_VERIFY");

@@ -316,7 +316,13 @@ fn a_token_object_that_is_cut_is_found() {
     let checked = look(&softhsm);
     assert_eq!(
         checked.of_path(&own),
-        "suspicious: the token lacks CKA_OS_SOPIN (bring it back from a backup)"
+        "suspicious: the token lacks CKA_OS_SOPIN, CKA_OS_USERPIN (bring it back from a backup)"
+    );
+    // The last one alone, which the flags say has been set.
+    fs::write(&own, &data[..ends[4]]).unwrap();
+    assert_eq!(
+        look(&softhsm).of_path(&own),
+        "suspicious: the token lacks CKA_OS_USERPIN (bring it back from a backup)"
     );
     fs::write(&own, &data[..ends[3] + 9]).unwrap();
     let checked = look(&softhsm);

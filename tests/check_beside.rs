@@ -146,3 +146,41 @@ both_backends! {
         assert!(start.elapsed() < TURN);
     }
 }
+
+/// Is set when it goes, so that whoever looks at it ends also when a check fails.
+struct Ended<'a>(&'a AtomicBool);
+
+impl Drop for Ended<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// The files that a mount writes beside those that it replaces are there for a moment only.
+#[test]
+fn a_mount_that_writes_all_the_while_leaves_nothing() {
+    let (softhsm, mut client) = Softhsm::with_token(Backend::File);
+    client.create(&data_object("it")).unwrap();
+    drop(client);
+    let mount = Mount::new(&softhsm);
+    let object = objects(&softhsm.token_directory()).remove(0);
+    let token = object.parent().unwrap().file_name().unwrap();
+    let label = mount
+        .join(token)
+        .join(object.file_stem().unwrap())
+        .join("CKA_LABEL");
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let done = Ended(&done);
+        scope.spawn(|| {
+            let mut round = 0;
+            while !done.0.load(Ordering::Relaxed) {
+                round += 1;
+                fs::write(&label, format!("label {round}\n")).unwrap();
+            }
+        });
+        for _ in 0..20 {
+            check(&softhsm, &[]).assert_clean();
+        }
+    });
+}

@@ -145,3 +145,91 @@ both_backends! {
         assert!(!checked.summary().contains("clean"), "{checked:#?}");
     }
 }
+
+/// Whatever a lock was held for while it was looked at first.
+#[test]
+fn what_could_not_be_looked_at_first_is_told_when_it_can() {
+    // As long as the check waits for a lock, and a little more.
+    let held_for = Duration::from_millis(5600);
+    for backend in [Backend::File, Backend::Db] {
+        let (softhsm, mut client) = Softhsm::with_token(backend);
+        client.create(&data_object("it")).unwrap();
+        drop(client);
+        let token = softhsm.token_directory();
+        let (torn, held): (_, Box<dyn std::any::Any>) = match backend {
+            Backend::File => {
+                let object = objects(&token).remove(0);
+                let data = fs::read(&object).unwrap();
+                fs::write(&object, &data[..data.len() - 3]).unwrap();
+                let held = exclusively(&object);
+                (object, Box::new(held))
+            }
+            Backend::Db => {
+                let path = token.join("sqlite3.db");
+                let connection = rusqlite::Connection::open(&path).unwrap();
+                let damage =
+                    "update attribute_binary set value = 'a text' where type = 3 and object_id = 2;
+                              begin exclusive";
+                connection.execute_batch(damage).unwrap();
+                (path, Box::new(connection))
+            }
+        };
+        let checked = std::thread::scope(|scope| {
+            let checking = scope.spawn(|| check(&softhsm, &[]));
+            std::thread::sleep(held_for);
+            drop(held);
+            checking.join().unwrap()
+        });
+        assert_eq!(checked.code, 1, "{backend}: {checked:#?}");
+        assert!(
+            checked.of_path(&torn).starts_with("torn: "),
+            "{backend}: {checked:#?}"
+        );
+    }
+}
+
+/// What the second look cannot say anything of is not mended for that.
+#[test]
+fn nothing_is_called_mended_that_nobody_has_mended() {
+    let (softhsm, mut client, torn) = with_object();
+    client.create(&data_object("other")).unwrap();
+    drop(client);
+    let mut objects = objects(&softhsm.token_directory());
+    objects.retain(|object| *object != torn);
+    let lock = objects[0].with_extension("lock");
+    fs::remove_file(&lock).unwrap();
+    let data = fs::read(&torn).unwrap();
+    fs::write(&torn, &data[..data.len() - 3]).unwrap();
+    let repaired = std::thread::scope(|scope| {
+        let repairing = scope.spawn(|| check(&softhsm, &["--repair"]));
+        eventually(Duration::from_secs(30), "the lock file is made", || {
+            lock.exists()
+        });
+        let held = exclusively(&torn);
+        let repaired = repairing.join().unwrap();
+        drop(held);
+        repaired
+    });
+    assert_eq!(repaired.code, 2, "{repaired:#?}");
+    assert_eq!(
+        repaired.summary(),
+        "1 token, 2 objects: 1 finding, 1 mended, 1 could not be looked at"
+    );
+    assert!(
+        repaired.of_path(&lock).ends_with(" (mended)"),
+        "{repaired:#?}"
+    );
+}
+
+/// `fsck` keeps what it finds in a directory that is root's alone, where a tokendir is a file system of its own.
+#[test]
+fn what_is_the_file_systems_own_may_be_closed() {
+    let (softhsm, client, _) = with_object();
+    drop(client);
+    give(softhsm.directory.path(), ALICE);
+    let found = softhsm.tokendir.join("lost+found");
+    fs::create_dir(&found).unwrap();
+    set_mode(&found, 0o700);
+    let mut command = tokenfs_as(ALICE);
+    Checked::of(command.args(["check", "--config"]).arg(&softhsm.conf)).assert_clean();
+}

@@ -203,6 +203,61 @@ fn what_a_write_left_is_put_right_and_a_write_that_goes_on_is_left_alone() {
     drop(held);
 }
 
+/// A mark says that nothing is lost by clearing a directory away, which is true of what was never a token.
+#[test]
+fn what_has_been_a_token_is_not_taken_for_one_that_was_being_made() {
+    let (softhsm, client, object) = with_object();
+    drop(client);
+    let token = softhsm.token_directory();
+    // A power failure kept the mark, and the token has lost its own object since.
+    let mark = token.join(".tokenfs-building");
+    fs::write(&mark, b"").unwrap();
+    set_mode(&mark, 0o600);
+    let own = fs::read(token.join("token.object")).unwrap();
+    fs::remove_file(token.join("token.object")).unwrap();
+    let checked = look(&softhsm);
+    assert!(
+        checked.of_path(&token).starts_with("torn: "),
+        "{checked:#?}"
+    );
+    let advice = "(bring it back from a backup)";
+    assert!(checked.of_path(&mark).ends_with(advice), "{checked:#?}");
+    let before = softhsm.snapshot();
+    let repaired = check(&softhsm, &["--repair"]);
+    assert_eq!(repaired.code, 1, "{repaired:#?}");
+    drop(Mount::new(&softhsm));
+    before.assert_same(&softhsm.snapshot());
+    // Brought back, it is whole.
+    fs::write(token.join("token.object"), own).unwrap();
+    set_mode(&token.join("token.object"), 0o600);
+    check(&softhsm, &["--repair"]);
+    assert!(object.exists() && !mark.exists());
+    check(&softhsm, &[]).assert_clean();
+}
+
+#[test]
+fn only_the_token_that_is_named_is_mended() {
+    let (softhsm, client, object) = with_object();
+    drop(client);
+    let token = softhsm.token_directory();
+    let other = softhsm.tokendir.join("other");
+    fs::create_dir(&other).unwrap();
+    let left = [
+        object.with_extension("tokenfs-new"),
+        other.join(".tokenfs-building"),
+    ];
+    for path in &left {
+        fs::write(path, b"").unwrap();
+        set_mode(path, 0o600);
+    }
+    let repaired = check(
+        &softhsm,
+        &["--repair", token.file_name().unwrap().to_str().unwrap()],
+    );
+    assert_eq!(repaired.code, 0, "{repaired:#?}");
+    assert!(!left[0].exists() && left[1].exists());
+}
+
 // ---------------------------------------------------------------------------------------------------------- modes
 
 both_backends! {

@@ -223,7 +223,10 @@ fn prepare(tokendir: &Path, what: &str, template: &Path) {
                     ".tokenfs-new-renamed",
                     &[".tokenfs-removing", "token.tokenfs-new", "x.object"][..],
                 ),
-                ("built", &[".tokenfs-building", "x.object"][..]),
+                (
+                    "built",
+                    &[".tokenfs-building", "token.tokenfs-new", "x.object"][..],
+                ),
                 ("published", &[".tokenfs-building", "token.object"][..]),
                 (
                     "going",

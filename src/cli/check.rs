@@ -1,5 +1,6 @@
 //! `tokenfs check`: what is wrong with a store, and mending what can be mended without a guess.
 
+use std::collections::HashSet;
 use std::fmt::Write as _;
 use std::io::{self, Write};
 use std::path::Path;
@@ -12,7 +13,7 @@ use crate::config::Config;
 use crate::diagnostics::Diagnostics;
 use crate::error::{Error, Result};
 use crate::fuse::mount::check_tokendir;
-use crate::store::check::{LONGEST, Remedy, Report, Settings, check, repair};
+use crate::store::check::{Finding, LONGEST, Remedy, Report, Settings, check, repair};
 use crate::store::{self, Store};
 
 /// The exit code when something was found; with `--repair`, when something is left, be it that it could not be mended.
@@ -64,12 +65,12 @@ fn report(args: &CheckArgs) -> Result<u8> {
             eprintln!("tokenfs: {line}");
         }
         let after = check(&store, &settings)?;
-        let is_left =
-            |finding: &&store::check::Finding| after.findings.iter().any(|left| left.same(finding));
+        let left: HashSet<_> = after.findings.iter().map(Finding::thing).collect();
         mended = found
             .findings
             .iter()
-            .filter(|finding| !is_left(finding))
+            .filter(|it| it.remedy.is_some() && after.has_seen(&it.path))
+            .filter(|it| !left.contains(&it.thing()))
             .cloned()
             .collect();
         found = after;

@@ -16,6 +16,7 @@ pub const POINTS: &[&str] = &[
     "db.removed",
     "db.written",
     "db.committed",
+    "db.synced",
     "db.replaced",
     "db.build.made",
     "db.build.schema",

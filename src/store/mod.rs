@@ -23,6 +23,7 @@ mod lock;
 mod metadata;
 mod rename;
 pub mod snapshot;
+mod sync;
 mod tokendir;
 pub mod validate;
 pub mod watch;

@@ -35,7 +35,7 @@ use crate::diagnostics::Diagnostics;
 use crate::error::{Error, ErrorKind, Result};
 use crate::pkcs11::CKA_OS_TOKENSERIAL;
 use lifecycle::Building;
-pub(crate) use mark::is_staging;
+pub(crate) use mark::{HIDDEN_DATABASE, HIDDEN_OBJECT, is_staging};
 
 /// The file of a token of the `db` backend.
 pub(crate) const DATABASE: &str = "sqlite3.db";

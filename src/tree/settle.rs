@@ -413,8 +413,28 @@ impl Tree {
         each(&keys, |key| self.write_draft(key, finished, patience))?;
         if self.is_token(token) {
             self.publish(token, patience)?;
+        } else {
+            let refused = self.check_complete(token, patience);
+            self.noted_write(&Node::Token(token.clone()), refused)?;
         }
         self.sync_token(token, patience)
+    }
+
+    /// That a token which is being built has no objects: without its own attributes it is none, and they go with the mount.
+    fn check_complete(&self, token: &TokenName, patience: Patience) -> Result<()> {
+        if !self.store.is_building(token) {
+            return Ok(());
+        }
+        let objects = self.ask(token, patience, |token| token.list(patience));
+        match objects {
+            Ok(objects) if !objects.is_empty() => Err(Error::new(
+                ErrorKind::Invalid,
+                "it has objects, and no directory \"token\" with an attribute: it is no token for SoftHSM, and stays pending until it has one, or is removed",
+            )),
+            // Another one has ended it meanwhile.
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+            listed => listed.map(drop),
+        }
     }
 
     fn sync_token(&self, token: &TokenName, patience: Patience) -> Result<()> {

@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::error::Error;
 
@@ -64,6 +64,9 @@ pub enum Remedy {
     /// These bits are taken away from the mode.
     TakeBits(u32),
 }
+
+/// What a finding is about: by this it is known again in another look.
+pub type Thing<'a> = (Category, &'a Path, &'a str);
 
 /// One thing that is wrong.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -150,17 +153,20 @@ impl Finding {
         }
     }
 
-    /// Whether both are about the same thing in the same state.
-    pub(super) fn unchanged(&self, other: &Self) -> bool {
-        self.same(other) && self.state == other.state
+    /// What it is about, and in which state that is.
+    pub(super) fn version(&self) -> (Thing<'_>, u64) {
+        (self.thing(), self.state)
     }
 
-    /// Whether both are about the same thing. What is torn may be so in another way meanwhile; of what is suspicious in a database,
-    /// the sentence says which object it is.
+    /// What it is about. What is torn may be so in another way meanwhile; of what is suspicious in a database, the sentence says which
+    /// object it is.
     #[must_use]
-    pub fn same(&self, other: &Self) -> bool {
-        (self.category, &self.path) == (other.category, &other.path)
-            && (self.detail == other.detail || self.category == Category::Torn)
+    pub fn thing(&self) -> Thing<'_> {
+        let detail = match self.category {
+            Category::Torn => "",
+            _ => &*self.detail,
+        };
+        (self.category, &self.path, detail)
     }
 }
 

@@ -22,10 +22,10 @@ mod place;
 mod repair;
 mod slots;
 
-pub use finding::{Category, Finding, Remedy};
+pub use finding::{Category, Finding, Remedy, Thing};
 pub use repair::{Repaired, repair};
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::ffi::OsString;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -42,7 +42,7 @@ use super::db::uuid::is_uuid;
 use super::file::TOKEN_OBJECT;
 use super::file::read::SETTLED;
 use super::metadata::Stamp;
-use super::tokendir::{DATABASE, is_staging};
+use super::tokendir::{DATABASE, HIDDEN_DATABASE, HIDDEN_OBJECT, is_staging};
 use super::{Backend, Patience, Store, TokenName};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -52,6 +52,10 @@ pub const LONGEST: Duration = Duration::from_secs(30);
 
 /// What to do about a token of another backend.
 const CONFIGURE: &str = "see objectstore.backend, or move it to a store of its own";
+
+/// The directory that `fsck` puts what it finds into, and what is said of it.
+const LOST_AND_FOUND: &[u8] = b"lost+found";
+const THE_FILE_SYSTEMS: &str = "the file system's own";
 
 /// What to look at, and what to hold it against.
 #[derive(Clone, Debug)]
@@ -94,6 +98,21 @@ impl Report {
         self.notes.push((path.to_path_buf(), sentence.into()));
     }
 
+    /// Whether all was looked at that could say something of `path`: nothing that failed is the same file, what is beside it under the same name (a
+    /// lock file, a journal), or the directory that it is in.
+    #[must_use]
+    pub fn has_seen(&self, path: &Path) -> bool {
+        let about = |unseen: &Path| {
+            path.starts_with(unseen)
+                || (path.parent(), path.file_stem()) == (unseen.parent(), unseen.file_stem())
+        };
+        let failed = self.failures.iter().filter_map(Error::path);
+        // What is in a database is not true before its journal is rolled back.
+        let hot = self.findings.iter();
+        let hot = hot.filter(|finding| finding.remedy == Some(Remedy::RollBack));
+        !failed.chain(hot.map(|finding| &*finding.path)).any(about)
+    }
+
     fn append(&mut self, mut other: Self) {
         self.tokens += other.tokens;
         self.objects += other.objects;
@@ -134,7 +153,9 @@ pub fn check(store: &Store, settings: &Settings) -> Result<Report> {
         for (name, before) in std::mem::take(&mut again) {
             let mut looked = look(store, settings, name);
             looked.keep(&before);
-            if last || looked.is_certain(&before) {
+            let fails_anew =
+                before.report.failures.is_empty() && !looked.report.failures.is_empty();
+            if last || (looked.is_certain(&before) && !fails_anew) {
                 done(name, looked);
             } else {
                 again.push((name, looked));
@@ -192,19 +213,22 @@ struct Looked {
 }
 
 impl Looked {
-    /// Leaves out what was not there the time before.
+    /// Leaves out what was not there the time before, where that could be looked at then.
     fn keep(&mut self, before: &Self) {
-        let was = |finding: &Finding| before.report.findings.iter().any(|it| it.same(finding));
-        self.report.findings.retain(was);
+        let findings = before.report.findings.iter();
+        let was: HashSet<Thing<'_>> = findings.map(Finding::thing).collect();
+        self.report
+            .findings
+            .retain(|it| was.contains(&it.thing()) || !before.report.has_seen(&it.path));
     }
 
     /// Whether nothing that was found can be a step on somebody's way.
     fn is_certain(&self, before: &Self) -> bool {
         let at_rest = self.rest.is_some() && self.rest == before.rest;
+        let findings = before.report.findings.iter();
+        let was: HashSet<_> = findings.map(Finding::version).collect();
         self.report.findings.iter().all(|finding| {
-            let was = |it: &Finding| it.unchanged(finding);
-            !finding.passes()
-                || ((at_rest || !finding.waits()) && before.report.findings.iter().any(was))
+            !finding.passes() || ((at_rest || !finding.waits()) && was.contains(&finding.version()))
         })
     }
 }
@@ -235,6 +259,20 @@ impl Look<'_> {
             rest: self.rest,
             slot: self.slot,
         }
+    }
+
+    /// Whether there are objects and nothing that makes a token of them, nor is going to: that is there before they are, and as long as they are.
+    fn lacks_its_own(&self) -> bool {
+        let own = [TOKEN_OBJECT, DATABASE, HIDDEN_OBJECT, HIDDEN_DATABASE];
+        self.objects() > 0 && own.iter().all(|own| self.entry(own).is_none())
+    }
+
+    /// How many files of the `file` backend are objects by their name.
+    fn objects(&self) -> usize {
+        let files = self.entries.iter().filter(|entry| entry.sort == Sort::File);
+        files
+            .filter(|entry| super::file::object_name(&entry.name).is_some())
+            .count()
     }
 
     fn has(&self, name: &str, sort: Sort) -> bool {
@@ -286,8 +324,17 @@ fn look_inside(
             ..Looked::default()
         });
     }
-    let directory = openat(store.directory()?, name.as_os_str(), flags, Mode::empty())
-        .map_err(|errno| Error::system("open", errno))?;
+    let directory = match openat(store.directory()?, name.as_os_str(), flags, Mode::empty()) {
+        // Which is root's alone.
+        Err(Errno::EACCES) if name.as_bytes() == LOST_AND_FOUND => {
+            report.note(path, THE_FILE_SYSTEMS);
+            return Ok(Looked {
+                report,
+                ..Looked::default()
+            });
+        }
+        directory => directory.map_err(|errno| Error::system("open", errno))?,
+    };
     let stat = fstat(&directory).map_err(|errno| Error::system("stat", errno))?;
     let entries = place::entries(&directory, path)?;
     let mut look = Look {
@@ -320,7 +367,7 @@ fn look_inside(
         return Ok(look.done());
     }
     let Some(backend) = backend else {
-        if !building {
+        if !building || look.lacks_its_own() {
             no_token(&mut look);
         }
         return Ok(look.done());
@@ -373,8 +420,8 @@ fn second_token(look: &mut Look<'_>, backend: Backend) {
 /// A directory that is no token.
 fn no_token(look: &mut Look<'_>) {
     let path = look.path.clone();
-    if look.name.as_bytes() == b"lost+found" {
-        look.report.note(&path, "the file system's own");
+    if look.name.as_bytes() == LOST_AND_FOUND {
+        look.report.note(&path, THE_FILE_SYSTEMS);
         return;
     }
     for name in [TOKEN_OBJECT, DATABASE] {
@@ -386,11 +433,7 @@ fn no_token(look: &mut Look<'_>) {
             return;
         }
     }
-    let objects = look
-        .entries
-        .iter()
-        .filter(|entry| entry.sort == Sort::File && super::file::object_name(&entry.name).is_some())
-        .count();
+    let objects = look.objects();
     let finding = if objects > 0 {
         let objects = if objects == 1 {
             "1 object".to_owned()

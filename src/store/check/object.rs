@@ -28,6 +28,12 @@ const OF_ALL: &[AttributeType] = &[
     CKA_DESTROYABLE,
 ];
 
+/// Of a token's flags: the user has a PIN (PKCS #11 2.40, `CK_TOKEN_INFO`).
+const CKF_USER_PIN_INITIALIZED: u64 = 0x8;
+
+/// How many values of one object that are no ciphertext are told.
+const MOST: usize = 20;
+
 /// What to do about an object that keeps SoftHSM from all others.
 const RESTORE_OR_REMOVE: &str = "bring the object back from a backup, or remove it";
 
@@ -307,6 +313,9 @@ fn no_ciphertext(attributes: &Attributes, places: &[(AttributeType, u64)]) -> Ve
     };
     let mut findings = Vec::new();
     for (key, value) in attributes.iter() {
+        if findings.len() == MOST {
+            break;
+        }
         let attribute_type = key.attribute_type;
         let Value::Bytes(bytes) = value else { continue };
         if DATES.contains(&attribute_type) || is_possible_ciphertext(bytes) {
@@ -331,15 +340,19 @@ fn no_ciphertext(attributes: &Attributes, places: &[(AttributeType, u64)]) -> Ve
 /// What is said of the attributes of a token.
 pub(super) fn judge_token(attributes: &Attributes) -> Vec<Finding> {
     let has = |(wanted, stored): &(AttributeType, bool)| (!stored).then(|| name(*wanted));
+    let flags = attributes.ulong(pkcs11::CKA_OS_TOKENFLAGS);
+    let has_user_pin = flags.is_some_and(|flags| flags & CKF_USER_PIN_INITIALIZED != 0);
     let of_bytes = |wanted| (wanted, attributes.bytes(wanted).is_some());
     let missing: Vec<String> = [
         of_bytes(pkcs11::CKA_OS_TOKENLABEL),
         of_bytes(pkcs11::CKA_OS_TOKENSERIAL),
-        (
-            pkcs11::CKA_OS_TOKENFLAGS,
-            attributes.ulong(pkcs11::CKA_OS_TOKENFLAGS).is_some(),
-        ),
+        (pkcs11::CKA_OS_TOKENFLAGS, flags.is_some()),
         of_bytes(pkcs11::CKA_OS_SOPIN),
+        // What nobody has set is not there, and the flags say so (OSToken::setUserPIN).
+        (
+            pkcs11::CKA_OS_USERPIN,
+            attributes.bytes(pkcs11::CKA_OS_USERPIN).is_some() || !has_user_pin,
+        ),
     ]
     .iter()
     .filter_map(has)

@@ -10,7 +10,7 @@ use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag};
 use nix::sys::stat::{FileStat, Mode, fstatat};
 
-use super::finding::MOVE;
+use super::finding::{MOVE, RESTORE};
 use super::{Category, Finding, Look, Remedy, open_file};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::db::DATABASE;
@@ -88,17 +88,25 @@ pub(super) fn entries(directory: impl AsFd, path: &Path) -> Result<Vec<Entry>> {
     Ok(entries)
 }
 
-/// Whether nobody holds a write lock on a file; nothing is known if it cannot be opened.
-fn is_free(look: &Look<'_>, name: &OsStr) -> Result<bool> {
-    match open_file(look, name) {
+/// What is there called `name` while nobody holds a write lock on the file `guard`; nothing if somebody does, or if it is gone.
+fn left(look: &Look<'_>, name: &OsStr, guard: &OsStr) -> Result<Option<FileStat>> {
+    let guard = match open_file(look, guard) {
         Ok(file) => match lock::lock_shared(&file, Patience::Now) {
-            Ok(()) => Ok(true),
-            Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(false),
-            Err(error) => Err(error),
+            Ok(()) => Some(file),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(None),
+            Err(error) => return Err(error),
         },
         // Whoever had it locked would have it there.
-        Err(Errno::ENOENT) => Ok(true),
-        Err(errno) => Err(Error::system("open", errno)),
+        Err(Errno::ENOENT) => None,
+        Err(errno) => return Err(Error::system("open", errno)),
+    };
+    // A write may have ended since the directory was read.
+    let stat = fstatat(&look.directory, name, AtFlags::AT_SYMLINK_NOFOLLOW);
+    drop(guard);
+    match stat {
+        Ok(stat) => Ok(Some(stat)),
+        Err(Errno::ENOENT) => Ok(None),
+        Err(errno) => Err(Error::system("stat", errno)),
     }
 }
 
@@ -127,13 +135,20 @@ pub(super) fn marks(look: &mut Look<'_>) -> bool {
 /// What tokenfs left: `name`, if the lock `guard` is free.
 fn leftover(look: &mut Look<'_>, name: &OsStr, guard: &OsStr, detail: &str) {
     let path = look.path.join(name);
-    match is_free(look, guard) {
-        Ok(true) => {
-            let finding = Finding::new(Category::Leftover, detail).mended_by(Remedy::Recover);
+    match left(look, name, guard) {
+        Ok(Some(stat)) => {
+            let finding =
+                Finding::new(Category::Leftover, detail).in_state(&(stat.st_dev, stat.st_ino));
+            let finding = if look.lacks_its_own() {
+                // What is left of it is somebody's keys.
+                finding.advising(RESTORE)
+            } else {
+                finding.mended_by(Remedy::Recover)
+            };
             look.report.found(finding, &path);
         }
-        // It is being written.
-        Ok(false) => {}
+        // It is being written, or was.
+        Ok(None) => {}
         Err(error) => look.report.failed(error, &path),
     }
 }

@@ -3,9 +3,10 @@
 //! Each step looks again, under the lock where there is one, since the finding may be of a while ago. Nothing is opened but
 //! lock files and `generation`: closing any other file could drop locks that this process holds through SQLite.
 
+use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fs::File;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 use std::path::{Component, Path, PathBuf};
@@ -13,9 +14,9 @@ use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use nix::errno::Errno;
-use nix::fcntl::{AtFlags, OFlag, openat};
+use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, openat};
 use nix::sys::stat::{FchmodatFlags, FileStat, Mode, fchmod, fchmodat, fstat, fstatat};
-use nix::unistd::{Gid, Uid, UnlinkatFlags, fchown, fsync, unlinkat};
+use nix::unistd::{Gid, Uid, UnlinkatFlags, fchown, linkat, unlinkat};
 
 use super::place::{GENERATION, with};
 use super::{Finding, Remedy, Report};
@@ -25,6 +26,7 @@ use crate::store::db::DbToken;
 use crate::store::file::{LOCK_SUFFIX, OBJECT_SUFFIX, TOKEN_OBJECT};
 use crate::store::leftover::{JOURNAL_SUFFIX, NEW_SUFFIX};
 use crate::store::metadata::{Stamp, is_file};
+use crate::store::sync::sync_directory;
 use crate::store::{Options, Patience, Store, Token, TokenName, lock};
 
 /// What [`repair()`] came to.
@@ -46,10 +48,10 @@ pub fn repair(store: &Store, report: &Report) -> Repaired {
             .filter(move |finding| finding.remedy.as_ref().is_some_and(wanted))
     };
     // First, since the rest goes by what is there.
-    if remedies(|remedy| matches!(remedy, Remedy::Recover))
-        .next()
-        .is_some()
-        && let Err(error) = recover(store, &mut repaired)
+    let left = remedies(|remedy| matches!(remedy, Remedy::Recover));
+    let tokens: BTreeSet<TokenName> = left.filter_map(|it| token_of(store, &it.path)).collect();
+    if !tokens.is_empty()
+        && let Err(error) = recover(store, &tokens, &mut repaired)
     {
         repaired.failures.push(error);
     }
@@ -74,9 +76,18 @@ fn writing(store: &Store) -> Options {
     }
 }
 
-fn recover(store: &Store, repaired: &mut Repaired) -> Result<()> {
+/// The directory of the tokendir that a path is in.
+fn token_of(store: &Store, path: &Path) -> Option<TokenName> {
+    let relative = path.strip_prefix(store.path()).ok()?;
+    TokenName::new(relative.iter().next()?)
+}
+
+fn recover(store: &Store, tokens: &BTreeSet<TokenName>, repaired: &mut Repaired) -> Result<()> {
     let log = Arc::new(Diagnostics::new());
-    Store::open(store.path(), writing(store), Arc::clone(&log))?.recover();
+    let store = Store::open(store.path(), writing(store), Arc::clone(&log))?;
+    for token in tokens {
+        store.recover_token(token);
+    }
     repaired.log = log.render();
     Ok(())
 }
@@ -154,7 +165,7 @@ impl Place {
     }
 
     fn sync(&self) -> Result<()> {
-        fsync(self.directory.as_fd()).map_err(|errno| Error::system("fsync", errno))
+        sync_directory(&self.directory)
     }
 
     /// The name without `.lock`.
@@ -165,14 +176,37 @@ impl Place {
             .ok_or_else(|| Error::not_found("not a lock file"))
     }
 
-    /// Makes the file with mode and owner of another one, or not at all. Nobody has it open before it has them.
-    fn make_like(&self, like: &FileStat) -> Result<File> {
+    /// Makes the file with mode and owner of another one, and with this in it, or not at all. It gets its name last where the file system can do that, so that
+    /// nobody has it open before it has all of that, and a crash leaves none that lacks it.
+    fn make_like(&self, like: &FileStat, content: &[u8]) -> Result<()> {
+        let failed = |error| Error::io("write", &error);
+        let unnamed = OFlag::O_RDWR | OFlag::O_TMPFILE | OFlag::O_CLOEXEC;
+        if let Ok(fd) = openat(
+            &self.directory,
+            ".",
+            unnamed,
+            Mode::from_bits_truncate(0o600),
+        ) {
+            let file = File::from(fd);
+            give(&file, like)?;
+            file.write_all_at(content, 0).map_err(failed)?;
+            file.sync_all().map_err(failed)?;
+            let own = format!("/proc/self/fd/{}", file.as_raw_fd());
+            let follow = AtFlags::AT_SYMLINK_FOLLOW;
+            match linkat(AT_FDCWD, own.as_str(), &self.directory, &self.name, follow) {
+                Ok(()) => return Ok(()),
+                Err(Errno::EEXIST) => return Err(Error::system("make", Errno::EEXIST)),
+                Err(_) => {}
+            }
+        }
         let file = self.open(OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_EXCL, 0o600)?;
-        let done = give(&file, like);
+        let done = give(&file, like)
+            .and_then(|()| file.write_all_at(content, 0).map_err(failed))
+            .and_then(|()| file.sync_all().map_err(failed));
         if done.is_err() {
             let _ = self.unlink();
         }
-        done.map(|()| file)
+        done
     }
 }
 
@@ -194,8 +228,8 @@ fn make_lock(place: &Place) -> Result<()> {
     if !is_file(&like) {
         return Err(Error::not_found("not a regular file"));
     }
-    match place.make_like(&like) {
-        Ok(_) => {}
+    match place.make_like(&like, &[]) {
+        Ok(()) => {}
         Err(error) if error.kind() == ErrorKind::Exists => return Ok(()),
         Err(error) => return Err(error),
     }
@@ -246,22 +280,28 @@ fn make_generation(place: &Place, patience: Patience) -> Result<()> {
         return Ok(());
     }
     let like = place.stat(OsStr::new(TOKEN_OBJECT))?;
-    let (file, made) = match place.make_like(&like) {
-        Ok(file) => (file, true),
-        Err(error) if error.kind() == ErrorKind::Exists => (place.open(OFlag::O_RDWR, 0)?, false),
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    let count = now.map_or(1, |since| u64::try_from(since.as_micros()).unwrap_or(1));
+    let count = count.to_be_bytes();
+    match place.make_like(&like, &count) {
+        Ok(()) => return place.sync(),
+        Err(error) if error.kind() == ErrorKind::Exists => {}
         Err(error) => return Err(error),
-    };
+    }
+    let file = place.open(OFlag::O_RDWR, 0)?;
     lock::lock_exclusive(&file, patience)?;
     let stat = fstat(&file).map_err(|errno| Error::system("stat", errno))?;
     // A SoftHSM may have been faster.
-    if is_file(&stat) && stat.st_size < 8 {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH);
-        let count = now.map_or(1, |since| u64::try_from(since.as_micros()).unwrap_or(1));
-        file.write_all_at(&count.to_be_bytes(), 0)
-            .and_then(|()| file.sync_all())
-            .map_err(|error| Error::io("write", &error))?;
+    if !is_file(&stat) || stat.st_size >= 8 {
+        return Ok(());
     }
-    if made { place.sync() } else { Ok(()) }
+    if stat.st_size == 0 {
+        // Whoever made it may not have come to that.
+        give(&file, &like)?;
+    }
+    file.write_all_at(&count, 0)
+        .and_then(|()| file.sync_all())
+        .map_err(|error| Error::io("write", &error))
 }
 
 /// Takes bits from a mode, and gives none.
@@ -276,13 +316,8 @@ fn take_bits(place: &Place, bits: u32) -> Result<()> {
     }
     let mode = Mode::from_bits_truncate(stat.st_mode & 0o7777 & !bits);
     let path = format!("/proc/self/fd/{}", file.as_raw_fd());
-    fchmodat(
-        nix::fcntl::AT_FDCWD,
-        path.as_str(),
-        mode,
-        FchmodatFlags::FollowSymlink,
-    )
-    .map_err(|errno| Error::system("chmod", errno))
+    fchmodat(AT_FDCWD, path.as_str(), mode, FchmodatFlags::FollowSymlink)
+        .map_err(|errno| Error::system("chmod", errno))
 }
 
 /// Opens a database for writing and reads it, for which SQLite rolls a left journal back.

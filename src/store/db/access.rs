@@ -3,7 +3,6 @@
 //! By path and without following a symbolic link, be it the database or its directory: the database is not opened (`connection`). For a link, glibc finds out with a
 //! descriptor that is for nothing but its path, whose closing drops no locks.
 
-use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -17,6 +16,7 @@ use nix::unistd::{Gid, Uid, fchownat};
 use super::connection::stat;
 use super::{DbToken, TAKEN};
 use crate::error::{Error, Result};
+use crate::store::sync::sync_directory;
 use crate::store::{MetadataChange, Patience, Target, Time, Token};
 
 impl DbToken {
@@ -76,8 +76,10 @@ impl DbToken {
         }
     }
 
+    /// Waits until the names in the directory survive a power failure.
     pub(super) fn sync_directory(&self) -> Result<()> {
-        sync_directory(&self.directory)
+        let path = &self.directory;
+        sync_directory(opened(path, OFlag::O_RDONLY)?).map_err(|error| error.at(path))
     }
 }
 
@@ -137,13 +139,6 @@ fn opened(directory: &Path, access: OFlag) -> Result<OwnedFd> {
     let flags = access | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
     open(directory, flags, Mode::empty())
         .map_err(|errno| Error::system("open", errno).at(directory))
-}
-
-/// Waits until the entries of `directory` survive a power failure.
-pub(super) fn sync_directory(directory: &Path) -> Result<()> {
-    File::from(opened(directory, OFlag::O_RDONLY)?)
-        .sync_all()
-        .map_err(|error| Error::io("sync", &error).at(directory))
 }
 
 #[cfg(test)]

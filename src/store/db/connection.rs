@@ -142,8 +142,9 @@ impl Database {
     /// What has to be said before the first write, outside of a transaction.
     ///
     /// With `full`, which is what SQLite does if it is told nothing, a commit is whole after a power failure and can be undone
-    /// by it: the directory is not synced after the journal is deleted, and a journal that is back rolls back. `extra` syncs it
-    /// (<https://www.sqlite.org/pragma.html#pragma_synchronous>). A token that is being `built` is synced when it is published.
+    /// by it: the directory is not synced after the journal is deleted, and a journal that is back rolls back
+    /// (<https://www.sqlite.org/pragma.html#pragma_synchronous>). [`DbToken`](super::DbToken) does that after the commit. `extra` would too, and then say
+    /// of a commit that it has failed which nothing undoes any more. A token that is being `built` is synced when it is published.
     pub fn prepare(&mut self, built: bool) -> rusqlite::Result<()> {
         if !self.prepared {
             if built {
@@ -152,8 +153,7 @@ impl Database {
                 self.connection
                     .pragma_update_and_check(None, "journal_mode", "memory", |_| Ok(()))?;
             } else {
-                self.connection
-                    .pragma_update(None, "synchronous", "extra")?;
+                self.connection.pragma_update(None, "synchronous", "full")?;
             }
             self.prepared = true;
         }

@@ -3,10 +3,13 @@
 //! The codes are those of <https://www.sqlite.org/rescode.html>. SQLite's own sentences are not repeated where they quote
 //! the database; its name for the code is enough to look it up.
 
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use nix::errno::Errno;
-use nix::sys::stat::lstat;
+use nix::fcntl::{OFlag, open};
+use nix::sys::stat::{Mode, lstat};
 use nix::unistd::{AccessFlags, eaccess};
 use rusqlite::ErrorCode;
 use rusqlite::ffi;
@@ -92,7 +95,13 @@ pub(super) fn classify_write(error: &rusqlite::Error, path: &Path) -> Failure {
         rusqlite::Error::SqliteFailure(failure, _)
             if matches!(failure.code, ErrorCode::ReadOnly | ErrorCode::CannotOpen) =>
         {
-            cannot_write(path).map_or_else(|| classify(error, path), Failure::Other)
+            let why = cannot_write(path).or_else(|| no_room(path));
+            why.map_or_else(|| classify(error, path), Failure::Other)
+        }
+        rusqlite::Error::SqliteFailure(failure, _)
+            if failure.code == ErrorCode::SystemIoFailure =>
+        {
+            no_room(path).map_or_else(|| classify(error, path), Failure::Other)
         }
         _ => classify(error, path),
     }
@@ -110,6 +119,27 @@ pub(super) fn cannot_write(path: &Path) -> Option<Error> {
         }
     }
     None
+}
+
+/// Whether there is no room for another file beside the database, or for anything in one: SQLite keeps the errno to itself, and takes a quota
+/// (`EDQUOT`), and a file system that has no more files to give, for an error of the disk or of opening.
+fn no_room(path: &Path) -> Option<Error> {
+    let directory = path.parent().unwrap_or(Path::new("/"));
+    let is_it = |errno: Errno| {
+        let limits = [Errno::ENOSPC, Errno::EDQUOT, Errno::EMFILE, Errno::ENFILE];
+        limits.contains(&errno).then_some(errno)
+    };
+    let said = |errno| Error::system("write beside the database", errno).at(path);
+    let flags = OFlag::O_RDWR | OFlag::O_TMPFILE | OFlag::O_CLOEXEC;
+    let probe = match open(directory, flags, Mode::from_bits_truncate(0o600)) {
+        Ok(probe) => File::from(probe),
+        Err(errno) => return is_it(errno).map(said),
+    };
+    let written = probe
+        .write_all_at(&[0; 4096], 0)
+        .and_then(|()| probe.sync_all());
+    let errno = Errno::from_raw(written.err()?.raw_os_error()?);
+    is_it(errno).map(said)
 }
 
 /// The journal that belongs to a database.

@@ -502,6 +502,7 @@ impl DbToken {
         self.commit(&transaction, patience)?;
         drop(transaction);
         point("db.committed");
+        self.sync_committed();
         if let Ok(mtime) = directory {
             self.restore_directory_time(mtime);
         }
@@ -525,6 +526,27 @@ impl DbToken {
                 },
             }
         }
+    }
+
+    /// The journal that is gone stays so after a power failure. What fails here undoes nothing: the change is there, for everybody, and `fsync` says so
+    /// that it may not last.
+    fn sync_committed(&self) {
+        if self.built {
+            return;
+        }
+        if let Err(error) = self.sync_directory() {
+            self.diagnostics.error(
+                &Error::new(
+                    error.kind(),
+                    format!(
+                        "{}: what was just written is there, and a power failure may undo it",
+                        error.detail()
+                    ),
+                )
+                .at(&self.path),
+            );
+        }
+        point("db.synced");
     }
 
     /// What is known after a commit of our own to what was `snapshot`.

@@ -15,7 +15,7 @@ use nix::sys::stat::Mode;
 use super::attire::{access_of, create_flags, set_access};
 use super::encode::encode;
 use super::generation::{Generation, microseconds};
-use super::guard::{Temporary, stat_regular, sync, sync_directory};
+use super::guard::{Temporary, stat_regular, sync};
 use super::read::open_regular;
 use super::{FileToken, TOKEN_LOCK, TOKEN_OBJECT};
 use crate::diagnostics::Diagnostics;
@@ -23,6 +23,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::store::attribute::Attributes;
 use crate::store::crash::point;
 use crate::store::rename::rename_to_free;
+use crate::store::sync::sync_directory;
 use crate::store::{Access, ObjectId, Options, TokenName};
 
 /// Up to how many files are synced one by one. Beyond that, the whole file system is, which costs less.

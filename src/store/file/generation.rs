@@ -71,12 +71,16 @@ impl Told {
     /// As [`Generation::raise`]; then it is still to be told.
     pub fn tell_again(&self, directory: BorrowedFd<'_>, patience: Patience) -> Result<()> {
         let ours = self.get().take();
-        let told = Generation::raise(directory, None, patience);
-        if told.is_err() {
-            let mut now = self.get();
-            *now = now.or(ours);
+        match Generation::raise(directory, None, patience) {
+            // The token has been removed meanwhile.
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+            Err(error) => {
+                let mut told = self.get();
+                *told = told.or(ours);
+                Err(error)
+            }
+            Ok(()) => Ok(()),
         }
-        told
     }
 }
 

@@ -214,11 +214,3 @@ pub(super) fn exists(directory: BorrowedFd<'_>, name: &Path) -> bool {
 pub(super) fn sync(file: &File) -> Result<()> {
     file.sync_all().map_err(|error| Error::io("fsync", &error))
 }
-
-/// Waits until the names in a directory are on disk.
-///
-/// # Errors
-/// What `fsync` fails with.
-pub(super) fn sync_directory(directory: BorrowedFd<'_>) -> Result<()> {
-    nix::unistd::fsync(directory).map_err(|errno| Error::system("fsync of the directory", errno))
-}

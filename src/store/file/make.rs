@@ -15,15 +15,14 @@ use super::FileToken;
 use super::attire::{access_of, apply, apply_to_open, set_access, set_mtime};
 use super::change::{check_storable, encode_checked, following};
 use super::generation::{Generation, microseconds};
-use super::guard::{
-    Temporary, Transaction, exists, stat_regular, sync, sync_directory, unlink_if_there,
-};
+use super::guard::{Temporary, Transaction, exists, stat_regular, sync, unlink_if_there};
 use super::names::Names;
 use super::read::{Reading, is_named, open_regular, read_locked, settled};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::attribute::Attributes;
 use crate::store::crash::point;
 use crate::store::rename::rename_to_free;
+use crate::store::sync::sync_directory;
 use crate::store::{
     MetadataChange, NewObject, ObjectId, ObjectName, Patience, Target, lock, validate,
 };

@@ -18,13 +18,14 @@ use rustix::io::Errno as Refusal;
 
 use super::attire::{narrowed, set_access_if_possible, set_mtime};
 use super::encode::encode;
-use super::guard::{Temporary, sync, sync_directory, unlink};
+use super::guard::{Temporary, sync, unlink};
 use super::journal::{Journal, Verdict};
 use super::names::Names;
 use super::read::{LARGEST, Reading, open_regular};
 use super::{change, decode};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::crash::point;
+use crate::store::sync::sync_directory;
 
 /// Replaces the content of a file that is locked exclusively.
 ///

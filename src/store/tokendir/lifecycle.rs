@@ -26,6 +26,7 @@ use crate::store::file::{FileToken, TOKEN_OBJECT, set_access};
 use crate::store::leftover::{BUILDING, REMOVING};
 use crate::store::metadata::is_file;
 use crate::store::rename::rename_to_free;
+use crate::store::sync::sync_directory;
 use crate::store::{Access, Backend, Patience, Token, TokenName, lock};
 
 /// How often a directory is begun anew that another process has cleared away before it was marked.
@@ -373,9 +374,20 @@ impl Store {
             point("store.remove.unlinked");
         });
         if let Err(error) = cleared {
-            let content = Content::of(directory);
-            if content.and_then(|content| self.has_object(name, directory, &content))? {
+            // It may have lost its name already. What cannot be told is for the next mount to find out.
+            let is_found = |name: &TokenName| {
+                let content = Content::of(directory)?;
+                self.has_object(name, directory, &content)
+            };
+            let named = match is_found(name) {
+                Err(error) if error.kind() == ErrorKind::NotFound => mark::staging(name)?,
+                _ => name.clone(),
+            };
+            if is_found(&named).unwrap_or(false) {
                 // A SoftHSM that has a session made one after the last look.
+                if named != *name {
+                    mark::rename_directory(tokendir, &named, name)?;
+                }
                 restore(directory)?;
                 remove_file(directory, OsStr::new(REMOVING))?;
                 return Err(error);
@@ -521,14 +533,6 @@ pub(super) fn restore(directory: BorrowedFd<'_>) -> Result<bool> {
         return Ok(true);
     }
     Ok(false)
-}
-
-/// Waits until the names in a directory are on disk.
-///
-/// # Errors
-/// What `fsync` fails with.
-pub(super) fn sync_directory(directory: BorrowedFd<'_>) -> Result<()> {
-    nix::unistd::fsync(directory).map_err(|errno| Error::system("fsync", errno))
 }
 
 fn exists() -> Error {

@@ -18,16 +18,16 @@ use rustix::fs::{RenameFlags, renameat_with};
 use rustix::io::Errno as Refusal;
 
 use super::DATABASE;
-use super::lifecycle::sync_directory;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::file::{TOKEN_OBJECT, is_known, object_name};
 use crate::store::leftover::{BUILDING, NEW_DIRECTORY, REMOVING};
 use crate::store::metadata::is_file;
+use crate::store::sync::sync_directory;
 use crate::store::{Backend, Patience, TokenName, lock};
 
 /// What `token.object` and `sqlite3.db` are called while there is no token.
-pub(super) const HIDDEN_OBJECT: &str = "token.tokenfs-new";
-pub(super) const HIDDEN_DATABASE: &str = "sqlite3.db.tokenfs-new";
+pub(crate) const HIDDEN_OBJECT: &str = "token.tokenfs-new";
+pub(crate) const HIDDEN_DATABASE: &str = "sqlite3.db.tokenfs-new";
 const HIDDEN: [&str; 2] = [HIDDEN_OBJECT, HIDDEN_DATABASE];
 
 /// The longest name of a file, in bytes (`NAME_MAX`).
@@ -188,6 +188,15 @@ impl Content {
         self.names
             .iter()
             .any(|name| name == TOKEN_OBJECT || name == DATABASE)
+    }
+
+    /// Whether there are objects of the `file` backend in it, and nothing that is going to be the token's own or was that: it is there before
+    /// the first object is, and goes after the last one.
+    pub fn has_objects_alone(&self) -> bool {
+        self.has_object()
+            && !HIDDEN
+                .iter()
+                .any(|hidden| self.names.iter().any(|name| name == hidden))
     }
 
     /// Whether there is an object of the `file` backend in it.

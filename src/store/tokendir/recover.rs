@@ -10,7 +10,7 @@ use nix::dir::Dir;
 use nix::fcntl::OFlag;
 use nix::sys::stat::Mode;
 
-use super::lifecycle::{restore, sync_directory};
+use super::lifecycle::restore;
 use super::mark::{self, Content, clear, in_use, not_empty, open_directory, remove_file};
 use super::{DATABASE, Store};
 use crate::error::{Error, ErrorKind, Result};
@@ -18,24 +18,27 @@ use crate::store::crash::point;
 use crate::store::db::DbToken;
 use crate::store::file::{FileToken, TOKEN_OBJECT};
 use crate::store::leftover::{BUILDING, REMOVING};
+use crate::store::sync::sync_directory;
 use crate::store::{Patience, TokenName};
 
 impl Store {
     /// Puts right what a crash left behind ([`crate::store::leftover`]), in every token; does nothing in a store that is read only.
     /// What is still in use by another process is left alone. Says what it did in the diagnostics.
     pub fn recover(&self) {
-        if self.options.read_only {
-            return;
-        }
         match self.directories() {
             Ok(names) => {
                 for name in names {
-                    if !self.is_building(&name) {
-                        self.recover_directory(&name, true);
-                    }
+                    self.recover_token(&name);
                 }
             }
             Err(error) => self.diagnostics.error(&error.at(&self.path)),
+        }
+    }
+
+    /// The same in one directory.
+    pub fn recover_token(&self, name: &TokenName) {
+        if !self.options.read_only && !self.is_building(name) {
+            self.recover_directory(name, true);
         }
     }
 
@@ -197,11 +200,11 @@ impl Store {
             said("the token is whole; removed what a crash had left of making or removing it");
             return Ok(true);
         }
-        if building.is_none() && content.has_object() {
-            // Nothing that makes it a token again: a person has to look at it.
+        if content.has_object() && (building.is_none() || content.has_objects_alone()) {
+            // Nothing that makes it a token again, or it was one and has lost that since: a person has to look at it.
             return Err(Error::new(
                 ErrorKind::NotEmpty,
-                "a token whose removal a crash had cut short has objects in it",
+                "there are objects in it and no token.object, and nothing that says that it was still being made; bring that back from a backup",
             ));
         }
         clear(tokendir, name, directory, building.is_some(), || {
