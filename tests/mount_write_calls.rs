@@ -417,6 +417,66 @@ both_backends! {
         assert!(known.contains(&bench.stored_data("CKA_LABEL").unwrap()));
     }
 
+    /// A cut counts from the moment in which it was made, whenever one hears that the file is closed: what is stored after that stays.
+    fn what_is_stored_after_a_cut_is_not_cut(backend) {
+        let mut bench = Bench::alone(backend);
+        let object = bench.handles.0;
+        let cut: [fn(&Path) -> File; 3] = [
+            truncated,
+            |path| {
+                let file = opened(path);
+                file.set_len(2).unwrap();
+                file
+            },
+            |path| {
+                // The last one counts.
+                let file = truncated(path);
+                file.set_len(2).unwrap();
+                file
+            },
+        ];
+        for cut in cut {
+            for sync in [false, true] {
+                bench.client.set_label(object, "before").unwrap();
+                let file = cut(&bench.label());
+                bench.client.set_label(object, "SoftHSM's").unwrap();
+                if sync {
+                    file.sync_all().unwrap();
+                }
+                close(file).unwrap();
+                thread::sleep(Duration::from_millis(100));
+                bench.assert_label("SoftHSM's", "after a cut that was made before");
+                assert_eq!(fs::read(bench.label()).unwrap(), b"SoftHSM's");
+                // By somebody else in the mount, too.
+                let file = cut(&bench.label());
+                fs::write(bench.label(), "mine").unwrap();
+                close(file).unwrap();
+                thread::sleep(Duration::from_millis(50));
+                bench.assert_label("mine", "after a cut that was made before");
+                // What was cut and written is whole, and the last close wins.
+                let mut file = cut(&bench.label());
+                bench.client.set_label(object, "SoftHSM's").unwrap();
+                file.write_all(b"whole").unwrap();
+                close(file).unwrap();
+                bench.assert_label("whole", "after a write");
+                // Of nothing else is anything kept that was not meant.
+                drop(cut(&bench.label()));
+                eventually(SOON, "the cut", || bench.stored_data("CKA_LABEL").unwrap().len() <= 2);
+            }
+        }
+        // Without a pause after close has returned.
+        let mut lost = 0;
+        for _ in 0..50 {
+            bench.client.set_label(object, "before").unwrap();
+            assert_eq!(fs::read(bench.label()).unwrap(), b"before");
+            close(cut[1](&bench.label())).unwrap();
+            bench.client.set_label(object, "SoftHSM's").unwrap();
+            thread::sleep(Duration::from_millis(20));
+            lost += usize::from(bench.stored_data("CKA_LABEL").unwrap() != b"SoftHSM's");
+        }
+        assert_eq!(lost, 0, "of 50 updates of SoftHSM's");
+    }
+
     fn appending_loses_nothing(backend) {
         let bench = Bench::alone(backend);
         let (mut one, mut two) = (appending(&bench.label()), appending(&bench.label()));

@@ -6,7 +6,7 @@ mod mount_common;
 mod support;
 mod write_common;
 
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -467,6 +467,65 @@ both_backends! {
         Mount::new(&softhsm).unmount();
         let left = leftovers(&softhsm.tokendir);
         assert!(left.is_empty(), "{left:?}");
+    }
+
+    /// What is renamed over an object whose attributes have been unlinked is there afterwards, or that object is.
+    fn an_object_that_was_emptied_is_there_until_another_one_is(backend) {
+        let bench = Bench::new(backend);
+        let (mut failed, mut done) = (0, 0);
+        for call in ["linkat", "fsync", "fdatasync", "pwrite64", "renameat2", "renameat", "fchmod", "write"] {
+            for when in 1..9 {
+                let what = format!("{backend}: EIO in {call}, time {when}");
+                let before = bench.stored_data("CKA_LABEL").unwrap();
+                bench.quiet("cp -a $o .new; printf next >.new/CKA_LABEL");
+                bench.quiet("rm $o/*");
+                let injection = Injection::new(&bench, call, &format!("error=EIO:when={when}"));
+                let renamed = errno(fs::rename(bench.at(".new"), bench.at(&bench.data)));
+                drop(injection);
+                if renamed == 0 {
+                    done += 1;
+                    assert_eq!(bench.stored_data("CKA_LABEL").unwrap(), b"next", "{what}");
+                    assert_errno(write(&bench.of_data("CKA_LABEL"), what.as_bytes()), &[0], "afterwards", &bench);
+                } else {
+                    failed += 1;
+                    eventually(SOON, &format!("{what}: what was unlinked is back"), || {
+                        fs::read(bench.of_data("CKA_LABEL")).is_ok_and(|label| label == before)
+                    });
+                    assert_eq!(bench.stored_data("CKA_LABEL").unwrap(), before, "{what}");
+                    bench.quiet("rm -r .new");
+                }
+            }
+        }
+        println!("{backend}: {failed} renames failed, {done} were done");
+        assert!(failed > 3 && done > 3, "{failed}, {done}");
+        bench.assert_no_leftovers();
+    }
+
+    /// The token's own object is written in place.
+    fn an_error_behind_a_change_of_the_tokens_own_is_none_of_it(backend) {
+        let bench = Bench::new(backend);
+        let label = bench.at("token/CKA_OS_TOKENLABEL");
+        let (mut failed, mut done) = (0, 0);
+        for call in ["unlinkat", "unlink", "utimensat", "fsync", "pwrite64", "ftruncate", "fallocate", "write"] {
+            for when in 1..6 {
+                let what = format!("{backend}: EIO in {call}, time {when}");
+                assert_errno(write(&label, b"old"), &[0], "before", &bench);
+                let appending = OpenOptions::new().append(true).open(&label).unwrap();
+                let injection = Injection::new(&bench, call, &format!("error=EIO:when={when}"));
+                (&appending).write_all(b"er").unwrap();
+                let synced = errno(appending.sync_all());
+                drop(injection);
+                let again = errno(appending.sync_all());
+                assert_eq!(again, 0, "{what}");
+                drop(appending);
+                let stored = bench.stored("token/CKA_OS_TOKENLABEL").unwrap();
+                let stored = String::from_utf8(stored).unwrap();
+                assert_eq!(stored.trim_end(), "older", "{what}: {synced}");
+                if synced == 0 { done += 1 } else { failed += 1 }
+            }
+        }
+        println!("{backend}: {failed} syncs failed, {done} did not");
+        assert!(failed > 1 && done > 1, "{failed}, {done}");
     }
 
     fn a_token_that_is_gone_is_gone_whatever_is_left_of_it(backend) {

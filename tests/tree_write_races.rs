@@ -5,7 +5,7 @@ use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 use tokenfs::diagnostics::Diagnostics;
 use tokenfs::store::attribute::{Attributes, Value};
 use tokenfs::store::file::encode;
@@ -726,6 +726,42 @@ fn who_comes_by_the_number_of_what_was_renamed_over_finds_what_has_its_name() {
     assert_eq!(error.kind(), tokenfs::error::ErrorKind::NotFound);
 }
 
+/// Who is about to open a file by its name when it loses that, while somebody is in the middle of writing it, sees a value that somebody meant.
+#[test]
+fn what_is_being_written_and_loses_its_name_is_opened_as_it_was() {
+    for truncate in [false, true] {
+        for is_replaced in [false, true] {
+            let f = fixture();
+            let number = f.find(f.object, "CKA_LABEL");
+            let how = OpenForWriting {
+                truncate,
+                ..OpenForWriting::default()
+            };
+            let writing = f.tree.open_for_writing(number, how, patient()).unwrap();
+            f.tree.write(writing, 0, b"n", patient()).unwrap();
+            if is_replaced {
+                f.put(f.object, ".t", b"next");
+                let (from, to) = ((f.object, os(".t")), (f.object, os("CKA_LABEL")));
+                let renamed = f.tree.rename(from, to, RenameHow::default(), patient());
+                renamed.unwrap();
+            } else {
+                f.tree.unlink(f.object, os("CKA_LABEL"), patient()).unwrap();
+            }
+            f.tree.write(writing, 1, b"e", patient()).unwrap();
+            let reading = f.tree.open(number, patient()).unwrap();
+            assert_eq!(f.tree.read(reading, 0, 100).unwrap(), b"old");
+            f.tree.release(reading, patient()).unwrap();
+            // What its writer has closed once is what he meant.
+            f.tree.flush(writing, patient()).unwrap();
+            let reading = f.tree.open(number, patient()).unwrap();
+            let meant = if truncate { "ne" } else { "ned" };
+            assert_eq!(f.tree.read(reading, 0, 100).unwrap(), meant.as_bytes());
+            f.tree.release(reading, patient()).unwrap();
+            f.close(writing);
+        }
+    }
+}
+
 #[test]
 fn a_scratch_file_that_is_an_attribute_does_not_count_as_scratch() {
     let f = fixture();
@@ -959,6 +995,89 @@ fn who_syncs_once_more_what_could_not_be_committed_commits_it() {
         f.close(open);
         assert_eq!(label_of(&f, "key"), b"new");
     }
+}
+
+/// The same of what was scratch when it was opened.
+#[test]
+fn what_was_scratch_and_could_not_be_committed_is_committed_when_it_is_synced_once_more() {
+    for append in [false, true] {
+        let f = fixture();
+        f.put(f.object, ".t", b"");
+        let how = OpenForWriting {
+            append,
+            ..OpenForWriting::default()
+        };
+        let scratch = f.find(f.object, ".t");
+        let open = f.tree.open_for_writing(scratch, how, patient()).unwrap();
+        f.tree.write(open, 0, b"abc", patient()).unwrap();
+        let (from, to) = ((f.object, os(".t")), (f.object, os("CKA_LABEL")));
+        f.tree
+            .rename(from, to, RenameHow::default(), patient())
+            .unwrap();
+        f.tree.write(open, 3, b"def", patient()).unwrap();
+        let held = locked(&f, "key");
+        f.tree.sync_file(scratch, open, patient()).unwrap_err();
+        drop(held);
+        f.tree.sync_file(scratch, open, patient()).unwrap();
+        assert_eq!(label_of(&f, "key"), b"abcdef");
+        f.close(open);
+        assert_eq!(label_of(&f, "key"), b"abcdef");
+    }
+}
+
+/// A cut is no more than that only if nothing else was done that is not stored.
+#[test]
+fn what_was_appended_and_then_cut_is_stored() {
+    let f = fixture();
+    let label = f.find(f.object, "CKA_LABEL");
+    let how = OpenForWriting {
+        append: true,
+        ..OpenForWriting::default()
+    };
+    let open = f.tree.open_for_writing(label, how, patient()).unwrap();
+    f.tree.write(open, 0, b"new", patient()).unwrap();
+    let held = locked(&f, "key");
+    f.tree.sync_file(label, open, patient()).unwrap_err();
+    drop(held);
+    let cut = SetAttributes {
+        size: Some(5),
+        ..SetAttributes::default()
+    };
+    f.tree
+        .set_attributes(label, Some(open), &cut, patient())
+        .unwrap();
+    rewrite(&f, b"other");
+    f.tree.sync_file(label, open, patient()).unwrap();
+    assert_eq!(label_of(&f, "key"), b"oldne");
+    f.close(open);
+}
+
+/// Nobody says how deep a scratch directory is, and it is looked through when it becomes an object.
+#[test]
+fn a_deep_scratch_directory_is_refused_like_any_other() {
+    let f = fixture();
+    f.tree
+        .make_dir(f.token, os(".d"), 0o700, me(), patient())
+        .unwrap();
+    let mut directory = f.find(f.token, ".d");
+    for _ in 0..10_000 {
+        directory = f.make_dir(directory, "CKA_WRAP_TEMPLATE");
+    }
+    let how = RenameHow {
+        by: Some(Caller { uid: 1000, ..me() }),
+        ..RenameHow::default()
+    };
+    let to = os("00000000-0000-4000-8000-000000000000");
+    let started = Instant::now();
+    let renamed = f
+        .tree
+        .rename((f.token, os(".d")), (f.token, to), how, patient());
+    renamed.unwrap_err();
+    assert!(
+        started.elapsed() < Duration::from_secs(20),
+        "{:?}",
+        started.elapsed()
+    );
 }
 
 #[test]

@@ -203,7 +203,8 @@ impl Filesystem for Adapter {
         _owner: LockOwner,
         reply: ReplyEmpty,
     ) {
-        self.waiting.answer(
+        // What is refused would be committed all the same when it is closed for good.
+        self.waiting.unlimited().answer(
             reply,
             move |tree, patience| tree.flush(HandleId(handle.0), patience),
             reply::empty,
@@ -582,13 +583,17 @@ impl Filesystem for Adapter {
     ) {
         let handle = HandleId(handle.0);
         self.tree.used_by(handle, request.pid());
-        let answer = match mode {
-            0 => (self.tree).extend_open(handle, offset.saturating_add(length)),
+        let end = offset.saturating_add(length);
+        match mode {
+            0 => self.waiting.answer(
+                reply,
+                move |tree, patience| tree.extend_open(handle, end, patience),
+                reply::empty,
+            ),
             // Nothing has to be reserved, since it is all in memory until it is committed.
-            libc::FALLOC_FL_KEEP_SIZE => Ok(()),
-            _ => return reply.error(Errno::EOPNOTSUPP),
-        };
-        reply::empty(&self.tree, reply, answer);
+            libc::FALLOC_FL_KEEP_SIZE => reply.ok(),
+            _ => reply.error(Errno::EOPNOTSUPP),
+        }
     }
 
     // What there is not in a store: links of both kinds, and extended attributes.

@@ -28,6 +28,7 @@ use super::db::DbToken;
 use super::file::{FileToken, TOKEN_OBJECT, apply_to_open};
 use super::metadata::{is_directory, is_file};
 use super::snapshot::{Remembered, Snapshot};
+use super::sync::sync_directory;
 use super::validate::slot_id;
 use super::watch::Coverage;
 use super::{Backend, Metadata, MetadataChange, Object, Options, Token, TokenName};
@@ -351,8 +352,7 @@ impl Store {
         if self.options.read_only {
             return Ok(());
         }
-        nix::unistd::fsync(self.directory()?)
-            .map_err(|errno| Error::system("fsync", errno).at(&self.path))
+        sync_directory(self.directory()?).map_err(|error| error.at(&self.path))
     }
 
     fn check_writable(&self) -> Result<()> {

@@ -114,7 +114,13 @@ impl Tree {
                 let start = content.len().saturating_sub(appended);
                 Text::Appended(content.get(start..).unwrap_or_default())
             }
-            None if state.written || state.resized => Text::Whole(&content),
+            // What was scratch when it was opened is a whole, also when it is tried once more.
+            None if state.written || state.resized || is_scratch && state.uncommitted => {
+                match state.cut.filter(|_| !is_scratch) {
+                    Some(was) => Text::Cut(&content, was),
+                    None => Text::Whole(&content),
+                }
+            }
             None => Text::First(&content),
         };
         let outcome = still.and_then(|_still| match node {

@@ -10,7 +10,7 @@ use super::drafts::Drafts;
 use super::entries::exists;
 use super::node::Node;
 use super::scratch::{Content, ScratchId};
-use super::slot::Slot;
+use super::slot::{Slot, Trace};
 use super::text::Context;
 use super::write::check_length;
 use super::{Tree, lock, text};
@@ -37,6 +37,8 @@ pub(super) fn always() -> bool {
 pub(super) enum Text<'a> {
     /// This is the whole of it.
     Whole(&'a [u8]),
+    /// This is the whole of it, unless another value is stored by now than the one that was cut to it.
+    Cut(&'a [u8], Trace),
     /// This comes behind what is stored.
     Appended(&'a [u8]),
     /// What is stored, cut or extended to so many bytes; if there is nothing, this.
@@ -67,7 +69,10 @@ impl Tree {
             is_same = false;
             let value = match text {
                 Text::First(_) if stored.is_some() => return Ok(()),
-                Text::Whole(text) | Text::First(text) => text::parse(slot.key, text, context)?,
+                Text::Cut(_, was) if Trace::of(slot, attributes) != *was => return Ok(()),
+                Text::Whole(text) | Text::First(text) | Text::Cut(text, _) => {
+                    text::parse(slot.key, text, context)?
+                }
                 Text::Appended(text) => {
                     let mut whole = match stored {
                         Some(stored) => {
@@ -90,7 +95,7 @@ impl Tree {
                     text::parse(slot.key, &whole, context)?
                 }
             };
-            if let Text::Whole(text) = text {
+            if let Text::Whole(text) | Text::Cut(text, _) = text {
                 is_same = **text == *text::render(slot.key.attribute_type, &value, context)?;
             }
             slot.set(attributes, value)
@@ -109,6 +114,7 @@ impl Tree {
         mtime: Option<SystemTime>,
     ) -> Result<()> {
         let (Text::Whole(bytes)
+        | Text::Cut(bytes, _)
         | Text::Appended(bytes)
         | Text::Resized(_, bytes)
         | Text::First(bytes)) = text;
@@ -120,7 +126,7 @@ impl Tree {
         };
         let mut content = lock(content);
         match text {
-            Text::Whole(bytes) => content.set(bytes.to_vec()),
+            Text::Whole(bytes) | Text::Cut(bytes, _) => content.set(bytes.to_vec()),
             Text::First(_) => {}
             Text::Appended(bytes) => content.append(bytes),
             Text::Resized(size, _) => content.set_len(*size),
@@ -316,8 +322,9 @@ impl Tree {
                 new.unwritten.extend(slot);
                 return Err(error);
             }
-            if let Some(slot) = slot {
-                new.unwritten.remove(&slot);
+            // Of a rename, both: the one has a value by now, the other one needs none.
+            for slot in coming.slots {
+                new.unwritten.remove(slot);
             }
             new.attributes = attributes;
             if mtime.is_some() {

@@ -179,7 +179,7 @@ impl Tree {
     }
 
     /// How long each thing that is due waits.
-    fn patience(&self) -> Patience {
+    pub(super) fn patience(&self) -> Patience {
         Patience::at_most(self.store.options().lock_wait.max(AT_LEAST))
     }
 
@@ -189,7 +189,13 @@ impl Tree {
             What::LookAfter(token, file) => {
                 let patience = self.patience();
                 let seen_to = self.ask(token, patience, |token| token.look_after(file, patience));
-                let _ = self.noted(seen_to);
+                if let Err(error) = self.noted(seen_to)
+                    && error.kind() == ErrorKind::Busy
+                {
+                    // It is due again: a lock is free one day.
+                    drop(task);
+                    return self.wake_when_left_alone();
+                }
             }
             What::Write(key) => {
                 let _ = self.write_draft(key, Finished::LeftAlone, self.patience());

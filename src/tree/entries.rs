@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 
 use super::body::{Body, Bytes};
 use super::draft::New;
+use super::handle::State;
 use super::node::{Ino, Node};
 use super::place::Place;
 use super::scratch::Content;
@@ -143,10 +144,7 @@ impl Tree {
             let created = self.create_in(directory, name, how, caller, patience);
             let (node, handle, is_new) = self.noted_entry(directory, name, created)?;
             match self.look_now(node.clone(), patience) {
-                Ok(look) => {
-                    self.tell(parent, &look);
-                    Ok((look.entry, handle))
-                }
+                Ok(look) => Ok((self.tell(parent, &look), handle)),
                 Err(error) => {
                     self.discard(handle);
                     if is_new {
@@ -237,7 +235,7 @@ impl Tree {
             drafts.touch(&key);
         }
         let attributes = super::view::file(&object.metadata, self.settings.mask);
-        Ok(self.insert_writer(node.clone(), attributes, how.open, bytes, false))
+        Ok(self.insert_writer(node.clone(), attributes, how.open, bytes, State::default()))
     }
 
     /// Makes an empty file without opening it (`mknod`).
@@ -291,10 +289,7 @@ impl Tree {
                 _ => patience,
             };
             match self.noted(self.look_now(node.clone(), patience)) {
-                Ok(look) => {
-                    self.tell(parent, &look);
-                    Ok(look.entry)
-                }
+                Ok(look) => Ok(self.tell(parent, &look)),
                 Err(error) => {
                     self.take_back(directory, name, &node);
                     Err(error)

@@ -8,6 +8,7 @@ use std::time::SystemTime;
 use super::body::{Body, Bytes};
 use super::node::Node;
 use super::opened::Opened;
+use super::slot::Trace;
 use super::{Attributes, Ino, Listed, OpenForWriting, lock};
 use crate::error::{Error, Result};
 
@@ -74,6 +75,11 @@ impl Writer {
         lock(&self.content).len() as u64
     }
 
+    /// What is in the file as this descriptor sees it.
+    fn copy(&self) -> Arc<Vec<u8>> {
+        Arc::new(lock(&self.content).to_vec())
+    }
+
     /// It is going to be changed through this descriptor. What is scratch is so for all who have it open.
     pub fn begin(&self, content: &mut Body, state: &mut State) {
         if matches!(self.node, Node::Scratch(_)) {
@@ -95,10 +101,16 @@ impl Writer {
         }
     }
 
-    /// Cuts or extends it to so many bytes; returns whether that changes anything.
-    pub fn resize(&self, size: usize) -> bool {
+    /// Cuts or extends it to so many bytes, while its value is `was`; returns whether that changes anything.
+    pub fn resize(&self, size: usize, was: Option<Trace>) -> bool {
         let mut content = lock(&self.content);
         let mut state = lock(&self.state);
+        // Nothing else was done since it was opened or committed, or failed to be.
+        let is_all = state.cut.is_some()
+            || !(state.resized || state.written)
+                && state.appended.is_none()
+                && !state.uncommitted
+                && state.gap.is_none();
         if state.gap.is_some_and(|gap| size as u64 <= gap) {
             // What could not be written is cut off.
             state.gap = None;
@@ -113,6 +125,7 @@ impl Writer {
         }
         self.begin(&mut content, &mut state);
         content.resize(size);
+        state.cut = was.filter(|_| is_all);
         state.resized = true;
         state.appended = None;
         state.version += 1;
@@ -149,6 +162,8 @@ pub(super) struct State {
     pub written: bool,
     /// It was cut or extended since the last commit, which counts when it is closed for good.
     pub resized: bool,
+    /// That is all that was done, and the value was this then: what is stored by the time that it counts, and is another value, came later.
+    pub cut: Option<Trace>,
     /// How much of the end was appended since the last commit, if nothing else was done: then it is appended to what is stored by
     /// that time, so that two who append lose nothing.
     pub appended: Option<usize>,
@@ -218,6 +233,11 @@ impl State {
         };
     }
 
+    /// Whether nothing was done since it was opened or committed.
+    pub fn is_whole(&self) -> bool {
+        !(self.written || self.resized || self.refused || self.gap.is_some())
+    }
+
     /// Whether what is committed next has to be all that it holds.
     fn is_to_be_whole(&self) -> bool {
         self.resized || self.written && self.appended.is_none()
@@ -229,6 +249,7 @@ impl State {
             refused,
             uncommitted: refused && self.gap.is_none(),
             appended: self.appended.filter(|_| refused),
+            cut: self.cut.filter(|_| refused),
             resized: refused && self.is_to_be_whole(),
             gap: self.gap,
             error: self.error.take().filter(|_| refused),
@@ -303,6 +324,24 @@ impl Open {
             ..*attributes
         }
     }
+}
+
+/// What somebody sees of a file that is open.
+#[derive(Debug)]
+pub(super) struct OpenContent {
+    pub content: Arc<Vec<u8>>,
+    /// What he was told of it when he opened it.
+    pub told: Attributes,
+    /// Nobody is in the middle of writing it.
+    pub is_whole: bool,
+}
+
+/// Whether what is seen through a descriptor is a version that somebody meant.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Whole {
+    No,
+    Written,
+    Read,
 }
 
 /// All that is open.
@@ -419,19 +458,41 @@ impl Handles {
         }
     }
 
-    /// What somebody who has the file `ino` open sees of it now, one who reads it first, and what he was told of it.
-    pub(super) fn open_content(&self, ino: Ino) -> Option<(Arc<Vec<u8>>, Attributes)> {
-        let content = |(_, open): (HandleId, &Open)| match &open.handle {
-            Handle::Content(content, opened) => Some((true, Arc::clone(content), *opened)),
-            Handle::Writer(writer) | Handle::Shared(writer) => {
-                let content = Arc::new(lock(&writer.content).to_vec());
-                Some((false, content, writer.attributes))
-            }
-            Handle::Listing(..) => None,
+    /// What somebody who has the file `ino` open sees of it now: a version that nobody is at first, and of those that of one who reads it.
+    pub(super) fn open_content(&self, ino: Ino) -> Option<OpenContent> {
+        let content = |(_, open): (HandleId, &Open)| {
+            let (state, content, told) = match &open.handle {
+                Handle::Content(content, told) => (Whole::Read, Arc::clone(content), *told),
+                // It is written in place, for all who have it open.
+                Handle::Shared(writer) => (Whole::Written, writer.copy(), writer.attributes),
+                Handle::Writer(writer) => {
+                    let content = writer.copy();
+                    let is_whole = lock(&writer.state).is_whole();
+                    let state = if is_whole { Whole::Written } else { Whole::No };
+                    (state, content, writer.attributes)
+                }
+                Handle::Listing(..) => return None,
+            };
+            let told = Attributes { ino, ..told };
+            Some((state, content, told))
         };
         let found = self.of(ino).filter_map(content);
-        let (_, content, opened) = found.max_by_key(|(is_reader, ..)| *is_reader)?;
-        Some((content, Attributes { ino, ..opened }))
+        let (state, content, told) = found.max_by_key(|(state, ..)| *state)?;
+        Some(OpenContent {
+            content,
+            told,
+            is_whole: state != Whole::No,
+        })
+    }
+
+    /// What is read through the descriptor of `ino` that was opened last for that.
+    pub(super) fn latest_content(&self, ino: Ino) -> Option<Arc<Vec<u8>>> {
+        let content = |(id, open): (HandleId, &Open)| match &open.handle {
+            Handle::Content(content, _) => Some((id, Arc::clone(content))),
+            _ => None,
+        };
+        let latest = self.of(ino).filter_map(content).max_by_key(|(id, _)| *id)?;
+        Some(latest.1)
     }
 
     pub(super) fn opened_by(&mut self, id: HandleId, ino: Ino) {

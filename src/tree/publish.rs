@@ -16,7 +16,9 @@ use super::{FileKind, Tree, lock, view};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::Object;
 use crate::store::attribute::{AttributeKey, Attributes, Kind, Value};
-use crate::store::{Access, NewObject, ObjectId, ObjectName, Patience, TokenName, validate};
+use crate::store::{
+    Access, Backend, NewObject, ObjectId, ObjectName, Patience, TokenName, validate,
+};
 
 /// How often a file is committed anew that is written while it is committed.
 const ATTEMPTS: usize = 8;
@@ -110,25 +112,38 @@ impl Tree {
         // Before anything makes room for it.
         self.token(token)?.check_name(object)?;
         validate::check(None, &attributes)?;
-        if !replaces_damaged {
-            self.make_room(&key, object, false, patience)?;
+        if self.token(token)?.backend() == Backend::File {
+            self.check_owner(access)?;
         }
+        let removed = if replaces_damaged {
+            None
+        } else {
+            self.make_room(&key, object, false, patience)?
+        };
         if attributes.is_empty() && !replaces_damaged {
             // Nothing was put into it, as into a directory that was just made.
-            return self.begin_object(token, object, access, None, patience);
+            let begun = self.begin_object(token, object, access, None, patience);
+            if begun.is_err() {
+                self.give_back(token, object, removed);
+            }
+            return begun;
         }
         let new = NewObject {
             attributes,
             access,
             mtime,
         };
-        self.ask(token, patience, |token| {
+        let made = self.ask(token, patience, |token| {
             if replaces_damaged {
                 token.replace_damaged(object, Some(&new), patience)
             } else {
                 token.create(object, &new, patience)
             }
-        })?;
+        });
+        if made.is_err() {
+            self.give_back(token, object, removed);
+        }
+        made?;
         // An empty directory that was just made there is replaced.
         lock(&self.drafts).remove(&key);
         Ok(())

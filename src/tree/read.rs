@@ -69,9 +69,11 @@ impl Tree {
         lock(&self.inodes).untell(ino, answer.before);
     }
 
-    /// Counts an answer about something in the directory `parent`, which stays where it is.
-    pub(super) fn tell(&self, parent: Ino, look: &Look) {
-        tell(&mut lock(&self.inodes), parent, look);
+    /// Counts an answer about something in the directory `parent`, which stays where it is; the answer, with the number that it was counted under.
+    pub(super) fn tell(&self, parent: Ino, look: &Look) -> Entry {
+        let mut entry = look.entry;
+        entry.attributes.ino = tell(&mut lock(&self.inodes), parent, look);
+        entry
     }
 
     /// Takes back `count` answers that named `ino`.
@@ -265,16 +267,21 @@ impl Tree {
     }
 
     /// Opens a file once more that lost its name while it is open: by `/proc/self/fd`, or by a name that somebody was about to open. It is what
-    /// somebody who has it open sees of it now, and what is written into it is seen through this descriptor alone. Nothing if nobody has it open.
+    /// somebody who has it open sees of it now, or, if all of them are in the middle of writing it, the value that it had under its name. What is written into it is seen
+    /// through this descriptor alone. Nothing if nobody has it open.
     pub(super) fn reopen(
         &self,
         ino: Ino,
         for_writing: Option<OpenForWriting>,
     ) -> Result<Option<HandleId>> {
-        let Some((content, attributes)) = lock(&self.handles).open_content(ino) else {
+        let Some(open) = lock(&self.handles).open_content(ino) else {
             // It has just been closed.
             return Ok(None);
         };
+        let attributes = open.told;
+        // Of a file that never had a value that is all that there is.
+        let named = (!open.is_whole).then(|| self.seen_content(ino)).flatten();
+        let content = named.map_or(open.content, Arc::new);
         let Some(how) = for_writing else {
             let handle = self.open_handle(Handle::Content(content, attributes));
             return Ok(Some(handle));
@@ -297,6 +304,16 @@ impl Tree {
         })));
         lock(&self.handles).opened_by(handle, ino);
         Ok(Some(handle))
+    }
+
+    /// The value that a file had when the kernel was told of it last.
+    fn seen_content(&self, ino: Ino) -> Option<Vec<u8>> {
+        let (node, seen) = {
+            let inodes = lock(&self.inodes);
+            let inode = inodes.get(ino)?;
+            (inode.node.clone(), inode.seen.clone()?)
+        };
+        view::content(&node, &seen).ok().flatten()
     }
 
     fn open_node(&self, ino: Ino, node: &Node, patience: Patience) -> Result<HandleId> {
@@ -330,9 +347,19 @@ impl Tree {
             },
         };
         let size = content.len() as u64;
-        let handle = self.open_handle(Handle::Content(Arc::new(content), attributes));
+        let content = self.shared(ino, content);
+        let handle = self.open_handle(Handle::Content(content, attributes));
         self.tell_of_opened(ino, size);
         Ok(handle)
+    }
+
+    /// The same content for all who read one version of a file, however often it is opened.
+    pub(super) fn shared(&self, ino: Ino, content: Vec<u8>) -> Arc<Vec<u8>> {
+        let latest = lock(&self.handles).latest_content(ino);
+        match latest {
+            Some(latest) if *latest == content => latest,
+            _ => Arc::new(content),
+        }
     }
 
     /// That who may open a file was decided by the mode and the owner that it has now. The kernel goes by those that it remembers; who may

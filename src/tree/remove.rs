@@ -12,7 +12,7 @@ use super::slot::Slot;
 use super::{FileKind, Tree, lock};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::attribute::Attributes;
-use crate::store::{ObjectId, ObjectName, Patience, TokenName, validate};
+use crate::store::{Access, NewObject, ObjectId, ObjectName, Patience, TokenName, validate};
 
 /// What was seen of an object that is to be removed.
 #[derive(Clone, Copy, Debug)]
@@ -108,6 +108,15 @@ pub(super) fn object_called(directory: &Node, name: &OsStr) -> Option<Key> {
             .object()
             .map(|(token, id)| (token.clone(), id.clone())),
     }
+}
+
+/// An object that is gone.
+#[derive(Debug)]
+pub(super) struct Removed {
+    /// What it held in the mount.
+    pub shown: Attributes,
+    /// What the store had, by which it can be made anew.
+    pub stored: Option<NewObject>,
 }
 
 impl Tree {
@@ -323,7 +332,7 @@ impl Tree {
         object: &ObjectName,
         expected: Expected,
         patience: Patience,
-    ) -> Result<Attributes> {
+    ) -> Result<Removed> {
         let key = (token.clone(), ObjectId::Object(object.clone()));
         let check = |draft: Option<&Draft>, attributes: &Attributes| match expected {
             Expected::Nothing
@@ -346,16 +355,22 @@ impl Tree {
             drafts.touch(&key);
             Ok(Some(attributes))
         })?;
-        if let Some(attributes) = was_new {
-            return Ok(attributes);
+        if let Some(shown) = was_new {
+            return Ok(Removed {
+                shown,
+                stored: None,
+            });
         }
         let held = lock(&self.drafts).get(&key).cloned();
+        let metadata = self.object_metadata(token, &key.1, patience);
         let mut last = Attributes::new();
+        let mut whole = None;
         self.ask(token, patience, |token| match expected {
             Expected::Damaged => token.replace_damaged(object, None, patience),
             Expected::Nothing | Expected::Anything => {
                 let mut check = |stored: Result<&Attributes>| {
                     last = stored?.clone();
+                    whole = Some(last.clone());
                     for (slot, then) in held.iter().flat_map(|draft| &draft.removed) {
                         slot.remove_unchanged(&mut last, then);
                     }
@@ -367,7 +382,19 @@ impl Tree {
             }
         })?;
         lock(&self.drafts).remove(&key);
-        Ok(last)
+        let stored = metadata.ok().zip(whole);
+        Ok(Removed {
+            shown: last,
+            stored: stored.map(|(metadata, attributes)| NewObject {
+                attributes,
+                access: Access {
+                    mode: metadata.mode,
+                    uid: metadata.uid,
+                    gid: metadata.gid,
+                },
+                mtime: Some(metadata.mtime),
+            }),
+        })
     }
 
     /// The directory of a token's own attributes is gone from the mount; from the store only with the token.

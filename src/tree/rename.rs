@@ -1,6 +1,7 @@
 //! Renaming: what becomes what (`publish` does it where scratch comes into it), what the kernel's numbers stand for then, and what cannot be
 //! renamed.
 
+use std::collections::HashSet;
 use std::ffi::OsStr;
 
 use super::commit::always;
@@ -16,7 +17,7 @@ use super::text::Context;
 use super::{FileKind, Tree, lock, text, view};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::attribute::{Attributes, Value};
-use crate::store::{Access, Backend, ObjectId, ObjectName, Patience, TokenName};
+use crate::store::{Access, Backend, NewObject, ObjectId, ObjectName, Patience, TokenName};
 
 /// What `renameat2(2)` was asked for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -70,7 +71,8 @@ impl Tree {
             self.wait_until_let_go(&files, patience)?;
             let _shut = self.shut(spots.iter().cloned(), patience)?;
             // Otherwise their object was renamed meanwhile, or more was put into what is renamed.
-            let is_all = |now: Vec<Spot>| now.iter().all(|spot| spots.contains(spot));
+            let known: HashSet<&Spot> = spots.iter().collect();
+            let is_all = |now: Vec<Spot>| now.iter().all(|spot| known.contains(spot));
             if (self.node(from.0)?, self.node(to.0)?) == directories
                 && is_all(self.spots_of_rename(source, target))
             {
@@ -248,7 +250,7 @@ impl Tree {
                         Expected::Anything
                     };
                     self.remove_object(token, object, expected, patience)
-                        .map(Some)
+                        .map(|removed| Some(removed.shown))
                 })?;
                 self.follow_into_scratch(&key, None, made);
                 self.forget_dates(&key);
@@ -332,22 +334,46 @@ impl Tree {
     }
 
     /// What is to be replaced by an object is an empty directory or a damaged object, as `rename` has seen to: one that the store has
-    /// because all of it was unlinked just now goes for good.
+    /// because all of it was unlinked just now goes, for good if what is to be there can be put there ([`Tree::give_back`]).
     pub(super) fn make_room(
         &self,
         key: &Key,
         object: &ObjectName,
         is_damaged: bool,
         patience: Patience,
-    ) -> Result<()> {
+    ) -> Result<Option<NewObject>> {
         let is_new = self.with_drafts(key, patience, |drafts| Ok(drafts.is_new(key)))?;
         if is_new {
-            return Ok(());
+            return Ok(None);
         }
         match self.remove_object(&key.0, object, Expected::empty(is_damaged), patience) {
-            Ok(_) => Ok(()),
-            Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+            Ok(removed) => Ok(removed.stored),
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
             Err(error) => Err(error),
+        }
+    }
+
+    /// What room was made for could not be put there: what was there, and whose attributes were unlinked, is back, as it is after a removal that fails.
+    pub(super) fn give_back(
+        &self,
+        token: &TokenName,
+        object: &ObjectName,
+        removed: Option<NewObject>,
+    ) {
+        let Some(removed) = removed else {
+            return;
+        };
+        let patience = self.patience();
+        let made = self.ask(token, patience, |token| {
+            token.create(object, &removed, patience)
+        });
+        match made {
+            // Somebody has made another one there.
+            Err(error) if error.kind() == ErrorKind::Exists => {}
+            outcome => {
+                let node = Node::Object(token.clone(), ObjectId::Object(object.clone()));
+                let _ = self.noted_write(&node, outcome);
+            }
         }
     }
 
@@ -418,7 +444,7 @@ impl Tree {
         let from_key = (token.clone(), ObjectId::Object(from.clone()));
         let to_key = (token.clone(), ObjectId::Object(to.clone()));
         self.token(token)?.check_name(to)?;
-        self.make_room(&to_key, to, replaces_damaged, patience)?;
+        let removed = self.make_room(&to_key, to, replaces_damaged, patience)?;
         let was_new = self.with_drafts(&from_key, patience, |drafts| {
             if drafts
                 .get(&from_key)
@@ -449,6 +475,9 @@ impl Tree {
         }
         drop(drafts);
         self.wake();
+        if outcome.is_err() {
+            self.give_back(token, to, removed);
+        }
         outcome
     }
 }

@@ -116,14 +116,19 @@ impl Tree {
 /// Mode and owner of what becomes a part of an object if this scratch does: of a file, or of a directory with all in it that has the name of an
 /// attribute.
 pub(super) fn parts(scratch: &Scratch, id: ScratchId) -> Vec<(FileKind, Access)> {
-    let Ok(entry) = scratch.get(id) else {
-        return Vec::new();
-    };
-    let mut found = vec![(entry.kind(), entry.access)];
-    if let Content::Directory(names) = &entry.content {
-        let is_part = |name: &OsStr| matches!(name::parse(name.as_bytes()), Name::Attribute(_));
-        let inside = names.iter().filter(|(name, _)| is_part(name));
-        found.extend(inside.flat_map(|(_, id)| parts(scratch, *id)));
+    let is_part = |name: &OsStr| matches!(name::parse(name.as_bytes()), Name::Attribute(_));
+    let mut found = Vec::new();
+    // Not by recursion: nobody says how deep directories are.
+    let mut left = vec![id];
+    while let Some(id) = left.pop() {
+        let Ok(entry) = scratch.get(id) else {
+            continue;
+        };
+        found.push((entry.kind(), entry.access));
+        if let Content::Directory(names) = &entry.content {
+            let inside = names.iter().filter(|(name, _)| is_part(name));
+            left.extend(inside.map(|(_, id)| *id));
+        }
     }
     found
 }

@@ -112,29 +112,28 @@ impl Scratch {
         }
     }
 
-    /// Where it is: the directory of the store, and the names from there. It is looked for, which takes its time.
+    /// Where it is: the directory of the store, and the names from there. It is looked for, which takes its time, once for all that are above it.
     pub fn path(&self, id: ScratchId) -> Option<(&Node, PathBuf)> {
-        let name_in = |names: &BTreeMap<OsString, ScratchId>, id| {
-            let found = names.iter().find(|(_, entry)| **entry == id);
-            found.map(|(name, _)| PathBuf::from(name))
-        };
-        let (mut id, mut path) = (id, PathBuf::new());
-        loop {
-            let outside = self.outside.iter();
-            let found = outside.filter_map(|(node, names)| Some((node, name_in(names, id)?)));
-            if let Some((node, name)) = found.last() {
-                return Some((node, joined(name, path)));
+        let mut inside = HashMap::new();
+        for (parent, entry) in &self.entries {
+            if let Content::Directory(names) = &entry.content {
+                inside.extend(names.iter().map(|(name, id)| (*id, (*parent, name))));
             }
-            let inside = self.entries.iter().filter_map(|(parent, entry)| {
-                let Content::Directory(names) = &entry.content else {
-                    return None;
-                };
-                Some((*parent, name_in(names, id)?))
-            });
-            let (parent, name) = inside.last()?;
-            path = joined(name, path);
-            id = parent;
         }
+        let (mut id, mut names) = (id, Vec::new());
+        while let Some((parent, name)) = inside.get(&id) {
+            names.push(*name);
+            id = *parent;
+        }
+        let called = |entries: &BTreeMap<OsString, ScratchId>| {
+            let mut entries = entries.iter();
+            entries.find_map(|(name, entry)| (*entry == id).then(|| name.clone()))
+        };
+        let mut outside = self.outside.iter();
+        let (node, name) = outside.find_map(|(node, entries)| Some((node, called(entries)?)))?;
+        let mut path = PathBuf::from(name);
+        path.extend(names.into_iter().rev());
+        Some((node, path))
     }
 
     fn names_mut(&mut self, directory: &Node) -> Result<&mut BTreeMap<OsString, ScratchId>> {
@@ -400,14 +399,6 @@ impl Scratch {
         };
         self.entries.values().filter_map(file).collect()
     }
-}
-
-/// The path of what is at `path` in the directory `name`, or of that itself.
-fn joined(name: PathBuf, path: PathBuf) -> PathBuf {
-    if path.as_os_str().is_empty() {
-        return name;
-    }
-    name.join(path)
 }
 
 fn gone() -> Error {

@@ -111,8 +111,8 @@ impl Tree {
     ) -> Result<Entry> {
         if let Some(size) = change.size {
             match handle {
-                Some(handle) => self.resize_open(handle, size)?,
-                None => self.resize_all(ino, size)?,
+                Some(handle) => self.resize_open(handle, size, patience)?,
+                None => self.resize_all(ino, size, patience)?,
             }
         }
         self.attributes_for(ino, change.pid, patience)
@@ -129,7 +129,7 @@ impl Tree {
         if let Some(size) = change.size {
             match handle {
                 Some(handle) if self.is_open_for_writing(handle) => {
-                    self.resize_open(handle, size)?;
+                    self.resize_open(handle, size, patience)?;
                 }
                 _ => {
                     self.resize(node, size, patience)?;

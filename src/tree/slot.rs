@@ -1,6 +1,11 @@
 //! Where in an object a value stands: at the top, or in one of its attribute maps.
 
+use std::hash::Hasher;
+
+use siphasher::sip128::{Hasher128, SipHasher13};
+
 use super::node::Node;
+use super::text::{self, Context};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::attribute::{AttributeKey, AttributeType, Attributes, Kind, Value};
 use crate::store::{ObjectId, TokenName};
@@ -12,6 +17,25 @@ pub(super) struct Slot {
     pub map: Option<AttributeType>,
     /// What it is called there.
     pub key: AttributeKey,
+}
+
+/// By this a value is known again: a hash of its text, or nothing if there is none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Trace(Option<u128>);
+
+impl Trace {
+    /// Of what stands in a place of an object.
+    pub fn of(slot: Slot, attributes: &Attributes) -> Self {
+        let text = slot.siblings(attributes).and_then(|siblings| {
+            let value = siblings.get(slot.key)?;
+            text::render(slot.key.attribute_type, value, Context::of(siblings)).ok()
+        });
+        Self(text.map(|text| {
+            let mut hasher = SipHasher13::new();
+            hasher.write(&text);
+            hasher.finish128().as_u128()
+        }))
+    }
 }
 
 impl Slot {

@@ -119,6 +119,9 @@ impl Tree {
                     self.stale_below(&Node::TokenLayout(token.clone()), &mut stale);
                 }
                 Change::Everything => {
+                    for token in self.store.tokens().unwrap_or_default() {
+                        self.look_after(&token, &LayoutFile::Generation);
+                    }
                     stale.push(Stale::Attributes(ROOT));
                     stale.extend(
                         lock(&self.inodes)

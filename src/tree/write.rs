@@ -15,10 +15,10 @@ use super::handle::{Handle, HandleId, OpenedFor, State, Writer};
 use super::node::{Ino, Node};
 use super::opened::are_same;
 use super::scratch::{Content, ScratchId};
-use super::slot::Slot;
+use super::slot::{Slot, Trace};
 use super::{Tree, lock, view};
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::Patience;
+use crate::store::{Object, Patience};
 
 /// The longest value, in bytes. The largest objects that SoftHSM makes are data objects of a few MiB; one above 256 MiB would not
 /// be read again.
@@ -132,6 +132,7 @@ impl Tree {
         if let Some(ino) = ino {
             self.check_told(ino, &attributes)?;
         }
+        let was = object.as_ref().and_then(|object| trace(node, object));
         let content = if how.truncate {
             Vec::new()
         } else {
@@ -148,7 +149,13 @@ impl Tree {
         let resized = how.truncate && attributes.size > 0;
         let size = content.len() as u64;
         let content: Bytes = Arc::new(Mutex::new(Body::open(content)));
-        let handle = self.insert_writer(node.clone(), attributes, how, content, resized);
+        let state = State {
+            resized,
+            cut: was.filter(|_| resized),
+            version: u64::from(resized),
+            ..State::default()
+        };
+        let handle = self.insert_writer(node.clone(), attributes, how, content, state);
         if let Some(ino) = ino.filter(|_| how.read && !how.truncate) {
             self.tell_of_opened(ino, size);
         }
@@ -162,17 +169,12 @@ impl Tree {
         attributes: super::Attributes,
         how: OpenForWriting,
         content: Bytes,
-        resized: bool,
+        state: State,
     ) -> HandleId {
         self.touch_object(&node);
         let attributes = super::Attributes {
             ino: lock(&self.inodes).number(&node),
             ..attributes
-        };
-        let state = State {
-            resized,
-            version: u64::from(resized),
-            ..State::default()
         };
         let writer = Writer {
             node,
@@ -265,7 +267,7 @@ impl Tree {
             return Err(Error::not_found("it is no scratch any more"));
         }
         if how.truncate {
-            writer.resize(0);
+            writer.resize(0, None);
         }
         Ok(Scratched::Opened(handle))
     }
@@ -447,6 +449,7 @@ impl Tree {
             None => Some(data.len()),
         };
         state.written = true;
+        state.cut = None;
         state.mtime = None;
         state.version += 1;
         drop(state);
@@ -496,26 +499,41 @@ impl Tree {
     ///
     /// # Errors
     /// [`ErrorKind::TooLarge`].
-    pub(super) fn resize_open(&self, handle: HandleId, size: u64) -> Result<()> {
+    pub(super) fn resize_open(
+        &self,
+        handle: HandleId,
+        size: u64,
+        patience: Patience,
+    ) -> Result<()> {
         let writer = self.writer(handle)?;
         check_length(size)?;
         let present = writer.size();
         let copied = writer.to_copy().min(size);
         self.check_memory(size.saturating_sub(present) + copied)?;
-        if let Some(node) = self.committed_as(&writer).filter(|_| size > present) {
-            self.check_disk(&node, size)?;
+        let node = self.committed_as(&writer);
+        if let Some(node) = node.as_ref().filter(|_| size > present) {
+            self.check_disk(node, size)?;
         }
-        if writer.resize(as_index(size)) {
+        let was = match node
+            .as_ref()
+            .map(|node| (node, self.describe(node, patience)))
+        {
+            Some((_, Err(error))) if error.kind() == ErrorKind::WouldBlock => return Err(error),
+            Some((node, Ok((_, Some(object))))) => trace(node, &object),
+            // Then what is stored by the time that it is closed was not seen here.
+            _ => None,
+        };
+        if writer.resize(as_index(size), was) {
             self.touch(&writer.node);
         }
         Ok(())
     }
 
     /// The same of all that the file `ino` is written through.
-    pub(super) fn resize_all(&self, ino: Ino, size: u64) -> Result<()> {
+    pub(super) fn resize_all(&self, ino: Ino, size: u64, patience: Patience) -> Result<()> {
         let writers = lock(&self.handles).writers_of(ino);
         for handle in writers {
-            match self.resize_open(handle, size) {
+            match self.resize_open(handle, size, patience) {
                 // It has just been closed.
                 Err(error) if error.kind() == ErrorKind::System(libc::EBADF) => {}
                 outcome => outcome?,
@@ -527,11 +545,11 @@ impl Tree {
     /// Makes an open file at least `size` bytes long (`fallocate` of mode 0).
     ///
     /// # Errors
-    /// [`ErrorKind::TooLarge`].
-    pub fn extend_open(&self, handle: HandleId, size: u64) -> Result<()> {
+    /// [`ErrorKind::TooLarge`]; [`ErrorKind::WouldBlock`] with [`Patience::Now`].
+    pub fn extend_open(&self, handle: HandleId, size: u64, patience: Patience) -> Result<()> {
         let present = self.writer(handle)?.size();
         if size > present {
-            self.resize_open(handle, size)?;
+            self.resize_open(handle, size, patience)?;
         }
         Ok(())
     }
@@ -573,6 +591,12 @@ impl Tree {
         content.resize(as_index(size), 0);
         self.commit_resized(node, size, &content, patience)
     }
+}
+
+/// By what the value of a file is known again.
+fn trace(node: &Node, object: &Object) -> Option<Trace> {
+    let (_, _, slot) = Slot::of(node)?;
+    Some(Trace::of(slot, &object.attributes))
 }
 
 fn as_index(offset: u64) -> usize {

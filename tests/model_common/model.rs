@@ -95,6 +95,8 @@ struct Fd {
     /// What was said of what was written last.
     error: Answer,
     resized: bool,
+    /// That is all that was done, and this was its value then: another value came later.
+    cut: Option<Option<Vec<u8>>>,
     /// The scratch file is being written through it.
     changing: bool,
     refused: bool,
@@ -499,8 +501,15 @@ impl Model {
         let resized = how.truncate && !text.is_empty();
         let copy = if how.truncate { Vec::new() } else { text };
         let bytes = self.buffer(copy);
+        let was = self.value_text(node);
         self.insert_fd(fd, node, bytes, how, false, resized);
+        self.fd(fd).cut = resized.then_some(was);
         Ok(())
+    }
+
+    fn value_text(&self, id: Id) -> Option<Vec<u8>> {
+        let has_value = matches!(self.nodes[id], Node::Attribute { value: Some(_), .. });
+        has_value.then(|| self.text_of(id))
     }
 
     fn insert_fd(
@@ -521,6 +530,7 @@ impl Model {
             written: false,
             error: Ok(()),
             resized,
+            cut: None,
             changing: false,
             refused: false,
             appended: None,
@@ -585,6 +595,7 @@ impl Model {
             None => Some(data.len()),
         };
         fd.written = true;
+        fd.cut = None;
         fd.error = Ok(());
         Ok(())
     }
@@ -635,6 +646,14 @@ impl Model {
         let open = self.fds[fd].clone().unwrap();
         let outcome = match self.nodes[open.node] {
             _ if open.detached => Ok(()),
+            Node::Attribute { .. }
+                if !open.shared
+                    && open
+                        .cut
+                        .is_some_and(|was| was != self.value_text(open.node)) =>
+            {
+                Ok(())
+            }
             Node::Attribute { .. } => {
                 let own = self.buffers[open.bytes].now.clone();
                 let text = match open.appended {
@@ -676,7 +695,7 @@ impl Model {
         };
         let fd = self.fd(fd);
         if outcome.is_ok() {
-            (fd.resized, fd.appended) = (false, None);
+            (fd.resized, fd.appended, fd.cut) = (false, None, None);
         } else {
             // It is committed with what is written next.
             fd.resized |= open.written && open.appended.is_none();
@@ -752,8 +771,15 @@ impl Model {
             self.begin(fd);
         }
         self.buffers[bytes].now.resize(length as usize, 0);
+        let node = self.fd(fd).node;
+        let was = match self.nodes[node] {
+            Node::Attribute { .. } if self.parents[node].is_some() => Some(self.value_text(node)),
+            _ => None,
+        };
         let fd = self.fd(fd);
         if !same || fd.refused {
+            let is_all = !fd.written && (!fd.resized || fd.cut.is_some());
+            fd.cut = was.filter(|_| is_all);
             fd.resized = true;
             fd.appended = None;
             (fd.refused, fd.uncommitted, fd.error) = (false, false, Ok(()));

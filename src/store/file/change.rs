@@ -249,7 +249,12 @@ impl FileToken {
                 "too large to be rewritten, and this file system cannot exchange files; remove it first",
             ));
         }
-        rewrite::rewrite(self.directory(), names, reading, bytes, mtime)?;
+        let unfinished = rewrite::rewrite(self.directory(), names, reading, bytes, mtime)?;
+        if let Some(error) = unfinished {
+            let error = error.at(self.path.join(names.object()));
+            self.diagnostics
+                .warning(format!("{error}; it is written all the same"));
+        }
         if let Some(access) = access {
             set_access_if_possible(&reading.file, access);
         }

@@ -26,7 +26,7 @@ fn leftovers_of_a_crash_are_put_right_by_the_next_write_and_by_recovery() {
         fixture.write("a.tokenfs-new", &encode(4, &sample()));
         act(&fixture);
         assert_eq!(files(&fixture).len(), 4, "{what}");
-        assert_eq!(generation(&fixture), 8);
+        assert_eq!(generation(&fixture), 9);
         assert_eq!(fixture.diagnostics.render().lines().count(), 1);
         // A creation before the link; one before SoftHSM was told; a removal.
         fixture.write("b.tokenfs-new", &encode(1, &sample()));
@@ -47,7 +47,7 @@ fn leftovers_of_a_crash_are_put_right_by_the_next_write_and_by_recovery() {
                 "token.object"
             ]
         );
-        assert_eq!(generation(&fixture), 11);
+        assert_eq!(generation(&fixture), 15);
         // Somebody is still at it.
         fixture.write("c.tokenfs-new", &encode(1, &sample()));
         let mut holder = hold(&fixture.path("c.lock"), 60.0);

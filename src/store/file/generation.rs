@@ -68,10 +68,15 @@ impl Told {
     /// It is about to be told once more. Whoever changes anything from now on begins anew.
     ///
     /// # Errors
-    /// As [`Generation::raise`]; then it is still to be told.
+    /// As [`Generation::lock`] and [`Locked::raise`]; then it is still to be told.
     pub fn tell_again(&self, directory: BorrowedFd<'_>, patience: Patience) -> Result<()> {
         let ours = self.get().take();
-        match Generation::raise(directory, None, patience) {
+        let locked = Generation::lock_present(directory, patience);
+        let locked = locked.map(|generation| Locked {
+            directory,
+            generation,
+        });
+        match locked.and_then(|locked| locked.raise(None, patience)) {
             // The token has been removed meanwhile.
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
             Err(error) => {
@@ -146,48 +151,46 @@ impl Generation {
         Ok(())
     }
 
-    /// Raises the number by one, under its write lock, and remembers it in `told`.
+    /// Takes its write lock, which nobody waits with for anything: what is to be told is done while it is held, and can then be told without another wait.
     ///
     /// # Errors
-    /// [`ErrorKind::Busy`] if somebody holds its lock; what writing fails with.
-    pub fn raise(directory: BorrowedFd<'_>, told: Option<&Told>, patience: Patience) -> Result<()> {
-        let mut at_least = 0;
-        for _ in 0..AGAIN {
-            let locked = Self::open(directory).and_then(|generation| {
-                lock::lock_exclusive(&generation.0, patience)?;
-                Ok(generation)
-            });
-            let generation = match locked {
-                // It has been raised, and others have heard.
-                Err(_) if at_least != 0 => return Ok(()),
-                locked => locked?,
-            };
-            // Where there is no number, one that nobody can have had: time goes on, too.
-            let present = generation.read()?.unwrap_or_else(microseconds);
-            let next = present.max(at_least).checked_add(1).unwrap_or(1);
-            {
-                let mut told = told.map(Told::get);
-                generation.write(next)?;
-                if let Some(told) = &mut told {
-                    **told = Some(next);
-                }
-            }
-            point("file.generation.raised");
-            at_least = next;
-            let written = generation.stat()?;
-            // Lets go of the lock.
-            drop(generation);
-            thread::sleep(FLUSHED);
-            let later = Self::open(directory)?;
-            let stat = later.stat()?;
-            let untouched = (written.st_ino, written.st_mtime, written.st_mtime_nsec)
-                == (stat.st_ino, stat.st_mtime, stat.st_mtime_nsec);
-            if untouched && later.read()? == Some(next) {
-                return Ok(());
+    /// [`ErrorKind::Busy`] if somebody holds it; what opening it fails with.
+    pub fn lock(directory: BorrowedFd<'_>, patience: Patience) -> Result<Locked<'_>> {
+        let generation = Self::open(directory)?;
+        lock::lock_exclusive(&generation.0, patience)?;
+        Ok(Locked {
+            directory,
+            generation,
+        })
+    }
+
+    /// One that is there, open and locked.
+    fn lock_present(directory: BorrowedFd<'_>, patience: Patience) -> Result<Self> {
+        let present = Self::open_present(directory)?;
+        lock::lock_exclusive(&present.0, patience)?;
+        Ok(present)
+    }
+
+    /// Opens it where there is one.
+    fn open_present(directory: BorrowedFd<'_>) -> Result<Self> {
+        open_regular(directory, Path::new(GENERATION), nix::fcntl::OFlag::O_RDWR).map(Self)
+    }
+
+    /// Writes a number that it has not had, at least `at_least`; and which that is. It is not the next one: a SoftHSM whose buffer is still to be written has
+    /// that in it, and nobody could tell the two apart.
+    fn write_next(&self, at_least: u64, told: Option<&Told>) -> Result<u64> {
+        // Where there is no number, one that nobody can have had: time goes on, too.
+        let present = self.read()?.unwrap_or_else(microseconds);
+        let next = present.max(at_least).checked_add(2).unwrap_or(1);
+        {
+            let mut told = told.map(Told::get);
+            self.write(next)?;
+            if let Some(told) = &mut told {
+                **told = Some(next);
             }
         }
-        // Others go on raising it: what they write is another number each time.
-        Ok(())
+        point("file.generation.raised");
+        Ok(next)
     }
 
     fn stat(&self) -> Result<FileStat> {
@@ -208,6 +211,54 @@ impl Generation {
         self.0
             .write_all_at(&number.to_be_bytes(), 0)
             .map_err(|error| Error::io("write generation", &error))
+    }
+}
+
+/// The file `generation` of a token, locked exclusively.
+#[derive(Debug)]
+pub(super) struct Locked<'a> {
+    directory: BorrowedFd<'a>,
+    generation: Generation,
+}
+
+impl Locked<'_> {
+    /// Raises the number, remembers it in `told`, and lets go of the lock.
+    ///
+    /// # Errors
+    /// What writing fails with, and then nobody has been told.
+    pub fn raise(self, told: Option<&Told>, patience: Patience) -> Result<()> {
+        let Self {
+            directory,
+            generation,
+        } = self;
+        let mut next = generation.write_next(0, told)?;
+        let mut written = generation.stat();
+        // Lets go of the lock.
+        drop(generation);
+        // It has been raised, and others have heard: whatever fails from here on is no reason to believe otherwise.
+        for _ in 0..AGAIN {
+            thread::sleep(FLUSHED);
+            let seen = Generation::open_present(directory)
+                .and_then(|later| Ok((later.stat()?, later.read()?)));
+            let (Ok(before), Ok((stat, number))) = (&written, seen) else {
+                return Ok(());
+            };
+            let untouched = (before.st_ino, before.st_mtime, before.st_mtime_nsec)
+                == (stat.st_ino, stat.st_mtime, stat.st_mtime_nsec);
+            if untouched && number == Some(next) {
+                return Ok(());
+            }
+            let Ok(again) = Generation::lock_present(directory, patience) else {
+                return Ok(());
+            };
+            let Ok(raised) = again.write_next(next, told) else {
+                return Ok(());
+            };
+            next = raised;
+            written = again.stat();
+        }
+        // Others go on raising it: what they write is another number each time.
+        Ok(())
     }
 }
 

@@ -61,6 +61,12 @@ impl Transaction {
         }
     }
 
+    /// Whether it was made for somebody who cannot use it: neither his, nor of the group of the file that it stands beside.
+    pub fn is_foreign_to(&self, stat: &FileStat) -> bool {
+        let is_foreign = |own: FileStat| own.st_uid != stat.st_uid && own.st_gid != stat.st_gid;
+        self.made && fstat(&self.file).is_ok_and(is_foreign)
+    }
+
     /// Takes back what was made for a write that came to nothing.
     pub fn give_up(self, directory: BorrowedFd<'_>, name: &Path) {
         if self.made {

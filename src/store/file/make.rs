@@ -12,11 +12,13 @@ use rustix::fs::{AtFlags as LinkFlags, linkat};
 use rustix::io::Errno as Refusal;
 
 use super::FileToken;
-use super::attire::{access_of, apply, apply_to_open, set_access, set_mtime};
+use super::attire::{
+    access_of, apply, apply_to_open, set_access, set_access_if_possible, set_mtime,
+};
 use super::change::{check_storable, encode_checked, following};
-use super::generation::{Generation, microseconds};
+use super::generation::{Generation, Locked, microseconds};
 use super::guard::{Temporary, Transaction, exists, stat_regular, sync, unlink_if_there};
-use super::names::Names;
+use super::names::{Names, too_long};
 use super::read::{Reading, is_named, open_regular, read_locked, settled};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::attribute::Attributes;
@@ -47,6 +49,8 @@ impl FileToken {
         }
         let lock_name = names.lock().unwrap_or(Path::new(""));
         let transaction = Transaction::take(directory, lock_name, new.access, patience)?;
+        // Left of another object, it can be one that the owner of this one cannot open.
+        set_access_if_possible(&transaction.file, new.access);
         let departed = self.arrive(name);
         match self.make_locked(&names, new, &bytes, patience) {
             Ok(()) => {
@@ -75,10 +79,6 @@ impl FileToken {
         self.clear_temporary(names, patience)?;
         // Of an object that is gone.
         unlink_if_there(directory, names.journal())?;
-        // What would keep SoftHSM from being told is met before there is anything to tell.
-        if !building {
-            Generation::open(directory)?;
-        }
         let mut file = Temporary::new(directory, names.next())?;
         point("file.create.made");
         set_access(&file.file, new.access)?;
@@ -94,6 +94,7 @@ impl FileToken {
             point("file.create.synced");
             self.born.remember(&file.file);
         }
+        let generation = self.lock_generation(patience)?;
         let linked = linkat(
             directory,
             names.next(),
@@ -118,10 +119,12 @@ impl FileToken {
             }
         }
         point("file.create.linked");
-        if !building && let Err(error) = self.raise_generation(patience) {
+        if let Err(error) = self.tell(generation, patience) {
             // An object that SoftHSM is not told of is none.
-            let _ = unlink_if_there(directory, names.object());
-            return Err(error);
+            match unlink_if_there(directory, names.object()) {
+                Ok(_) => return Err(error),
+                Err(kept) => self.say_untold(names, &error, &kept),
+            }
         }
         point("file.create.told");
         // Takes away the other name.
@@ -208,10 +211,7 @@ impl FileToken {
             }
             errno => Error::system("remove", errno),
         };
-        // Whatever would keep SoftHSM from being told is met before there is anything to tell.
-        if !building {
-            Generation::open(directory)?;
-        }
+        let generation = self.lock_generation(patience)?;
         let last = if building {
             None
         } else {
@@ -229,16 +229,18 @@ impl FileToken {
             .map_err(gone)?;
         }
         point("file.remove.renamed");
-        if !building && let Err(error) = self.raise_generation(patience) {
-            // An object that SoftHSM believes in is still there.
-            if names.fit()
-                && let Err(errno) = rename_to_free(directory, names.next(), names.object())
-            {
-                let path = self.path.join(names.next());
-                self.diagnostics
-                    .error(&Error::system("rename it back", errno).at(path));
+        if let Err(error) = self.tell(generation, patience) {
+            // An object that SoftHSM believes in is still there, if it can be given its name back.
+            let back = if names.fit() {
+                rename_to_free(directory, names.next(), names.object())
+                    .map_err(|errno| Error::system("rename it back", errno))
+            } else {
+                Err(too_long())
+            };
+            match back {
+                Ok(()) => return Err(error),
+                Err(gone) => self.say_untold(names, &error, &gone),
             }
-            return Err(error);
         }
         point("file.remove.told");
         // It is gone. What cannot be cleared away now is a leftover, as after a crash, and no reason to believe that it is there.
@@ -256,6 +258,19 @@ impl FileToken {
         self.changes().forget(id);
         self.cache().remove(id);
         Ok(())
+    }
+
+    /// An object has come, gone, or got this name, SoftHSM could not be told, and it could not be undone: whoever asked for it goes by what there is.
+    pub(super) fn say_untold(&self, names: &Names, error: &Error, undone: &Error) {
+        self.diagnostics.error(&Error::new(
+            error.kind(),
+            format!(
+                "{}, so that a running SoftHSM does not see what was made, removed or renamed here before it is started anew; and it stays so: {}",
+                error.detail(),
+                undone.detail()
+            ),
+        )
+        .at(self.path.join(names.object())));
     }
 
     /// Unlinks what is left of an object that is gone.
@@ -404,7 +419,30 @@ impl FileToken {
 
     /// Tells SoftHSM that an object has come or gone.
     pub(super) fn raise_generation(&self, patience: Patience) -> Result<()> {
-        Generation::raise(self.directory(), Some(&self.told), patience)?;
+        let locked = Generation::lock(self.directory(), patience)?;
+        self.tell(Some(locked), patience)
+    }
+
+    /// What has to be held while an object comes or goes, to say so; nothing while nobody else looks at the token. The last lock to be taken.
+    ///
+    /// # Errors
+    /// As [`Generation::lock`]: whatever would keep SoftHSM from being told is met before there is anything to tell.
+    pub(super) fn lock_generation(&self, patience: Patience) -> Result<Option<Locked<'_>>> {
+        if self.is_building() {
+            return Ok(None);
+        }
+        Generation::lock(self.directory(), patience).map(Some)
+    }
+
+    /// Says it.
+    ///
+    /// # Errors
+    /// As [`Locked::raise`].
+    pub(super) fn tell(&self, generation: Option<Locked<'_>>, patience: Patience) -> Result<()> {
+        let Some(generation) = generation else {
+            return Ok(());
+        };
+        generation.raise(Some(&self.told), patience)?;
         self.unsynced(Path::new(super::GENERATION));
         Ok(())
     }

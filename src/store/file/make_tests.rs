@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, UNIX_EPOCH};
 
 use super::fixture::{
-    Fixture, LABEL, files, fixture, generation, id, name, new_object, sample, set_label, soon,
+    Fixture, LABEL, files, fixture, generation, hold, id, name, new_object, sample, set_label, soon,
 };
 use super::*;
 use crate::diagnostics::Diagnostics;
@@ -28,7 +28,7 @@ fn an_object_appears_whole_with_its_lock_file_and_softhsm_is_told() {
     assert_eq!((object.mode() & 0o7777, object.nlink()), (0o640, 1));
     let lock = fs::metadata(fixture.path("b.lock")).unwrap();
     assert_eq!((lock.mode() & 0o7777, lock.len()), (0o640, 0));
-    assert_eq!(generation(&fixture), 8);
+    assert_eq!(generation(&fixture), 9);
     let found = fixture.token.object(&id("b"), soon()).unwrap();
     assert_eq!(&found.attributes, &sample());
     // A SoftHSM that knows one of that name from before has to see that it is another.
@@ -96,15 +96,40 @@ fn the_longest_name_that_fits_is_made_and_removed() {
         .create(&long, &new_object(sample()), soon())
         .unwrap();
     set_label(&fixture, &ObjectId::Object(long.clone()), b"z").unwrap();
-    fixture.token.remove(&long, soon()).unwrap();
-    assert_eq!(files(&fixture).len(), 4);
+    assert_eq!(files(&fixture).len(), 6);
     // One of SoftHSM's that leaves no room can be removed, and is not changed.
     let longer = "z".repeat(248);
     fixture.write(&format!("{longer}.object"), &encode(1, &sample()));
     let error = set_label(&fixture, &id(&longer), b"z").unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NameTooLong);
+    // SoftHSM has to be told, or it stays.
+    let mut held = hold(&fixture.path("generation"), 10.0);
+    let briefly = Patience::at_most(Duration::from_millis(100));
+    for present in [name(&longer), long] {
+        let error = fixture.token.remove(&present, briefly).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Busy);
+        fixture
+            .token
+            .object(&ObjectId::Object(present), soon())
+            .unwrap();
+    }
+    held.kill().unwrap();
+    held.wait().unwrap();
     fixture.token.remove(&name(&longer), soon()).unwrap();
-    assert_eq!(files(&fixture).len(), 4);
+    assert_eq!(files(&fixture).len(), 6);
+    // It can get another name, and a damaged one can be removed.
+    let longest = "y".repeat(248);
+    fixture.write(&format!("{longer}.object"), &encode(1, &sample()));
+    let renamed = fixture.token.rename(&name(&longer), &name("short"), soon());
+    renamed.unwrap();
+    fixture.write(&format!("{longest}.object"), &[0xff; 40]);
+    let removed = fixture.token.replace_damaged(&name(&longest), None, soon());
+    removed.unwrap();
+    assert_eq!(
+        fixture.token.list(soon()).unwrap().len(),
+        3,
+        "a, the long one and the short one"
+    );
 }
 
 #[test]
@@ -112,10 +137,10 @@ fn a_removed_object_is_gone_with_its_lock_file_and_softhsm_is_told() {
     let fixture = fixture();
     fixture.token.remove(&name("a"), soon()).unwrap();
     assert_eq!(files(&fixture), ["generation", "token.object"]);
-    assert_eq!(generation(&fixture), 8);
+    assert_eq!(generation(&fixture), 9);
     let error = fixture.token.remove(&name("a"), soon()).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NotFound);
-    assert_eq!(generation(&fixture), 8);
+    assert_eq!(generation(&fixture), 9);
     // A damaged object, without a lock file.
     fixture.write("b.object", b"no object");
     fixture.token.remove(&name("b"), soon()).unwrap();

@@ -61,6 +61,13 @@ impl FileToken {
         }
         let order = (from < to, &stat);
         let (reading, transaction) = self.lock_both(&names, &target, order, None, patience)?;
+        if transaction.is_foreign_to(&reading.stat) {
+            self.leave(&target, transaction);
+            return Err(Error::new(
+                ErrorKind::NotPermitted,
+                "its lock file would not belong to whoever the object belongs to, and SoftHSM could not change it any more",
+            ));
+        }
         let departed = self.arrive(to);
         let stat = match self.give_name_locked(&names, &target, &reading, patience) {
             Ok(stat) => stat,
@@ -280,8 +287,6 @@ impl FileToken {
         let trace = if building {
             None
         } else {
-            // Whatever would keep SoftHSM from being told is met before there is anything to tell.
-            Generation::open(directory)?;
             // SoftHSM can have made names that leave no room for it.
             let trace = names.fit().then(|| Temporary::new(directory, names.next()));
             trace.transpose()?
@@ -295,16 +300,19 @@ impl FileToken {
         } else {
             renew_generation(reading)?
         };
+        let generation = self.lock_generation(patience)?;
         rename(self, names, target)?;
         point("file.rename.renamed");
         // A sync that has the old name in mind does not find it.
         if !building {
             self.unsynced(target.object());
         }
-        if !building && let Err(error) = self.raise_generation(patience) {
+        if let Err(error) = self.tell(generation, patience) {
             // SoftHSM believes in the old name.
-            let _ = rename(self, target, names);
-            return Err(error);
+            match rename(self, target, names) {
+                Ok(()) => return Err(error),
+                Err(kept) => self.say_untold(target, &error, &kept),
+            }
         }
         point("file.rename.told");
         drop(trace);

@@ -50,7 +50,7 @@ fn an_object_is_the_same_file_under_another_name_and_softhsm_is_told() {
         let mut expected = vec![&*lock, &*object, "generation", "token.object"];
         expected.sort_unstable();
         assert_eq!(files(&fixture), expected);
-        assert_eq!(generation(&fixture), 8);
+        assert_eq!(generation(&fixture), 9);
         assert_eq!(*fixture.token.list(soon()).unwrap(), [name(to)]);
         let gone = fixture.token.object(&id("a"), soon()).unwrap_err();
         assert_eq!(gone.kind(), ErrorKind::NotFound);
@@ -183,7 +183,7 @@ fn a_crash_leaves_the_object_under_one_name() {
             expected.extend(files_left);
             expected.sort_unstable();
             assert_eq!(files(&fixture), expected, "{there} {marked}");
-            assert_eq!(generation(&fixture), if marked { 8 } else { 7 });
+            assert_eq!(generation(&fixture), if marked { 9 } else { 7 });
             assert_eq!(*fixture.token.list(soon()).unwrap(), [name(there)]);
         }
     }

@@ -101,7 +101,7 @@ mod tests {
         let removed = fixture.token.replace_damaged(&name("a"), None, soon());
         removed.unwrap();
         assert_eq!(files(&fixture), ["generation", "token.object"]);
-        assert_eq!(generation(&fixture), 8);
+        assert_eq!(generation(&fixture), 9);
         assert_eq!(fixture.diagnostics.render().lines().count(), 3);
     }
 }

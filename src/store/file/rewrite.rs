@@ -29,6 +29,8 @@ use crate::store::sync::sync_directory;
 
 /// Replaces the content of a file that is locked exclusively.
 ///
+/// Says what fails when the new version is in place: a journal that is left does no harm, and whoever may write a file and does not own it cannot choose its time.
+///
 /// # Errors
 /// What making the journal and writing fails with; the old version is there again then.
 pub(super) fn rewrite(
@@ -37,7 +39,7 @@ pub(super) fn rewrite(
     reading: &Reading,
     new: &[u8],
     mtime: Option<SystemTime>,
-) -> Result<()> {
+) -> Result<Option<Error>> {
     let journal = Journal {
         old: reading.bytes.clone(),
         new: new.to_vec(),
@@ -63,13 +65,14 @@ pub(super) fn rewrite(
         None => Ok(()),
     };
     point("file.rewrite.dated");
-    unlink(directory, names.journal())?;
+    let cleared = unlink(directory, names.journal());
     point("file.rewrite.done");
-    match dated {
-        // Who may write a file and does not own it cannot choose its time: it has that of the write.
-        Err(error) if error.kind() == ErrorKind::NotPermitted => Ok(()),
-        dated => dated,
+    Ok(match dated {
+        // It has the time of the write.
+        Err(error) if error.kind() == ErrorKind::NotPermitted => cleared,
+        dated => dated.and(cleared),
     }
+    .err())
 }
 
 fn overwrite(file: &File, journal: &Journal) -> Result<()> {
@@ -133,6 +136,10 @@ pub(super) fn recover(
     names: &Names,
     reading: &Reading,
 ) -> Result<Recovered> {
+    if !names.fit() {
+        // There cannot be one.
+        return Ok(Recovered::Nothing);
+    }
     let file = match open_regular(directory, names.journal(), OFlag::O_RDONLY) {
         Ok(file) => file,
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Recovered::Nothing),

@@ -295,7 +295,15 @@ impl Store {
     pub fn abandon_token(&self, name: &TokenName, patience: Patience) -> Result<()> {
         self.end(name, patience, |_| self.unbuild(name))
             .map_err(|error| error.at(self.path.join(name.as_os_str())))?;
-        self.sync()
+        self.sync_removed();
+        Ok(())
+    }
+
+    /// A token is gone. That it may be back after a power failure is no reason to believe that it is there: `fsync` says so.
+    fn sync_removed(&self) {
+        if let Err(error) = self.sync() {
+            self.diagnostics.error(&error);
+        }
     }
 
     fn unbuild(&self, name: &TokenName) -> Result<()> {
@@ -327,7 +335,8 @@ impl Store {
             self.remove_published(name, patience)
         };
         removed.map_err(|error| error.at(&path))?;
-        self.sync()
+        self.sync_removed();
+        Ok(())
     }
 
     fn remove_published(&self, name: &TokenName, patience: Patience) -> Result<()> {
@@ -413,14 +422,14 @@ impl Store {
         directory: BorrowedFd<'_>,
         content: &Content,
     ) -> Result<bool> {
-        if content.has_object() {
-            return Ok(true);
+        let has_database = || {
+            let stat = fstatat(directory, HIDDEN_DATABASE, AtFlags::AT_SYMLINK_NOFOLLOW);
+            stat.is_ok_and(|stat| is_file(&stat))
+        };
+        if !content.has_object() && !has_database() {
+            return Ok(false);
         }
-        match fstatat(directory, HIDDEN_DATABASE, AtFlags::AT_SYMLINK_NOFOLLOW) {
-            Ok(stat) if is_file(&stat) => {}
-            _ => return Ok(false),
-        }
-        // SQLite opens by path, which must lead to where we look.
+        // Whoever puts it right goes by the name, and SQLite opens by path, which must lead to where we look.
         self.check_in_place()?;
         let named = fstatat(
             self.directory()?,
@@ -431,6 +440,9 @@ impl Store {
             (Ok(opened), Ok(named))
                 if (opened.st_dev, opened.st_ino) == (named.st_dev, named.st_ino) => {}
             _ => return Err(Error::not_found("the directory has another name now")),
+        }
+        if content.has_object() {
+            return Ok(true);
         }
         let path = self.path.join(name.as_os_str());
         let (options, log) = (self.options.clone(), Arc::clone(&self.diagnostics));

@@ -268,9 +268,25 @@ pub(super) fn clear(
     };
     let staging = staging(name)?;
     let mut named = name;
+    // What came meanwhile has to be found where it was made.
+    let named_back = |named: &TokenName, step: &mut dyn FnMut()| -> Result<()> {
+        if named != name {
+            rename_directory(tokendir, named, name)?;
+            sync_directory(tokendir)?;
+            step();
+        }
+        Ok(())
+    };
     // A SoftHSM that starts makes a `generation` in every directory of the tokendir.
     for _ in 0..10 {
-        for file in &check()?.names {
+        let content = match check() {
+            Ok(content) => content,
+            Err(error) => {
+                named_back(named, &mut step)?;
+                return Err(error);
+            }
+        };
+        for file in &content.names {
             if !HIDDEN.iter().any(|hidden| file == hidden) {
                 remove_file(directory, file)?;
                 step();
@@ -291,12 +307,7 @@ pub(super) fn clear(
             step();
         }
         if let Err(error) = check() {
-            // What came meanwhile has to be found where it was made.
-            if named != name {
-                rename_directory(tokendir, named, name)?;
-                sync_directory(tokendir)?;
-                step();
-            }
+            named_back(named, &mut step)?;
             return Err(error);
         }
         // The marks stay until there is nothing left that they speak of.
