@@ -477,6 +477,34 @@ both_backends! {
         assert_eq!(lost, 0, "of 50 updates of SoftHSM's");
     }
 
+    /// The same of what has become scratch.
+    fn what_is_written_into_scratch_after_a_cut_is_not_cut(backend) {
+        let bench = Bench::alone(backend);
+        let file = truncated(&bench.label());
+        fs::rename(bench.at(&bench.data), bench.at(".gone")).unwrap();
+        fs::write(bench.at(".gone/CKA_LABEL"), "written later").unwrap();
+        close(file).unwrap();
+        thread::sleep(Duration::from_millis(100));
+        fs::rename(bench.at(".gone"), bench.at(&bench.data)).unwrap();
+        bench.assert_label("written later", "when it is back");
+    }
+
+    /// The kernel writes a page back through whichever descriptor the file is mapped by.
+    fn what_is_changed_in_a_mapping_is_stored_by_who_syncs_or_closes_it(backend) {
+        let bench = Bench::alone(backend);
+        for end in ["os.fsync(a)", "os.close(a)"] {
+            fs::write(bench.label(), "aaaaaaaa").unwrap();
+            let script = format!(
+                "import mmap,os,sys
+a=os.open(sys.argv[1],os.O_RDWR); first=mmap.mmap(a,0); b=os.open(sys.argv[1],os.O_RDWR); second=mmap.mmap(b,0)
+first[0:4]=b'bbbb'; first.flush(); {end}
+print(open(sys.argv[1]).read())"
+            );
+            let said = bench.quiet(&format!("python3 -c \"{script}\" $o/CKA_LABEL"));
+            assert_eq!(said.trim(), "bbbbaaaa", "{end}");
+        }
+    }
+
     fn appending_loses_nothing(backend) {
         let bench = Bench::alone(backend);
         let (mut one, mut two) = (appending(&bench.label()), appending(&bench.label()));

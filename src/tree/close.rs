@@ -60,7 +60,27 @@ impl Tree {
             let node = self.committed_as(&writer);
             self.wait_until_closed(node.as_ref().unwrap_or(&writer.node), patience)?;
         }
-        self.commit_writer(&writer, patience, wanted)
+        self.commit_writer(&writer, patience, wanted)?;
+        self.commit_pages(&writer, patience)
+    }
+
+    /// Who closes or syncs a file that he has changed through a mapping means that, whichever descriptor the kernel has written it back through.
+    fn commit_pages(&self, writer: &Writer, patience: Patience) -> Result<()> {
+        if !self.paged.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        let Some(node) = self.committed_as(writer) else {
+            return Ok(());
+        };
+        let has_pages = |state: &State| state.paged && state.written && !state.refused;
+        let mut others = lock(&self.handles).writers();
+        others.retain(|other| has_pages(&lock(&other.state)));
+        for other in others {
+            if self.committed_as(&other).as_ref() == Some(&node) {
+                self.commit_writer(&other, patience, has_pages)?;
+            }
+        }
+        Ok(())
     }
 
     /// Commits what a descriptor has that is `wanted`. Of several that close duplicates of one at the same time, one commits, and the

@@ -41,8 +41,8 @@ pub(super) enum Text<'a> {
     Cut(&'a [u8], Trace),
     /// This comes behind what is stored.
     Appended(&'a [u8]),
-    /// What is stored, cut or extended to so many bytes; if there is nothing, this.
-    Resized(usize, &'a [u8]),
+    /// What is stored, cut or extended to so many bytes; if there is nothing, this, or it is gone.
+    Resized(usize, Option<&'a [u8]>),
     /// This, if there is nothing: of a file that was made and never written, which somebody else may have written meanwhile.
     First(&'a [u8]),
 }
@@ -69,7 +69,7 @@ impl Tree {
             is_same = false;
             let value = match text {
                 Text::First(_) if stored.is_some() => return Ok(()),
-                Text::Cut(_, was) if Trace::of(slot, attributes) != *was => return Ok(()),
+                Text::Cut(_, was) if !was.is_stored(slot, attributes) => return Ok(()),
                 Text::Whole(text) | Text::First(text) | Text::Cut(text, _) => {
                     text::parse(slot.key, text, context)?
                 }
@@ -89,7 +89,9 @@ impl Tree {
                         Some(stored) => {
                             text::render(slot.key.attribute_type, stored, context)?.into_owned()
                         }
-                        None => fallback.to_vec(),
+                        None => fallback
+                            .ok_or_else(|| Error::not_found("it was unlinked meanwhile"))?
+                            .to_vec(),
                     };
                     whole.resize(*size, 0);
                     text::parse(slot.key, &whole, context)?
@@ -113,12 +115,14 @@ impl Tree {
         text: &Text<'_>,
         mtime: Option<SystemTime>,
     ) -> Result<()> {
-        let (Text::Whole(bytes)
-        | Text::Cut(bytes, _)
-        | Text::Appended(bytes)
-        | Text::Resized(_, bytes)
-        | Text::First(bytes)) = text;
-        self.check_memory(bytes.len() as u64)?;
+        let more = match text {
+            Text::Whole(bytes)
+            | Text::Cut(bytes, _)
+            | Text::Appended(bytes)
+            | Text::First(bytes) => bytes.len(),
+            Text::Resized(size, _) => *size,
+        };
+        self.check_memory(more as u64)?;
         let mut scratch = lock(&self.scratch);
         let entry = scratch.get_mut(id)?;
         let Content::File(content) = &entry.content else {
@@ -126,6 +130,8 @@ impl Tree {
         };
         let mut content = lock(content);
         match text {
+            // Somebody has written something else into it since.
+            Text::Cut(_, was) if !was.is_text(content.complete()) => return Ok(()),
             Text::Whole(bytes) | Text::Cut(bytes, _) => content.set(bytes.to_vec()),
             Text::First(_) => {}
             Text::Appended(bytes) => content.append(bytes),
@@ -150,12 +156,12 @@ impl Tree {
         Ok(())
     }
 
-    /// Cuts or extends the text of `node`: what it is at that moment. `fallback` is what it becomes if it has none.
+    /// Cuts or extends the text of `node`: what it is at that moment. `fallback` is what it becomes if it has none, where it need not have one.
     pub(super) fn commit_resized(
         &self,
         node: &Node,
         size: u64,
-        fallback: &[u8],
+        fallback: Option<&[u8]>,
         patience: Patience,
     ) -> Result<()> {
         let size = usize::try_from(size).unwrap_or(usize::MAX);
@@ -301,6 +307,10 @@ impl Tree {
         let Some((token, id)) = node.object() else {
             return Err(Error::new(ErrorKind::Invalid, "not in an object"));
         };
+        // All of an unlink can have been before it had its number.
+        if !(coming.is_wanted)() {
+            return Ok(());
+        }
         let key = (token.clone(), id.clone());
         let slot = Slot::of(node).map(|(_, _, slot)| slot);
         let room = self.room(token)?;

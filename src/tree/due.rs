@@ -24,7 +24,7 @@ use crate::store::{Backend, Patience, TokenName};
 const AT_ONCE: usize = 64;
 
 /// How long each waits at least for the locks that it shares with what is written at the same time, however short `lock_wait` is.
-const AT_LEAST: Duration = Duration::from_secs(1);
+pub(super) const AT_LEAST: Duration = Duration::from_secs(1);
 
 /// How long one waits for a lock that another one has waited for in vain.
 const BRIEFLY: Duration = Duration::from_millis(20);
@@ -179,7 +179,7 @@ impl Tree {
     }
 
     /// How long each thing that is due waits.
-    pub(super) fn patience(&self) -> Patience {
+    fn patience(&self) -> Patience {
         Patience::at_most(self.store.options().lock_wait.max(AT_LEAST))
     }
 

@@ -1,6 +1,7 @@
 //! What becomes of an open file that is renamed, unlinked or replaced, and of what was unlinked and is held back when something
 //! is written beside it.
 
+use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
@@ -307,9 +308,9 @@ impl Tree {
         let check = |stored: &Attributes, attributes: &Attributes| {
             self.check_remaining(key, stored, attributes)
         };
-        let mut is_gone = false;
+        let mut gone = BTreeMap::new();
         let mut edit_visible = |attributes: &mut Attributes| {
-            is_gone = false;
+            gone.clear();
             let stored = attributes.clone();
             let outcome = edit(attributes).and_then(|()| check(&stored, attributes));
             match outcome {
@@ -319,10 +320,15 @@ impl Tree {
                 outcome => return outcome,
             }
             *attributes = stored.clone();
-            for (slot, then) in &held {
+            // Somebody may have made one of them anew while this has waited.
+            let now = lock(&self.drafts)
+                .get(key)
+                .map(|draft| draft.removed.clone());
+            gone = now.unwrap_or_default();
+            gone.retain(|slot, then| held.get(slot) == Some(then));
+            for (slot, then) in &gone {
                 slot.remove_unchanged(attributes, then);
             }
-            is_gone = true;
             edit(attributes)?;
             check(&stored, attributes)
         };
@@ -331,9 +337,9 @@ impl Tree {
         })?;
         if let Some(draft) = lock(&self.drafts).get_mut(key) {
             draft.given = mtime;
-            if is_gone {
-                draft.removed.retain(|slot, _| !held.contains_key(slot));
-            }
+            draft
+                .removed
+                .retain(|slot, then| gone.get(slot) != Some(then));
         }
         Ok(())
     }

@@ -184,6 +184,8 @@ pub(super) struct State {
     /// It was flushed after it was cut or extended, with nothing written, or what is written comes from a mapping: perhaps it is closed for good by
     /// now, of which one hears later.
     pub flushed: bool,
+    /// Pages of a mapping are among what was written: the kernel writes them through any descriptor by which the file is mapped.
+    pub paged: bool,
     /// Counts the writes, so that one that falls into a commit is not taken for committed.
     pub version: u64,
     /// After how many of them what it holds was what is stored, byte for byte, at that time.

@@ -56,7 +56,7 @@ mod write;
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -210,6 +210,8 @@ pub struct Tree {
     tasks: Arc<Mutex<due::Tasks>>,
     /// Files whose last descriptor is closed and whose content is still being committed, and how long that may take.
     closing: Mutex<HashMap<HandleId, (Arc<Writer>, Instant)>>,
+    /// Somebody has written through a mapping.
+    paged: AtomicBool,
     /// When there may be something to settle, and the signal that this is sooner than somebody waits.
     work: (Mutex<due::Work>, Condvar),
     /// Counts the changes that were reported.
@@ -239,6 +241,7 @@ impl Tree {
             listener: OnceLock::new(),
             tasks: Arc::default(),
             closing: Mutex::default(),
+            paged: AtomicBool::new(false),
             work: (Mutex::default(), Condvar::new()),
             changes: AtomicU64::new(0),
             numbers: AtomicU64::new(0),

@@ -53,12 +53,15 @@ impl Tree {
                     return Err(other_device());
                 };
                 let now = (lock(content).complete().to_vec(), entry.given);
-                if attempt == ATTEMPTS {
-                    let detail = "somebody writes into it all the while";
-                    return Err(Error::new(ErrorKind::Busy, detail));
-                }
-                if published.as_ref() == Some(&now.0) {
+                let is_last = attempt == ATTEMPTS;
+                if is_last || published.as_ref() == Some(&now.0) {
                     scratch.commit(from.directory, from.name, target);
+                    drop(scratch);
+                    if is_last {
+                        // Somebody writes into it all the while, and into the attribute from now on.
+                        let late = self.commit_text(target, &now.0, now.1, patience);
+                        let _ = self.noted_write(target, late);
+                    }
                     return Ok(());
                 }
                 now
@@ -69,10 +72,8 @@ impl Tree {
                 // Whoever has what was there before open does not write over it.
                 self.cut_off(target);
             } else if let Err(error) = outcome {
-                // Somebody has written into it, and closed it, while it was being committed. If that is no value the first one stays.
-                if error.kind() != ErrorKind::Invalid {
-                    return Err(error);
-                }
+                // Somebody has written into it, and closed it, while it was being committed. If that is no value, or cannot be stored, the first one stays:
+                // it has replaced what was there.
                 let _ = self.noted_write::<()>(target, Err(error));
             }
             published = Some(bytes);
@@ -124,7 +125,7 @@ impl Tree {
             // Nothing was put into it, as into a directory that was just made.
             let begun = self.begin_object(token, object, access, None, patience);
             if begun.is_err() {
-                self.give_back(token, object, removed);
+                self.give_back(&key, removed);
             }
             return begun;
         }
@@ -141,7 +142,7 @@ impl Tree {
             }
         });
         if made.is_err() {
-            self.give_back(token, object, removed);
+            self.give_back(&key, removed);
         }
         made?;
         // An empty directory that was just made there is replaced.

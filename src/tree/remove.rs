@@ -362,7 +362,7 @@ impl Tree {
             });
         }
         let held = lock(&self.drafts).get(&key).cloned();
-        let metadata = self.object_metadata(token, &key.1, patience);
+        let metadata = self.object_metadata(token, &key.1, patience)?;
         let mut last = Attributes::new();
         let mut whole = None;
         self.ask(token, patience, |token| match expected {
@@ -382,10 +382,9 @@ impl Tree {
             }
         })?;
         lock(&self.drafts).remove(&key);
-        let stored = metadata.ok().zip(whole);
         Ok(Removed {
             shown: last,
-            stored: stored.map(|(metadata, attributes)| NewObject {
+            stored: whole.map(|attributes| NewObject {
                 attributes,
                 access: Access {
                     mode: metadata.mode,

@@ -1,16 +1,18 @@
 //! Renaming: what becomes what (`publish` does it where scratch comes into it), what the kernel's numbers stand for then, and what cannot be
 //! renamed.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::ffi::OsStr;
 
 use super::commit::always;
-use super::draft::Key;
+use super::draft::{Key, New};
+use super::due::AT_LEAST;
 use super::entries::{Caller, exists};
 use super::name;
 use super::node::{Ino, Node};
 use super::place::Place;
 use super::remove::{Expected, object_called};
+use super::settle::Finished;
 use super::slot::{Slot, map_key};
 use super::still::Spot;
 use super::text::Context;
@@ -353,28 +355,30 @@ impl Tree {
         }
     }
 
-    /// What room was made for could not be put there: what was there, and whose attributes were unlinked, is back, as it is after a removal that fails.
-    pub(super) fn give_back(
-        &self,
-        token: &TokenName,
-        object: &ObjectName,
-        removed: Option<NewObject>,
-    ) {
+    /// What room was made for could not be put there: what was there, and whose attributes were unlinked, is back, as it is after a removal that fails. What
+    /// cannot be written at once is pending, and written as soon as it can be.
+    pub(super) fn give_back(&self, key: &Key, removed: Option<NewObject>) {
         let Some(removed) = removed else {
             return;
         };
-        let patience = self.patience();
-        let made = self.ask(token, patience, |token| {
-            token.create(object, &removed, patience)
-        });
-        match made {
-            // Somebody has made another one there.
-            Err(error) if error.kind() == ErrorKind::Exists => {}
-            outcome => {
-                let node = Node::Object(token.clone(), ObjectId::Object(object.clone()));
-                let _ = self.noted_write(&node, outcome);
+        let new = New {
+            attributes: removed.attributes,
+            access: removed.access,
+            mtime: removed.mtime,
+            unwritten: BTreeSet::new(),
+            makers: BTreeSet::new(),
+        };
+        {
+            let mut drafts = lock(&self.drafts);
+            if drafts.is_new(key) {
+                // Somebody has made another one there.
+                return;
             }
+            drafts.insert_new(key.clone(), new);
         }
+        // What it fails with is in the log.
+        let _ = self.write_draft(key, Finished::Said, Patience::at_most(AT_LEAST));
+        self.wake();
     }
 
     /// Gives a value another name in its object.
@@ -445,14 +449,26 @@ impl Tree {
         let to_key = (token.clone(), ObjectId::Object(to.clone()));
         self.token(token)?.check_name(to)?;
         let removed = self.make_room(&to_key, to, replaces_damaged, patience)?;
-        let was_new = self.with_drafts(&from_key, patience, |drafts| {
-            if drafts
-                .get(&from_key)
-                .is_none_or(|draft| draft.new.is_none())
-            {
+        let renamed = self.rename_stored(token, (from, &from_key), (to, &to_key), patience);
+        if renamed.is_err() {
+            self.give_back(&to_key, removed);
+        }
+        renamed
+    }
+
+    /// Gives an object the name of another one that there is not.
+    fn rename_stored(
+        &self,
+        token: &TokenName,
+        (from, from_key): (&ObjectName, &Key),
+        (to, to_key): (&ObjectName, &Key),
+        patience: Patience,
+    ) -> Result<()> {
+        let was_new = self.with_drafts(from_key, patience, |drafts| {
+            if drafts.get(from_key).is_none_or(|draft| draft.new.is_none()) {
                 return Ok(false);
             }
-            if let Some(draft) = drafts.remove(&from_key) {
+            if let Some(draft) = drafts.remove(from_key) {
                 drafts.put(to_key.clone(), draft);
             }
             Ok(true)
@@ -461,23 +477,20 @@ impl Tree {
             return Ok(());
         }
         // Nobody commits into it meanwhile. What was unlinked goes on being held, and files without a value go along.
-        self.with_drafts(&from_key, patience, |drafts| {
-            drafts.entry(&from_key).busy = true;
+        self.with_drafts(from_key, patience, |drafts| {
+            drafts.entry(from_key).busy = true;
             Ok(())
         })?;
         let outcome = self.ask(token, patience, |token| token.rename(from, to, patience));
         let mut drafts = lock(&self.drafts);
-        if let Some(mut draft) = drafts.remove(&from_key) {
+        if let Some(mut draft) = drafts.remove(from_key) {
             draft.busy = false;
-            let key = if outcome.is_ok() { &to_key } else { &from_key };
+            let key = if outcome.is_ok() { to_key } else { from_key };
             drafts.put(key.clone(), draft);
             drafts.tidy(key);
         }
         drop(drafts);
         self.wake();
-        if outcome.is_err() {
-            self.give_back(token, to, removed);
-        }
         outcome
     }
 }

@@ -321,7 +321,11 @@ impl Tree {
     ) -> Result<()> {
         let writer = self.writer(handle)?;
         let outcome = self.write_to(&writer, Some(offset), data, patience);
-        lock(&writer.state).flushed = true;
+        let mut state = lock(&writer.state);
+        state.flushed = true;
+        state.paged = state.written;
+        self.paged.store(true, Ordering::Relaxed);
+        drop(state);
         outcome
     }
 
@@ -579,24 +583,29 @@ impl Tree {
         let content = object
             .map(|object| view::content(node, &object))
             .transpose();
-        let mut content = match content {
-            Ok(Some(Some(content))) => content,
+        let (mut content, is_fresh) = match content {
+            Ok(Some(Some(content))) => (content, false),
             Ok(Some(None)) => return Err(Error::new(ErrorKind::IsADirectory, "a directory")),
-            _ => self.fresh_content(node).unwrap_or_default(),
+            _ => (self.fresh_content(node).unwrap_or_default(), true),
         };
         if content.len() as u64 == size {
             return Ok(());
         }
         self.check_memory(size.saturating_sub(content.len() as u64))?;
         content.resize(as_index(size), 0);
-        self.commit_resized(node, size, &content, patience)
+        let fallback = is_fresh.then_some(&*content);
+        self.commit_resized(node, size, fallback, patience)
     }
 }
 
 /// By what the value of a file is known again.
 fn trace(node: &Node, object: &Object) -> Option<Trace> {
     let (_, _, slot) = Slot::of(node)?;
-    Some(Trace::of(slot, &object.attributes))
+    let text = view::content(node, object)
+        .ok()
+        .flatten()
+        .unwrap_or_default();
+    Some(Trace::of(slot, &object.attributes, &text))
 }
 
 fn as_index(offset: u64) -> usize {

@@ -650,7 +650,8 @@ impl Model {
                 if !open.shared
                     && open
                         .cut
-                        .is_some_and(|was| was != self.value_text(open.node)) =>
+                        .as_ref()
+                        .is_some_and(|was| *was != self.value_text(open.node)) =>
             {
                 Ok(())
             }
@@ -674,6 +675,14 @@ impl Model {
                     None => own,
                 };
                 self.commit(open.node, &text)
+            }
+            Node::Scratch { bytes }
+                if !open.shared
+                    && open.cut.as_ref().is_some_and(|was| {
+                        was.clone().unwrap_or_default() != self.complete(bytes)
+                    }) =>
+            {
+                Ok(())
             }
             // It was an attribute when it was opened.
             Node::Scratch { bytes } if !open.shared => {

@@ -218,6 +218,9 @@ fn give(file: &File, like: &FileStat) -> Result<()> {
         fchown(file, Some(uid), Some(gid)).map_err(|errno| Error::system("chown", errno))?;
     }
     let mode = Mode::from_bits_truncate(like.st_mode & 0o666);
+    if stat.st_mode & 0o7777 == mode.bits() {
+        return Ok(());
+    }
     fchmod(file, mode).map_err(|errno| Error::system("chmod", errno))
 }
 
@@ -295,9 +298,9 @@ fn make_generation(place: &Place, patience: Patience) -> Result<()> {
     if !is_file(&stat) || stat.st_size >= 8 {
         return Ok(());
     }
-    if stat.st_size == 0 {
-        // Whoever made it may not have come to that.
-        give(&file, &like)?;
+    if stat.st_size == 0 && stat.st_nlink == 1 {
+        // Whoever made it may not have come to that, and it may belong to somebody else, who has.
+        let _ = give(&file, &like);
     }
     file.write_all_at(&count, 0)
         .and_then(|()| file.sync_all())

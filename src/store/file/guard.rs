@@ -61,6 +61,15 @@ impl Transaction {
         }
     }
 
+    /// Makes a lock file that was left of another object look like one of a new object, whose owner could not open it otherwise. What may be something else that
+    /// somebody has given this name is left as it is.
+    pub fn dress_lonely(&self, access: Access) {
+        let is_left = |stat: FileStat| stat.st_size == 0 && stat.st_nlink == 1;
+        if fstat(&self.file).is_ok_and(is_left) {
+            set_access_if_possible(&self.file, access);
+        }
+    }
+
     /// Whether it was made for somebody who cannot use it: neither his, nor of the group of the file that it stands beside.
     pub fn is_foreign_to(&self, stat: &FileStat) -> bool {
         let is_foreign = |own: FileStat| own.st_uid != stat.st_uid && own.st_gid != stat.st_gid;

@@ -12,9 +12,7 @@ use rustix::fs::{AtFlags as LinkFlags, linkat};
 use rustix::io::Errno as Refusal;
 
 use super::FileToken;
-use super::attire::{
-    access_of, apply, apply_to_open, set_access, set_access_if_possible, set_mtime,
-};
+use super::attire::{access_of, apply, apply_to_open, set_access, set_mtime};
 use super::change::{check_storable, encode_checked, following};
 use super::generation::{Generation, Locked, microseconds};
 use super::guard::{Temporary, Transaction, exists, stat_regular, sync, unlink_if_there};
@@ -49,8 +47,9 @@ impl FileToken {
         }
         let lock_name = names.lock().unwrap_or(Path::new(""));
         let transaction = Transaction::take(directory, lock_name, new.access, patience)?;
-        // Left of another object, it can be one that the owner of this one cannot open.
-        set_access_if_possible(&transaction.file, new.access);
+        if !transaction.made && !exists(directory, names.object()) {
+            transaction.dress_lonely(new.access);
+        }
         let departed = self.arrive(name);
         match self.make_locked(&names, new, &bytes, patience) {
             Ok(()) => {

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::os::fd::AsFd;
-use std::os::unix::fs::{MetadataExt, symlink};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, UNIX_EPOCH};
@@ -130,6 +130,27 @@ fn the_longest_name_that_fits_is_made_and_removed() {
         3,
         "a, the long one and the short one"
     );
+}
+
+/// A lock file that was left of another object becomes one of the new object, and what only has such a name does not.
+#[test]
+fn only_what_is_a_lock_file_is_given_to_who_makes_an_object() {
+    for (content, links, mode) in [(&b""[..], 1, 0o640), (b"key", 1, 0o600), (b"", 2, 0o600)] {
+        let fixture = fixture();
+        fixture.write("b.lock", content);
+        let lock = fixture.path("b.lock");
+        fs::set_permissions(&lock, fs::Permissions::from_mode(0o600)).unwrap();
+        if links == 2 {
+            fs::hard_link(&lock, fixture.path("b")).unwrap();
+        }
+        let mut new = new_object(sample());
+        new.access.mode = 0o640;
+        fixture.token.create(&name("b"), &new, soon()).unwrap();
+        assert_eq!(
+            fs::metadata(&lock).unwrap().permissions().mode() & 0o777,
+            mode
+        );
+    }
 }
 
 #[test]
