@@ -16,6 +16,9 @@ use crate::store::{ObjectId, Patience, TokenName, validate};
 /// in pieces that are no longer.
 const SHORTEST_TEXT: usize = 4;
 
+/// The longest text of another kind than bytes that is looked at while it is written, in bytes: a set of some thousand mechanisms.
+const LONGEST_WORD: usize = 64 * 1024;
+
 /// Which value it is, of what.
 type Place<'a> = (&'a TokenName, &'a ObjectId, Slot);
 
@@ -34,7 +37,8 @@ impl Early {
     /// # Errors
     /// [`ErrorKind::Invalid`](crate::error::ErrorKind::Invalid) if it can be neither.
     pub fn of(self, content: &[u8], written: usize) -> Result<()> {
-        let is_word = self.key.kind != Kind::Bytes;
+        // All of it is read each time. What is longer is left to `close`.
+        let is_word = self.key.kind != Kind::Bytes && content.len() <= LONGEST_WORD;
         let parsed = is_word.then(|| text::parse(self.key, content, Context::default()));
         match parsed {
             Some(Ok(Value::Bool(true))) => self.as_private,

@@ -12,7 +12,9 @@ use super::slot::Slot;
 use super::{FileKind, Tree, lock};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::attribute::Attributes;
-use crate::store::{Access, NewObject, ObjectId, ObjectName, Patience, TokenName, validate};
+use crate::store::{
+    Access, Backend, NewObject, ObjectId, ObjectName, Patience, TokenName, validate,
+};
 
 /// What was seen of an object that is to be removed.
 #[derive(Clone, Copy, Debug)]
@@ -365,10 +367,21 @@ impl Tree {
         let metadata = self.object_metadata(token, &key.1, patience)?;
         let mut last = Attributes::new();
         let mut whole = None;
+        // Who may rename files in the store can have given the name to another one, which the caller may not take.
+        let is_file = self.token(token)?.backend() == Backend::File;
         self.ask(token, patience, |token| match expected {
             Expected::Damaged => token.replace_damaged(object, None, patience),
             Expected::Nothing | Expected::Anything => {
                 let mut check = |stored: Result<&Attributes>| {
+                    if is_file {
+                        let now = token.object_metadata(&key.1, Patience::Now)?;
+                        if (now.uid, now.gid, now.mode)
+                            != (metadata.uid, metadata.gid, metadata.mode)
+                        {
+                            let detail = "it has another mode or owner than a moment ago";
+                            return Err(Error::new(ErrorKind::Stale, detail));
+                        }
+                    }
                     last = stored?.clone();
                     whole = Some(last.clone());
                     for (slot, then) in held.iter().flat_map(|draft| &draft.removed) {

@@ -19,6 +19,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use nix::sys::stat::{FileStat, Mode, fstat};
 
 use super::attire::{create_flags, set_access_if_possible};
+use super::guard::unlink_if_there;
 use super::read::open_regular;
 use super::{GENERATION, TOKEN_OBJECT};
 use crate::error::{Error, ErrorKind, Result};
@@ -135,12 +136,35 @@ impl Generation {
         }
     }
 
-    /// Makes the one of a token that is about to be published, where SoftHSM has not made it yet.
+    /// Makes one in the place of whatever has its name: SoftHSM makes one in each directory when it starts, and who the directory of a token that is being built
+    /// belongs to can have put anything there, which is not to be given to him.
+    fn make_anew(directory: BorrowedFd<'_>) -> Result<Self> {
+        let flags = create_flags();
+        for _ in 0..AGAIN {
+            unlink_if_there(directory, Path::new(GENERATION))?;
+            match nix::fcntl::openat(
+                directory,
+                GENERATION,
+                flags,
+                Mode::from_bits_truncate(0o600),
+            ) {
+                Ok(fd) => return Ok(Self(File::from(fd))),
+                Err(nix::errno::Errno::EEXIST) => {}
+                Err(errno) => return Err(Error::system("make generation", errno)),
+            }
+        }
+        Err(Error::new(
+            ErrorKind::Busy,
+            "somebody makes the file generation all the while",
+        ))
+    }
+
+    /// Makes the one of a token that is about to be published.
     ///
     /// # Errors
     /// What making it fails with.
     pub fn begin(directory: BorrowedFd<'_>, access: Access) -> Result<()> {
-        let generation = Self::open(directory)?;
+        let generation = Self::make_anew(directory)?;
         super::attire::set_access(&generation.0, access)?;
         point("file.generation.begun");
         lock::lock_exclusive(&generation.0, Patience::at_most(Duration::from_secs(1)))?;

@@ -64,10 +64,7 @@ impl Transaction {
     /// Makes a lock file that was left of another object look like one of a new object, whose owner could not open it otherwise. What may be something else that
     /// somebody has given this name is left as it is.
     pub fn dress_lonely(&self, access: Access) {
-        let is_left = |stat: FileStat| stat.st_size == 0 && stat.st_nlink == 1;
-        if fstat(&self.file).is_ok_and(is_left) {
-            set_access_if_possible(&self.file, access);
-        }
+        dress_lock_file(&self.file, access);
     }
 
     /// Whether it was made for somebody who cannot use it: neither his, nor of the group of the file that it stands beside.
@@ -81,6 +78,14 @@ impl Transaction {
         if self.made {
             let _ = unlink(directory, name);
         }
+    }
+}
+
+/// Makes a file that is called a lock file look like `access`, if it is one: who may rename files in the token's directory can have given the name to anything.
+pub(super) fn dress_lock_file(file: &File, access: Access) {
+    let is_lock_file = |stat: FileStat| stat.st_size == 0 && stat.st_nlink == 1;
+    if fstat(file).is_ok_and(is_lock_file) {
+        set_access_if_possible(file, access);
     }
 }
 

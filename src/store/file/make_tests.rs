@@ -203,6 +203,11 @@ fn a_token_that_is_being_built_is_none_before_it_is_published() {
             now,
         )
         .unwrap();
+    // Whom the directory belongs to may have put anything there.
+    let victim = directory.path().join("victim");
+    fs::write(&victim, b"12345678").unwrap();
+    fs::set_permissions(&victim, fs::Permissions::from_mode(0o600)).unwrap();
+    fs::hard_link(&victim, path.join("generation")).unwrap();
     token
         .create(&name("a"), &new_object(sample()), now)
         .unwrap();
@@ -225,6 +230,12 @@ fn a_token_that_is_being_built_is_none_before_it_is_published() {
     assert!(token.object(&ObjectId::Token, now).is_ok());
     assert!(!Path::new(&path.join("token.object")).exists());
     token.publish().unwrap();
+    let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    assert_eq!(
+        (mode(&victim), mode(&path.join("generation"))),
+        (0o600, 0o640)
+    );
+    assert_eq!(fs::read(&victim).unwrap(), b"12345678");
     let mut names: Vec<_> = fs::read_dir(&path)
         .unwrap()
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())

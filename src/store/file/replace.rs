@@ -3,9 +3,9 @@
 //! It goes by the verdict under the locks, on a file at rest, after what a crash left of a write was put right.
 
 use super::FileToken;
-use super::attire::set_access_if_possible;
 use super::change::{check_storable, encode_checked, following};
 use super::generation::microseconds;
+use super::guard::dress_lock_file;
 use crate::error::Result;
 use crate::store::damaged::{replaced_damaged, undamaged};
 use crate::store::{NewObject, ObjectId, ObjectName, Patience, validate};
@@ -39,7 +39,7 @@ impl FileToken {
                     continue;
                 }
                 if let Some(lock) = &reading.transaction {
-                    set_access_if_possible(lock, new.access);
+                    dress_lock_file(lock, new.access);
                 }
                 self.changes().forget(&id);
                 self.cache().remove(&id);
@@ -87,6 +87,23 @@ mod tests {
         assert_eq!(decoded.attributes, sample());
         assert!(fixture.token.object(&id("a"), soon()).is_ok());
         decoded.generation.unwrap()
+    }
+
+    /// Who may rename files in the token's directory can have given the name of a lock file to anything, and is not given that.
+    #[test]
+    fn what_is_only_called_a_lock_file_keeps_its_mode() {
+        let fixture = fixture();
+        fixture.write("a.lock", b"somebody else's key");
+        let lock = fixture.path("a.lock");
+        fs::set_permissions(&lock, fs::Permissions::from_mode(0o600)).unwrap();
+        fixture.write("a.object", b"");
+        let new = new_object(sample());
+        let replaced = fixture
+            .token
+            .replace_damaged(&name("a"), Some(&new), soon());
+        replaced.unwrap();
+        let mode = fs::metadata(&lock).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
     }
 
     #[test]
