@@ -434,3 +434,51 @@ both_backends! {
         }
     }
 }
+
+/// In a database names are derived from row ids, which begin anew in a copy of it. What was there before the copy was made keeps its name all the same.
+#[test]
+fn what_is_made_after_a_restore_has_no_name_of_what_was_there_before() {
+    let mut bench = Bench::new(Backend::Db);
+    let make = |client: &mut P11, label: &str| {
+        let label = template::bytes(3, label);
+        let of_all = [
+            template::ulong(0, 0),
+            template::boolean(1, true),
+            template::boolean(2, false),
+        ];
+        client.create(&[&of_all[..], &[label]].concat()).unwrap()
+    };
+    let old: Vec<u64> = (0..5)
+        .map(|number| make(&mut bench.client, &format!("old {number}")))
+        .collect();
+    bench.settle();
+    bench.quiet("cp -a $t $out/monday");
+    for object in old {
+        bench.client.destroy(object).unwrap();
+    }
+    bench.settle();
+    bench.quiet("cp -a $t $out/tuesday");
+    bench.client.close().unwrap();
+    let mut shell = bench.shell("rm -r $t; rsync -a $out/tuesday/ $t/; rsync -a $out/tuesday/ $t/");
+    run(shell.current_dir(bench.mount.path()));
+    bench.settle();
+    let mut client = bench.softhsm.p11();
+    client.open("test", Some(PIN)).unwrap();
+    for number in 0..5 {
+        make(&mut client, &format!("new {number}"));
+    }
+    // What was destroyed before is brought back.
+    run(bench
+        .shell("rsync -a --exclude=/token $out/monday/ $t/")
+        .current_dir(bench.mount.path()));
+    bench.settle();
+    client.close().unwrap();
+    let mut client = bench.softhsm.p11();
+    client.open("test", Some(PIN)).unwrap();
+    for number in 0..5 {
+        for kind in ["old", "new"] {
+            let found = client.find_label(&format!("{kind} {number}")).unwrap();
+            assert_eq!(found.len(), 1, "{kind} {number}");
+        }
+    }
+}

@@ -423,3 +423,13 @@ fn what_is_open_goes_where_its_file_goes() {
         content(&format!("{C}/CKA_ID")),
     ]);
 }
+
+/// What has objects and is no token keeps the mount from ending, and is removed before.
+#[test]
+fn objects_without_their_token_are_no_token() {
+    let token = "token-2";
+    let object = "token-2/00000000-0000-4000-8000-00000000000a";
+    let begun = [rm_r(token), mkdir(token), mkdir(object)];
+    found(&begun);
+    found(&[&begun[..], &[sync_dir(token), list(token)]].concat());
+}

@@ -130,6 +130,50 @@ fn reader(file: &Path, mode: &str, written: usize) -> std::process::Child {
 }
 
 both_backends! {
+    /// What has been shown once is not removed for what was unlinked before, although it is the same again.
+    fn what_is_set_after_an_unlink_and_seen_stays(backend) {
+        let mut bench = Bench::new(backend);
+        let object = bench.handles.0;
+        for way in ["rm $o/CKA_LABEL", "mv $o/CKA_LABEL $o/.bak"] {
+            bench.client.set_label(object, "web").unwrap();
+            eventually(SOON, "the label", || fs::read(bench.of_data("CKA_LABEL")).is_ok_and(|label| label == b"web"));
+            bench.quiet(way);
+            bench.client.set_label(object, "tmp").unwrap();
+            eventually(SOON, "what SoftHSM has set", || fs::read(bench.of_data("CKA_LABEL")).is_ok_and(|label| label == b"tmp"));
+            bench.client.set_label(object, "web").unwrap();
+            std::thread::sleep(HELD * 2);
+            assert_eq!(bench.stored_data("CKA_LABEL").unwrap(), b"web", "{backend}: {way}");
+            assert!(bench.log().contains("it was removed here, and somebody else has given it another value"));
+        }
+    }
+
+    /// Who stands in a directory that SoftHSM has destroyed is not in what gets its name by a rename.
+    fn who_stands_in_what_softhsm_has_destroyed_is_not_in_what_is_renamed_to_it(backend) {
+        let bench = Bench::new(backend);
+        bench.quiet("cp -a $o $out/copy");
+        let restore = format!("cp -a $out/copy .new; mv -T .new {}", bench.data);
+        for line in [format!("mv -T $p {}", bench.data), restore] {
+            let inside = fs::File::open(bench.at(&bench.data)).unwrap();
+            let mut client = bench.softhsm.p11();
+            client.open("test", Some(PIN)).unwrap();
+            let found = client.find(&[ulong(0, 0)]).unwrap();
+            client.destroy(found[0].handle).unwrap();
+            eventually(SOON, "it is gone", || fs::metadata(bench.at(&bench.data)).is_err());
+            bench.quiet(&line);
+            let before = bench.stored_data("CKA_LABEL").unwrap();
+            let written = nix::fcntl::openat(&inside, "CKA_LABEL", nix::fcntl::OFlag::O_WRONLY | nix::fcntl::OFlag::O_TRUNC, nix::sys::stat::Mode::empty());
+            assert!(written.is_err(), "{backend}: `{line}`");
+            let removed = nix::unistd::unlinkat(&inside, "CKA_LABEL", nix::unistd::UnlinkatFlags::NoRemoveDir);
+            assert!(removed.is_err(), "{backend}: `{line}`");
+            std::thread::sleep(HELD);
+            assert_eq!(bench.stored_data("CKA_LABEL").unwrap(), before, "{backend}: `{line}`");
+            drop(inside);
+            if line.starts_with("mv -T $p") {
+                bench.quiet(&format!("mv -T {} $p; cp -a $out/copy {}", bench.data, bench.data));
+            }
+        }
+    }
+
     fn what_softhsm_stores_while_an_object_is_moved_away_goes_with_it(backend) {
         let bench = Bench::new(backend);
         // What the mount knows of it is old enough to be believed.

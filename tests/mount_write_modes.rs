@@ -71,6 +71,17 @@ const COPY: &str = "mkdir ../copy; for o in *; do [ $o = token ] || cp -r $o ../
     printf 0123456789abcdef >../copy/token/CKA_OS_TOKENSERIAL; sync ..";
 
 both_backends! {
+    /// The kernel counts nanoseconds forward, also before 1970.
+    fn a_time_before_1970_is_the_time_that_was_meant(backend) {
+        let bench = Bench::new(backend);
+        for date in ["1969-12-31 23:59:58.5 UTC", "1965-01-01 00:00:00.25 UTC", "1960-01-01 UTC", "2001-01-01 00:00:00.75 UTC"] {
+            let line = format!("touch -d '{date}' $o $out/local; for x in $o $out/local; do stat -c %.9Y $x; done");
+            let said = bench.quiet(&line);
+            let times: Vec<&str> = said.lines().collect();
+            assert_eq!(times[0], times[1], "{backend}: {date}");
+        }
+    }
+
     fn what_is_made_belongs_to_its_maker(backend) {
         for (mask, umask, wanted) in [("0", 0o022, 0o644), ("0", 0, 0o666), ("0027", 0, 0o640), ("0", 0o077, 0o600), ("0077", 0o002, 0o600)] {
             let bench = shared(backend, mask);

@@ -138,8 +138,10 @@ fn pending(point: &Path) -> io::Result<Vec<PathBuf>> {
     let (tokens, stored_tokens) = (names(point)?, names(&stored)?);
     for token in tokens.iter().filter(|name| *name != CONTROL) {
         let directory = point.join(token);
+        // A directory with nothing in it is nothing.
+        let is_empty = |path: &Path| names(path).is_ok_and(|names| names.is_empty());
         if !stored_tokens.contains(token) {
-            pending.push(directory);
+            pending.extend((!is_empty(&directory)).then_some(directory));
             continue;
         }
         // Of one that cannot be read nobody can tell.
@@ -151,7 +153,7 @@ fn pending(point: &Path) -> io::Result<Vec<PathBuf>> {
             file.push(".object");
             let path = directory.join(object);
             // What was removed between the two is in neither.
-            if !files.contains(&file) && path.is_dir() {
+            if !files.contains(&file) && path.is_dir() && !is_empty(&path) {
                 pending.push(path);
             }
         }

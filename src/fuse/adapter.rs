@@ -8,7 +8,7 @@ use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use fuser::{
     AccessFlags, BsdFileFlags, Errno, FileHandle, Filesystem, FopenFlags, Generation, INodeNo,
@@ -66,9 +66,22 @@ fn for_writing(flags: i32) -> OpenForWriting {
     }
 }
 
+/// The kernel counts nanoseconds forward from the second, and `fuser` 0.18 before 1970 backward (`system_time_from_time`).
+fn as_meant(time: SystemTime) -> SystemTime {
+    let Ok(before) = UNIX_EPOCH.duration_since(time) else {
+        return time;
+    };
+    let back = Duration::from_secs(before.as_secs());
+    let forth = Duration::from_nanos(before.subsec_nanos().into());
+    let second = UNIX_EPOCH.checked_sub(back);
+    second
+        .and_then(|second| second.checked_add(forth))
+        .unwrap_or(time)
+}
+
 fn time(time: TimeOrNow) -> Time {
     match time {
-        TimeOrNow::SpecificTime(time) => Time::At(time),
+        TimeOrNow::SpecificTime(time) => Time::At(as_meant(time)),
         TimeOrNow::Now => Time::Now,
     }
 }

@@ -176,6 +176,24 @@ impl Draft {
         })
     }
 
+    /// Somebody else has given these a value since they were unlinked: they are not removed any more. Which of them that is true of still.
+    pub fn keep(&mut self, set_anew: &[(Slot, &Attributes)]) -> Vec<Slot> {
+        let mut kept = Vec::new();
+        for (slot, then) in set_anew {
+            let is_ours = |commits: &BTreeMap<Slot, BTreeSet<u64>>| {
+                let mut coming = commits.keys();
+                coming.any(|other| other == slot || other.is_in(*slot))
+            };
+            let is_held = self.removed.get(slot) == Some(then);
+            if is_held && !is_ours(&self.committing) && !is_ours(&self.overtaken) {
+                self.removed.remove(slot);
+                self.written.insert(*slot);
+                kept.push(*slot);
+            }
+        }
+        kept
+    }
+
     /// What is at `slot` is unlinked: what is on its way there, or into a map there, is to go again when it has come. Whether there is any.
     pub fn overtake(&mut self, slot: Slot) -> bool {
         let is_there = |held: &Slot| *held == slot || held.is_in(slot);

@@ -92,6 +92,14 @@ pub struct InodeTable {
     renamed: HashMap<Node, Ino>,
 }
 
+impl Inode {
+    /// Whether it was a directory that is gone.
+    #[must_use]
+    pub fn is_dead(&self) -> bool {
+        self.is_dead
+    }
+}
+
 impl Default for InodeTable {
     fn default() -> Self {
         // The kernel never looks the root up, and never forgets it.

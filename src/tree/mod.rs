@@ -346,10 +346,12 @@ impl Tree {
 
     fn node(&self, ino: Ino) -> Result<Node> {
         let inodes = lock(&self.inodes);
-        inodes
-            .get(ino)
-            .map(|inode| inode.node.clone())
-            .ok_or_else(unknown_inode)
+        let inode = inodes.get(ino).ok_or_else(unknown_inode)?;
+        if inode.is_dead() && inodes.number(&inode.node) != ino {
+            // Something else has its name, under another number.
+            return Err(Error::not_found("this directory is gone"));
+        }
+        Ok(inode.node.clone())
     }
 
     /// How long an answer about `node` may be remembered.

@@ -3,10 +3,12 @@
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use super::draft::New;
+use super::draft::{Key, New};
 use super::node::Node;
+use super::slot::Slot;
 use super::{Tree, lock};
 use crate::error::{Error, ErrorKind, Result};
+use crate::store::attribute::Attributes;
 use crate::store::{Access, Metadata, Object, ObjectId, ObjectName, Patience, TokenName};
 
 impl Tree {
@@ -61,10 +63,39 @@ impl Tree {
             return Ok(stored);
         }
         let mut object = Object::clone(&stored);
+        let mut set_anew = Vec::new();
         for (slot, then) in &draft.removed {
-            slot.remove_unchanged(&mut object.attributes, then);
+            let is_set = slot.get(&stored.attributes).is_some();
+            if !slot.remove_unchanged(&mut object.attributes, then) && is_set {
+                set_anew.push((*slot, then));
+            }
+        }
+        if !set_anew.is_empty() {
+            self.keep_what_was_set(&(token.clone(), id.clone()), draft.number, &set_anew);
         }
         Ok(Arc::new(object))
+    }
+
+    /// Somebody has given a value to what was unlinked and is held back. What is shown once stays, also if it becomes again what was unlinked.
+    fn keep_what_was_set(&self, key: &Key, number: u64, set_anew: &[(Slot, &Attributes)]) {
+        let kept = {
+            let mut drafts = lock(&self.drafts);
+            let draft = drafts.get_mut(key).filter(|draft| draft.number == number);
+            let kept = draft.map(|draft| draft.keep(set_anew)).unwrap_or_default();
+            drafts.tidy(key);
+            kept
+        };
+        for slot in kept {
+            self.say_kept(&slot.node(&key.0, &key.1));
+        }
+    }
+
+    /// Says that what was unlinked stays.
+    pub(super) fn say_kept(&self, node: &Node) {
+        self.diagnostics.warning(format!(
+            "{}: it was removed here, and somebody else has given it another value before that reached the store: it stays",
+            self.path_of(node).display()
+        ));
     }
 
     /// The version of an object that the store has. Of a damaged one, how to get rid of it is said too.

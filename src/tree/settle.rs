@@ -252,10 +252,7 @@ impl Tree {
         }
         self.end_dating(key, &[], None, patience);
         for slot in kept {
-            self.diagnostics.warning(format!(
-                "{}: it was removed here, and somebody else has given it another value before that reached the store: it stays",
-                self.path_of(&slot.node(&key.0, &key.1)).display()
-            ));
+            self.say_kept(&slot.node(&key.0, &key.1));
         }
         Ok(())
     }

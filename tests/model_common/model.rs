@@ -1134,10 +1134,28 @@ impl Model {
                     }
                 }
                 self.publish(id);
+                if self.has_objects_alone(id) {
+                    return Err(EINVAL);
+                }
             }
             _ => {}
         }
         Ok(())
+    }
+
+    /// Whether a directory in the root has objects, and is no token.
+    fn has_objects_alone(&self, id: Id) -> bool {
+        let is_stored = |object: &Id| self.role(*object) == Some(Role::Object { pending: false });
+        self.role(id) == Some(Role::Token { building: true })
+            && !self.is_token(id)
+            && self.listed(id).values().any(is_stored)
+    }
+
+    /// The directories in the root that are no tokens and have something in them: the mount does not end with one.
+    pub fn unfinished(&self) -> Vec<String> {
+        let tokens = self.listed(ROOT).into_iter();
+        let is_one = |(_, id): &(String, Id)| !self.is_token(*id) && !self.listed(*id).is_empty();
+        tokens.filter(is_one).map(|(token, _)| token).collect()
     }
 
     /// Whether a directory in the root has what makes it a token.

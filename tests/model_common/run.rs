@@ -190,6 +190,9 @@ impl<W: World> Pair<'_, W> {
             let model = self.model.unlink(&path);
             let _ = self.compare(&("unlink", path), model, world);
         }
+        for token in self.model.unfinished() {
+            self.remove_all(&token);
+        }
         self.model.remount();
     }
 

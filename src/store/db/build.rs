@@ -9,11 +9,14 @@ use std::path::Path;
 use std::sync::Arc;
 
 use nix::libc;
+use rusqlite::Connection;
 use rustix::fs::CWD;
 
 use super::connection::{Database, stat};
 use super::failure::{Failure, classify_write};
 use super::snapshot::TOKEN_ROW;
+use super::statements;
+use super::uuid::Derived;
 use super::{DATABASE, DbToken, Slot, TAKEN};
 use crate::diagnostics::Diagnostics;
 use crate::error::{Error, ErrorKind, Result};
@@ -110,6 +113,13 @@ impl DbToken {
         }
         let held = self.connection.lock(patience, TAKEN);
         let mut slot = held.map_err(|error| error.at(&self.path))?;
+        if let Some(database) = &slot.database {
+            let fail = |error| match classify_write(&error, &self.path) {
+                Failure::Taken => Error::new(ErrorKind::Busy, TAKEN).at(&self.path),
+                Failure::Content(error) | Failure::Other(error) => error,
+            };
+            leave_past_rows(&database.connection).map_err(fail)?;
+        }
         // From here on nothing has it open, so that it can be opened and closed again.
         if let Some(Database { connection, .. }) = slot.database.take() {
             connection
@@ -137,6 +147,16 @@ impl DbToken {
         point("db.publish.done");
         Ok(synced.err())
     }
+}
+
+/// Leaves the rows to what was in the token before, if it has objects: it is a copy of another one, in which objects can have been made and destroyed whose backups are still there. SoftHSM's
+/// next object must not get the name of one of those.
+fn leave_past_rows(connection: &Connection) -> rusqlite::Result<()> {
+    let highest = statements::highest(connection)?;
+    if highest > TOKEN_ROW {
+        statements::use_up(connection, highest.saturating_add(Derived::AHEAD))?;
+    }
+    Ok(())
 }
 
 /// An empty file, which is an empty database. It is nobody else's before it has its owner, and has its mode from then on; SQLite

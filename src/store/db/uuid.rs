@@ -46,7 +46,7 @@ impl Derived {
     const LAST: i64 = 1 << 20;
 
     /// How far a name may be ahead of the rows that there have been: a backup can be of more objects than there are now.
-    const AHEAD: i64 = 16_384;
+    pub const AHEAD: i64 = 16_384;
 
     /// The row whose UUID `name` is, if it is one of the rows up to a good many above `highest`. Row 1 is the token.
     pub fn row(&mut self, token: &TokenName, name: &str, highest: i64) -> Option<i64> {
