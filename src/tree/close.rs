@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use super::commit::Text;
 use super::handle::{Handle, HandleId, State, Writer};
 use super::node::Node;
+use super::opened::are_same;
 use super::scratch::ScratchId;
 use super::slot::Slot;
 use super::still::Still;
@@ -18,6 +19,14 @@ use crate::store::Patience;
 /// How long it can take at most until one hears that a file was closed for good, or something is written into it.
 const LET_GO: Duration = Duration::from_millis(50);
 
+/// Which mappings are meant.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Whose {
+    /// Those of the process that asks.
+    Own,
+    Anybodys,
+}
+
 impl Tree {
     /// A descriptor is closed, perhaps not the last one of its file: what was written since the last time is committed.
     ///
@@ -25,6 +34,7 @@ impl Tree {
     /// [`ErrorKind::Invalid`] if it is no value of its kind: the old value stays; what writing to the store fails with.
     pub fn flush(&self, handle: HandleId, patience: Patience) -> Result<()> {
         self.commit_handle(handle, patience, |state| state.written && !state.refused)?;
+        self.commit_pages(handle, Whose::Own, patience)?;
         if let Ok(writer) = self.writer(handle) {
             let mut state = lock(&writer.state);
             state.flushed = state.resized && !state.written && !state.refused;
@@ -40,7 +50,8 @@ impl Tree {
     pub(super) fn commit_all(&self, handle: HandleId, patience: Patience) -> Result<()> {
         self.commit_handle(handle, patience, |state| {
             (state.written || state.resized) && !state.refused || state.uncommitted
-        })
+        })?;
+        self.commit_pages(handle, Whose::Anybodys, patience)
     }
 
     fn commit_handle(
@@ -60,21 +71,28 @@ impl Tree {
             let node = self.committed_as(&writer);
             self.wait_until_closed(node.as_ref().unwrap_or(&writer.node), patience)?;
         }
-        self.commit_writer(&writer, patience, wanted)?;
-        self.commit_pages(&writer, patience)
+        self.commit_writer(&writer, patience, wanted)
     }
 
-    /// Who closes or syncs a file that he has changed through a mapping means that, whichever descriptor the kernel has written it back through.
-    fn commit_pages(&self, writer: &Writer, patience: Patience) -> Result<()> {
+    /// Who syncs a file that he has changed through a mapping, or closes it, means that, whichever descriptor the kernel has written it back through. Who
+    /// closes it may have nothing to do with the mapping of another process, which can be in the middle of it.
+    fn commit_pages(&self, handle: HandleId, whose: Whose, patience: Patience) -> Result<()> {
         if !self.paged.load(Ordering::Relaxed) {
             return Ok(());
         }
-        let Some(node) = self.committed_as(writer) else {
+        let Ok(writer) = self.writer(handle) else {
             return Ok(());
         };
+        let Some(node) = self.committed_as(&writer) else {
+            return Ok(());
+        };
+        let user = |writer: &Writer| writer.user.load(Ordering::Relaxed);
         let has_pages = |state: &State| state.paged && state.written && !state.refused;
         let mut others = lock(&self.handles).writers();
-        others.retain(|other| has_pages(&lock(&other.state)));
+        others.retain(|other| {
+            let is_meant = whose == Whose::Anybodys || are_same(user(other), user(&writer));
+            is_meant && has_pages(&lock(&other.state))
+        });
         for other in others {
             if self.committed_as(&other).as_ref() == Some(&node) {
                 self.commit_writer(&other, patience, has_pages)?;

@@ -59,12 +59,18 @@ impl Tree {
                     drop(scratch);
                     if is_last {
                         // Somebody writes into it all the while, and into the attribute from now on.
+                        let patience = self.to_see_through(Patience::Now);
                         let late = self.commit_text(target, &now.0, now.1, patience);
                         let _ = self.noted_write(target, late);
                     }
                     return Ok(());
                 }
                 now
+            };
+            // What has been closed meanwhile is acknowledged, however long the first one has waited.
+            let patience = match published {
+                None => patience,
+                Some(_) => self.to_see_through(Patience::Now),
             };
             let outcome = self.commit_text(target, &bytes, given, patience);
             if published.is_none() {

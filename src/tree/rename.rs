@@ -377,7 +377,14 @@ impl Tree {
             drafts.insert_new(key.clone(), new);
         }
         // What it fails with is in the log.
-        let _ = self.write_draft(key, Finished::Said, Patience::at_most(AT_LEAST));
+        let written = self.write_draft(key, Finished::Said, Patience::at_most(AT_LEAST));
+        if written.is_err_and(|error| error.kind() == ErrorKind::Exists) {
+            // Somebody has made another one in the store, or SoftHSM has brought it back.
+            let mut drafts = lock(&self.drafts);
+            if drafts.is_new(key) {
+                drafts.remove(key);
+            }
+        }
         self.wake();
     }
 

@@ -7,13 +7,16 @@ use std::ffi::OsString;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
-use nix::sys::stat::{FileStat, Mode, lstat};
+use nix::sys::stat::{FileStat, Mode, fstat, lstat};
 use nix::unistd::geteuid;
 
-use crate::error::{Error, ErrorKind, Result};
+use super::failure::Failure;
+use crate::error::{Error, ErrorKind};
 use crate::store::metadata::is_file;
 
 /// How each of them begins (<https://www.sqlite.org/fileformat.html>); a journal that is being written, with zeros. Of shared memory only the owner is looked at: closing it
@@ -30,41 +33,66 @@ const BEGINNINGS: [(&str, &[&[u8]]); 3] = [
     ("-shm", &[]),
 ];
 
+/// How often a journal that begins otherwise is looked at again, and how long after: whoever writes it may be about to sync it, or to delete it.
+const AGAIN: usize = 5;
+const PAUSE: Duration = Duration::from_millis(1);
+
 /// That SQLite can be let at the database `path`, which is `database`.
 ///
 /// # Errors
 /// [`ErrorKind::NotPermitted`] if there is something beside it that it must not be given.
-pub(super) fn check(path: &Path, database: &FileStat) -> Result<()> {
+pub(super) fn check(path: &Path, database: &FileStat) -> Result<(), Failure> {
     if !geteuid().is_root() {
         return Ok(());
     }
     for (suffix, beginnings) in BEGINNINGS {
         let beside = with(path, suffix);
-        match lstat(&beside) {
-            Ok(stat) if stat.st_uid == database.st_uid || is_known(&beside, &stat, beginnings) => {}
-            Err(Errno::ENOENT) => {}
-            _ => {
-                let detail = "it belongs to somebody else than the database, and is nothing of SQLite's, which would give it to the owner of that: move it away";
-                return Err(Error::new(ErrorKind::NotPermitted, detail).at(beside));
+        let mut is_well = false;
+        for _ in 0..AGAIN {
+            is_well = is_none_or_known(&beside, database, beginnings);
+            if is_well {
+                break;
             }
+            thread::sleep(PAUSE);
+        }
+        if !is_well {
+            let detail = "it belongs to somebody else than the database, and is nothing of SQLite's, which would give it to the owner of that: move it away";
+            let error = Error::new(ErrorKind::NotPermitted, detail);
+            return Err(Failure::Other(error.at(beside)));
         }
     }
     Ok(())
 }
 
-fn is_known(path: &Path, stat: &FileStat, beginnings: &[&[u8]]) -> bool {
-    if !is_file(stat) || stat.st_nlink != 1 {
-        return false;
-    }
-    if stat.st_size == 0 {
-        return true;
+fn is_none_or_known(path: &Path, database: &FileStat, beginnings: &[&[u8]]) -> bool {
+    match lstat(path) {
+        Err(Errno::ENOENT) => return true,
+        Ok(stat) if stat.st_uid == database.st_uid => return true,
+        Ok(stat) if is_file(&stat) && !beginnings.is_empty() => {}
+        _ => return false,
     }
     let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
-    beginnings.iter().any(|beginning| {
-        let mut bytes = vec![0; beginning.len()];
-        let opened = open(path, flags, Mode::empty()).map(File::from);
-        opened.is_ok_and(|file| file.read_exact_at(&mut bytes, 0).is_ok() && bytes == *beginning)
-    })
+    let file = match open(path, flags, Mode::empty()) {
+        Ok(fd) => File::from(fd),
+        Err(errno) => return errno == Errno::ENOENT,
+    };
+    let Ok(stat) = fstat(&file) else {
+        return false;
+    };
+    // Deleted meanwhile, or with another name too.
+    match stat.st_nlink {
+        0 => return true,
+        1 if is_file(&stat) => {}
+        _ => return false,
+    }
+    if stat.st_uid == database.st_uid || stat.st_size == 0 {
+        return true;
+    }
+    let mut bytes = [0; 8];
+    let read = file.read_at(&mut bytes, 0).unwrap_or_default();
+    beginnings
+        .iter()
+        .any(|beginning| bytes[..read].starts_with(beginning))
 }
 
 fn with(path: &Path, suffix: &str) -> PathBuf {
@@ -91,11 +119,13 @@ mod tests {
         if !geteuid().is_root() {
             return;
         }
-        let error = check(&path, &database).unwrap_err();
-        assert_eq!(
-            (error.kind(), error.path()),
-            (ErrorKind::NotPermitted, Some(&*journal))
-        );
+        match check(&path, &database) {
+            Err(Failure::Other(error)) => {
+                let wanted = (ErrorKind::NotPermitted, Some(&*journal));
+                assert_eq!((error.kind(), error.path()), wanted);
+            }
+            other => panic!("{other:?}"),
+        }
         for beginning in [&b""[..], BEGINNINGS[0].1[0], BEGINNINGS[0].1[1]] {
             std::fs::write(&journal, beginning).unwrap();
             assert!(check(&path, &database).is_ok(), "{beginning:?}");

@@ -11,6 +11,7 @@ use nix::sys::stat::{FileStat, SFlag, lstat};
 use rusqlite::config::DbConfig;
 use rusqlite::{Connection, OpenFlags};
 
+use super::companions;
 use super::failure::{Failure, classify};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -104,6 +105,7 @@ impl Database {
                 Error::new(ErrorKind::NameTooLong, detail).at(path),
             ));
         }
+        companions::check(path, stat)?;
         // Not CREATE: an empty database must not come into being. With READ_WRITE, SQLite opens read-only by itself
         // where permissions forbid more. NOFOLLOW refuses a symbolic link anywhere in the path.
         let access = if read_only {

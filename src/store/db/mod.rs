@@ -247,7 +247,7 @@ impl DbToken {
         // Before SQLite touches the file that it has open: it would take the journal of the one that is now at the path
         // for its own, roll it back and delete it.
         let identity = Stamp::of(before).identity;
-        companions::check(&self.path, before).map_err(Failure::Other)?;
+        companions::check(&self.path, before)?;
         slot.database.take_if(|open| open.identity != identity);
         let fresh = slot.database.is_none();
         if fresh {

@@ -48,10 +48,24 @@ impl Derived {
     /// How far a name may be ahead of the rows that there have been: a backup can be of more objects than there are now.
     pub const AHEAD: i64 = 16_384;
 
+    /// The same while a token is made from another one, in which the rows begin that much farther on with each copy that it is of
+    /// ([`super::build`]).
+    pub const AHEAD_OF_COPY: i64 = 16 * Self::AHEAD;
+
     /// The row whose UUID `name` is, if it is one of the rows up to a good many above `highest`. Row 1 is the token.
-    pub fn row(&mut self, token: &TokenName, name: &str, highest: i64) -> Option<i64> {
+    pub fn row(
+        &mut self,
+        token: &TokenName,
+        name: &str,
+        (highest, is_copy): (i64, bool),
+    ) -> Option<i64> {
         let wanted = Uuid::try_parse(name).ok()?;
-        let top = highest.saturating_add(Self::AHEAD);
+        let ahead = if is_copy {
+            Self::AHEAD_OF_COPY
+        } else {
+            Self::AHEAD
+        };
+        let top = highest.saturating_add(ahead);
         for row in self.last + 1..=top.min(Self::LAST) {
             let uuid = Uuid::try_parse(&derived(token, row)).ok()?;
             self.rows.insert(uuid, row);
@@ -185,23 +199,25 @@ mod tests {
     #[test]
     fn the_row_of_a_derived_name_is_found_near_the_rows_that_there_are() {
         let mut table = Derived::default();
-        let mut row = |row, highest| table.row(&token(), &derived(&token(), row), highest);
+        let mut row = |row, highest| table.row(&token(), &derived(&token(), row), (highest, false));
         assert_eq!(row(2, 1), Some(2));
         assert_eq!(row(16_385, 1), Some(16_385));
         assert_eq!(row(16_386, 1), None);
         assert_eq!(row(16_386, 2), Some(16_386));
         assert_eq!(row(1, 1), None, "the token itself");
         let upper = derived(&token(), 2).to_uppercase();
-        assert_eq!(table.row(&token(), &upper, 2), None);
-        assert_eq!(table.row(&token(), FOREIGN, 2), None);
+        assert_eq!(table.row(&token(), &upper, (2, false)), None);
+        assert_eq!(table.row(&token(), FOREIGN, (2, false)), None);
+        let copied = derived(&token(), 16_386);
+        assert_eq!(table.row(&token(), &copied, (1, true)), Some(16_386));
         let far = i64::from(u32::MAX);
         let name = derived(&token(), far);
         let mut table = Derived {
             last: Derived::LAST,
             ..Derived::default()
         };
-        assert_eq!(table.row(&token(), &name, far), Some(far));
-        assert_eq!(table.row(&token(), FOREIGN, i64::MAX), None);
+        assert_eq!(table.row(&token(), &name, (far, false)), Some(far));
+        assert_eq!(table.row(&token(), FOREIGN, (i64::MAX, false)), None);
     }
 
     #[test]

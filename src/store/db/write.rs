@@ -132,7 +132,9 @@ impl Work<'_> {
             let detail = "the table object lacks row 1, which is the token itself";
             return Err(Error::damaged(detail).into());
         }
-        let wanted = self.derived.row(&self.token.name, text, highest);
+        let wanted = self
+            .derived
+            .row(&self.token.name, text, (highest, self.token.built));
         let (row, is_wanted) = self.sql(statements::new_row(self.connection, wanted))?;
         if self.snapshot.leftovers {
             self.sql(statements::remove_leftovers(self.connection, row))?;
@@ -177,7 +179,9 @@ impl Work<'_> {
         self.sql(statements::forget_name(self.connection, row))?;
         if derived(&self.token.name, row) != text {
             let highest = self.sql(statements::highest(self.connection))?;
-            let of = self.derived.row(&self.token.name, text, highest);
+            let of = self
+                .derived
+                .row(&self.token.name, text, (highest, self.token.built));
             if let Some(of) = of.filter(|of| *of > highest) {
                 // The name belongs first to a row that SoftHSM would make one day: that one is never made then.
                 self.sql(statements::use_up(self.connection, of))?;
