@@ -148,7 +148,10 @@ impl Generation {
                 flags,
                 Mode::from_bits_truncate(0o600),
             ) {
-                Ok(fd) => return Ok(Self(File::from(fd))),
+                Ok(fd) => {
+                    point("file.generation.made");
+                    return Ok(Self(File::from(fd)));
+                }
                 Err(nix::errno::Errno::EEXIST) => {}
                 Err(errno) => return Err(Error::system("make generation", errno)),
             }
