@@ -164,11 +164,12 @@ fn in_a_shell(story: &str) -> &'static [&'static str] {
             "for i in {1..3000}; do printf 'long '; done >token/0x80001334.bytes",
             "printf a >token/0x80001334.bytes",
         ],
-        // Two tokens with one serial number are more than SoftHSM can live with.
+        // Two tokens with one serial number are more than SoftHSM can live with. Its own object comes last, wherever a listing has it: a token that has that and is
+        // left alone, as by a copy on a busy machine, is one.
         "create a token" => &[concat!(
             "rm -rf $out/copy; cp -a . $out/copy; printf 0011223344556677 >$out/copy/token/CKA_OS_TOKENSERIAL; ",
-            "printf '%-32s' copied >$out/copy/token/CKA_OS_TOKENLABEL; ",
-            "cp -a $out/copy ../c0000000-0000-4000-8000-00000000000c; sync .."
+            "printf '%-32s' copied >$out/copy/token/CKA_OS_TOKENLABEL; t=../c0000000-0000-4000-8000-00000000000c; mkdir $t; ",
+            "cp -a $out/copy/*-* $t/; cp -a $out/copy/token $t/; touch -r $out/copy $t; sync .."
         )],
         // Things go one by one.
         "remove a token" => &["rm -r ../$second/*-*", "rm -r ../$second; sync .."],

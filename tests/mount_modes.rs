@@ -295,6 +295,7 @@ both_backends! {
         denied(as_user(BOB, "stat").arg(&label));
 
         change(&file, 0o644, &object, 0o755);
+        change(&file, 0o644, &label, 0o644);
         assert_eq!(text_of(&mut cat(BOB, &label)), "shared");
         assert!(text_of(&mut ls(BOB, &object)).contains("CKA_VALUE"));
 
@@ -307,6 +308,7 @@ both_backends! {
         assert_eq!(fs::read(&label).unwrap(), b"shared");
 
         change(&file, 0o644, &object, 0o755);
+        change(&file, 0o644, &label, 0o644);
         change(&directory, 0o750, &token, 0o750);
         assert_eq!(text_of(&mut cat(ALICE, &label)), "shared");
         denied(&mut cat(BOB, &label));

@@ -3,6 +3,8 @@
 //! Most programs, and every shell, ignore what `close` says. So `write` refuses what nothing that could follow would make a value: what the
 //! word itself rules out, and what SoftHSM could not live with. All else is left to `close`.
 
+use std::time::{Duration, Instant};
+
 use super::node::Node;
 use super::slot::Slot;
 use super::text::{self, Context};
@@ -15,6 +17,9 @@ use crate::store::{ObjectId, Patience, TokenName, validate};
 /// What is as long as this and can be read is no part of a ciphertext, in bytes: one in fifty is so by chance, where it is written
 /// in pieces that are no longer.
 const SHORTEST_TEXT: usize = 4;
+
+/// How long an object is waited for that is being read, or written, by somebody else: a scan of a database, mostly.
+const BRIEFLY: Duration = Duration::from_secs(1);
 
 /// The longest text of another kind than bytes that is looked at while it is written, in bytes: a set of some thousand mechanisms.
 const LONGEST_WORD: usize = 64 * 1024;
@@ -95,7 +100,7 @@ impl Tree {
     }
 
     /// Whether a text, which is all that has been written until now, can be the value, or the beginning of it. What can only be
-    /// told of all of it, or not at once, is left to `close`.
+    /// told of all of it, or not soon, is left to `close`.
     fn check_whole(
         &self,
         (token, id, slot): Place<'_>,
@@ -134,11 +139,12 @@ impl Tree {
         {
             return Ok(());
         }
-        // Otherwise `close` will say so.
-        match self.check_with((token, id), (slot, value), true, Patience::Now) {
-            Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(()),
-            told => told,
-        }
+        // Who holds it for longer leaves that to `close`.
+        let briefly = match patience {
+            Patience::Now => Patience::Now,
+            Patience::Until(until) => Patience::Until(until.min(Instant::now() + BRIEFLY)),
+        };
+        self.check_with((token, id), (slot, value), true, briefly)
     }
 
     /// Whether SoftHSM could live with an object that has this value too.
