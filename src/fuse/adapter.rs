@@ -8,7 +8,7 @@ use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime};
 
 use fuser::{
     AccessFlags, BsdFileFlags, Errno, FileHandle, Filesystem, FopenFlags, Generation, INodeNo,
@@ -18,10 +18,11 @@ use fuser::{
 };
 
 use super::reply::{self, attributes, begin_listing, by_inode, errno, fill, names};
+use super::request::{caller, for_writing, time};
 use super::wait::{MOST_REQUESTS, Waiting};
 use crate::error::ErrorKind;
-use crate::store::{MetadataChange, Patience, Time};
-use crate::tree::{Caller, Creation, HandleId, OpenForWriting, RenameHow, SetAttributes, Tree};
+use crate::store::{MetadataChange, Patience};
+use crate::tree::{Creation, HandleId, RenameHow, SetAttributes, Tree};
 
 /// The tree, as the kernel asks for it.
 #[derive(Clone, Debug)]
@@ -49,42 +50,6 @@ impl Adapter {
 /// How an open file is read and written: never from the kernel's pages, since what is in them is cut to the size that the kernel
 /// believes in, and whether that is the size of this version nobody can tell.
 const OPENED: FopenFlags = FopenFlags::FOPEN_DIRECT_IO;
-
-fn caller(request: &Request) -> Caller {
-    Caller {
-        uid: request.uid(),
-        gid: request.gid(),
-        pid: request.pid(),
-    }
-}
-
-fn for_writing(flags: i32) -> OpenForWriting {
-    OpenForWriting {
-        truncate: flags & libc::O_TRUNC != 0,
-        append: flags & libc::O_APPEND != 0,
-        read: flags & libc::O_ACCMODE == libc::O_RDWR,
-    }
-}
-
-/// The kernel counts nanoseconds forward from the second, and `fuser` 0.18 before 1970 backward (`system_time_from_time`).
-fn as_meant(time: SystemTime) -> SystemTime {
-    let Ok(before) = UNIX_EPOCH.duration_since(time) else {
-        return time;
-    };
-    let back = Duration::from_secs(before.as_secs());
-    let forth = Duration::from_nanos(before.subsec_nanos().into());
-    let second = UNIX_EPOCH.checked_sub(back);
-    second
-        .and_then(|second| second.checked_add(forth))
-        .unwrap_or(time)
-}
-
-fn time(time: TimeOrNow) -> Time {
-    match time {
-        TimeOrNow::SpecificTime(time) => Time::At(as_meant(time)),
-        TimeOrNow::Now => Time::Now,
-    }
-}
 
 impl Filesystem for Adapter {
     fn init(&mut self, _request: &Request, config: &mut KernelConfig) -> std::io::Result<()> {

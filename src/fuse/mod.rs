@@ -1,7 +1,7 @@
 //! Between the tree and the kernel: mounting, unmounting and serving.
 //!
 //! - [`adapter`]: translates requests, one short function each.
-//! - `reply`, `wait`: from the tree's types to the kernel's; the threads for requests that have to wait.
+//! - `request`, `reply`: from the kernel's types to the tree's, and back. `wait`: the threads for requests that have to wait.
 //! - [`settle`]: a thread that writes what has been left alone.
 //! - [`invalidate`]: tells the kernel what it has to forget.
 //! - [`options`]: what stands behind `-o`.
@@ -16,6 +16,7 @@ pub mod mount;
 pub mod mountinfo;
 pub mod options;
 mod reply;
+mod request;
 pub mod server;
 pub mod session;
 pub mod settle;

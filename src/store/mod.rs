@@ -27,6 +27,7 @@ mod sync;
 mod tokendir;
 pub mod validate;
 pub mod watch;
+mod whole;
 
 pub use metadata::{Access, Metadata, MetadataChange, Stamp, Time};
 pub use tokendir::Store;

@@ -5,12 +5,13 @@ use std::time::SystemTime;
 
 use nix::sys::statvfs::FsFlags;
 
+use super::cut::Trace;
 use super::draft::Key;
 use super::drafts::Drafts;
 use super::entries::exists;
 use super::node::Node;
 use super::scratch::{Content, ScratchId};
-use super::slot::{Slot, Trace};
+use super::slot::Slot;
 use super::text::Context;
 use super::write::check_length;
 use super::{Tree, lock, text};

@@ -6,9 +6,9 @@ use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
 
 use super::body::{Body, Bytes};
+use super::cut::Trace;
 use super::node::Node;
 use super::opened::Opened;
-use super::slot::Trace;
 use super::{Attributes, Ino, Listed, OpenForWriting, lock};
 use crate::error::{Error, Result};
 

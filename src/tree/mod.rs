@@ -7,7 +7,7 @@
 //! stands for, [`inode`] which of them the kernel knows; `view` looks a node up in the store, `layout` one of `.tokenfs/file`;
 //! `object` has objects as the mount shows them, `read` the operations that read, `listing` directories that are read, `opened` what they say of a file to whoever has an old version of it open, and `stale` what becomes of answers when the store changes.
 //!
-//! Writing: `write` has the descriptors, `body` what a file holds while it is written, `early` what can be told of a text by then, `close` what becomes of them, `commit` how a value
+//! Writing: `write` has the descriptors, `cut` what cuts and extends, `body` what a file holds while it is written, `early` what can be told of a text by then, `close` what becomes of them, `commit` how a value
 //! gets into its object, `follow` what an open file follows; `place`, `entries`, `remove`, `rename`, `publish` and `setattr` have what is made, removed, renamed and set, `rights` who may do that where the kernel cannot tell; `draft` (what is pending of one object), `drafts` (all that is) and `scratch` hold what the store does not
 //! have, `due` says when it is time to write that, `settle` writes it, `dates` has the times that attributes have beside the store's, and `building` keeps others off a token at the moment that it is published.
 //!
@@ -20,6 +20,7 @@ mod building;
 mod by_label;
 mod close;
 mod commit;
+mod cut;
 mod dates;
 mod draft;
 mod drafts;

@@ -1,13 +1,8 @@
 //! Where in an object a value stands: at the top, or in one of its attribute maps.
 
-use std::hash::Hasher;
-
-use siphasher::sip128::{Hasher128, SipHasher13};
-
 use super::node::Node;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::attribute::{AttributeKey, AttributeType, Attributes, Kind, Value};
-use crate::store::file::encode;
 use crate::store::{ObjectId, TokenName};
 
 /// The place of one value in an object.
@@ -17,47 +12,6 @@ pub(super) struct Slot {
     pub map: Option<AttributeType>,
     /// What it is called there.
     pub key: AttributeKey,
-}
-
-/// By this what a file holds is known again, whatever it is called: hashes of its value, if it has one, and of its text.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Trace {
-    value: Option<u128>,
-    text: u128,
-}
-
-impl Trace {
-    /// Of what stands in a place of an object, and of the `text` that is shown of that.
-    pub fn of(slot: Slot, attributes: &Attributes, text: &[u8]) -> Self {
-        Self {
-            value: value_hash(slot, attributes),
-            text: hash(text),
-        }
-    }
-
-    /// Whether that value stands there.
-    pub fn is_stored(self, slot: Slot, attributes: &Attributes) -> bool {
-        self.value == value_hash(slot, attributes)
-    }
-
-    /// Whether a file that is no attribute holds that.
-    pub fn is_text(self, text: &[u8]) -> bool {
-        self.text == hash(text)
-    }
-}
-
-fn value_hash(slot: Slot, attributes: &Attributes) -> Option<u128> {
-    slot.get(attributes).map(|value| {
-        let mut alone = Attributes::new();
-        alone.insert(0, value.clone());
-        hash(&encode(0, &alone))
-    })
-}
-
-fn hash(bytes: &[u8]) -> u128 {
-    let mut hasher = SipHasher13::new();
-    hasher.write(bytes);
-    hasher.finish128().as_u128()
 }
 
 impl Slot {

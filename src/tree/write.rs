@@ -10,15 +10,16 @@ use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
 
 use super::body::{Body, Bytes};
+use super::cut::Trace;
 use super::draft::Key;
 use super::handle::{Handle, HandleId, OpenedFor, State, Writer};
 use super::node::{Ino, Node};
 use super::opened::are_same;
 use super::scratch::{Content, ScratchId};
-use super::slot::{Slot, Trace};
+use super::slot::Slot;
 use super::{Tree, lock, view};
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::{Object, Patience};
+use crate::store::Patience;
 
 /// The longest value, in bytes. The largest objects that SoftHSM makes are data objects of a few MiB; one above 256 MiB would not
 /// be read again.
@@ -132,7 +133,9 @@ impl Tree {
         if let Some(ino) = ino {
             self.check_told(ino, &attributes)?;
         }
-        let was = object.as_ref().and_then(|object| trace(node, object));
+        let resized = how.truncate && attributes.size > 0;
+        let was = object.as_ref().filter(|_| resized);
+        let was = was.and_then(|object| Trace::of(node, object));
         let content = if how.truncate {
             Vec::new()
         } else {
@@ -146,12 +149,11 @@ impl Tree {
             }
         };
         self.check_memory(content.len() as u64)?;
-        let resized = how.truncate && attributes.size > 0;
         let size = content.len() as u64;
         let content: Bytes = Arc::new(Mutex::new(Body::open(content)));
         let state = State {
             resized,
-            cut: was.filter(|_| resized),
+            cut: was,
             version: u64::from(resized),
             ..State::default()
         };
@@ -497,118 +499,9 @@ impl Tree {
             _ => {}
         }
     }
-
-    /// Cuts or extends an open file (`ftruncate`). If nothing is written into it afterwards, that is committed when it is closed for
-    /// good.
-    ///
-    /// # Errors
-    /// [`ErrorKind::TooLarge`].
-    pub(super) fn resize_open(
-        &self,
-        handle: HandleId,
-        size: u64,
-        patience: Patience,
-    ) -> Result<()> {
-        let writer = self.writer(handle)?;
-        check_length(size)?;
-        let present = writer.size();
-        let copied = writer.to_copy().min(size);
-        self.check_memory(size.saturating_sub(present) + copied)?;
-        let node = self.committed_as(&writer);
-        if let Some(node) = node.as_ref().filter(|_| size > present) {
-            self.check_disk(node, size)?;
-        }
-        let was = match node
-            .as_ref()
-            .map(|node| (node, self.describe(node, patience)))
-        {
-            Some((_, Err(error))) if error.kind() == ErrorKind::WouldBlock => return Err(error),
-            Some((node, Ok((_, Some(object))))) => trace(node, &object),
-            // Then what is stored by the time that it is closed was not seen here.
-            _ => None,
-        };
-        if writer.resize(as_index(size), was) {
-            self.touch(&writer.node);
-        }
-        Ok(())
-    }
-
-    /// The same of all that the file `ino` is written through.
-    pub(super) fn resize_all(&self, ino: Ino, size: u64, patience: Patience) -> Result<()> {
-        let writers = lock(&self.handles).writers_of(ino);
-        for handle in writers {
-            match self.resize_open(handle, size, patience) {
-                // It has just been closed.
-                Err(error) if error.kind() == ErrorKind::System(libc::EBADF) => {}
-                outcome => outcome?,
-            }
-        }
-        Ok(())
-    }
-
-    /// Makes an open file at least `size` bytes long (`fallocate` of mode 0).
-    ///
-    /// # Errors
-    /// [`ErrorKind::TooLarge`]; [`ErrorKind::WouldBlock`] with [`Patience::Now`].
-    pub fn extend_open(&self, handle: HandleId, size: u64, patience: Patience) -> Result<()> {
-        let present = self.writer(handle)?.size();
-        if size > present {
-            self.resize_open(handle, size, patience)?;
-        }
-        Ok(())
-    }
-
-    /// Cuts or extends a file that need not be open (`truncate`): it takes effect at once.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Invalid`] if what is left is no value of its kind; otherwise as [`Tree::flush`].
-    pub(super) fn resize(&self, node: &Node, size: u64, patience: Patience) -> Result<()> {
-        self.check_writable(node)?;
-        check_length(size)?;
-        if let Node::Scratch(id) = node {
-            let scratch = lock(&self.scratch);
-            let Content::File(bytes) = scratch.get(*id)?.content.clone() else {
-                return Err(Error::new(ErrorKind::IsADirectory, "a directory"));
-            };
-            drop(scratch);
-            let present = lock(&bytes).len() as u64;
-            self.check_memory(size.saturating_sub(present))?;
-            // If it has been renamed to an attribute meanwhile it is asked for again (`Tree::wherever`), and otherwise whoever does that sees it.
-            let scratch = lock(&self.scratch);
-            scratch.get(*id)?;
-            lock(&bytes).set_len(as_index(size));
-            return Ok(());
-        }
-        let (_, object) = self.describe(node, patience)?;
-        let content = object
-            .map(|object| view::content(node, &object))
-            .transpose();
-        let (mut content, is_fresh) = match content {
-            Ok(Some(Some(content))) => (content, false),
-            Ok(Some(None)) => return Err(Error::new(ErrorKind::IsADirectory, "a directory")),
-            _ => (self.fresh_content(node).unwrap_or_default(), true),
-        };
-        if content.len() as u64 == size {
-            return Ok(());
-        }
-        self.check_memory(size.saturating_sub(content.len() as u64))?;
-        content.resize(as_index(size), 0);
-        let fallback = is_fresh.then_some(&*content);
-        self.commit_resized(node, size, fallback, patience)
-    }
 }
 
-/// By what the value of a file is known again.
-fn trace(node: &Node, object: &Object) -> Option<Trace> {
-    let (_, _, slot) = Slot::of(node)?;
-    let text = view::content(node, object)
-        .ok()
-        .flatten()
-        .unwrap_or_default();
-    Some(Trace::of(slot, &object.attributes, &text))
-}
-
-fn as_index(offset: u64) -> usize {
+pub(super) fn as_index(offset: u64) -> usize {
     usize::try_from(offset).unwrap_or(usize::MAX)
 }
 

@@ -16,7 +16,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, openat};
 use nix::sys::stat::{FchmodatFlags, FileStat, Mode, fchmod, fchmodat, fstat, fstatat};
-use nix::unistd::{Gid, Uid, UnlinkatFlags, fchown, linkat, unlinkat};
+use nix::unistd::{Gid, Uid, UnlinkatFlags, fchown, unlinkat};
 
 use super::place::{GENERATION, with};
 use super::{Finding, Remedy, Report};
@@ -27,7 +27,7 @@ use crate::store::file::{LOCK_SUFFIX, OBJECT_SUFFIX, TOKEN_OBJECT};
 use crate::store::leftover::{JOURNAL_SUFFIX, NEW_SUFFIX};
 use crate::store::metadata::{Stamp, is_file};
 use crate::store::sync::sync_directory;
-use crate::store::{Options, Patience, Store, Token, TokenName, lock};
+use crate::store::{Options, Patience, Store, Token, TokenName, lock, whole};
 
 /// What [`repair()`] came to.
 #[derive(Clone, Debug, Default)]
@@ -176,37 +176,15 @@ impl Place {
             .ok_or_else(|| Error::not_found("not a lock file"))
     }
 
-    /// Makes the file with mode and owner of another one, and with this in it, or not at all. It gets its name last where the file system can do that, so that
-    /// nobody has it open before it has all of that, and a crash leaves none that lacks it.
-    fn make_like(&self, like: &FileStat, content: &[u8]) -> Result<()> {
+    /// Makes the file with mode and owner of another one, and with this in it, or not at all; whether there was none.
+    fn make_like(&self, like: &FileStat, content: &[u8]) -> Result<bool> {
         let failed = |error| Error::io("write", &error);
-        let unnamed = OFlag::O_RDWR | OFlag::O_TMPFILE | OFlag::O_CLOEXEC;
-        if let Ok(fd) = openat(
-            &self.directory,
-            ".",
-            unnamed,
-            Mode::from_bits_truncate(0o600),
-        ) {
-            let file = File::from(fd);
-            give(&file, like)?;
+        let made = whole::make(&self.directory, &self.name, |file| {
+            give(file, like)?;
             file.write_all_at(content, 0).map_err(failed)?;
-            file.sync_all().map_err(failed)?;
-            let own = format!("/proc/self/fd/{}", file.as_raw_fd());
-            let follow = AtFlags::AT_SYMLINK_FOLLOW;
-            match linkat(AT_FDCWD, own.as_str(), &self.directory, &self.name, follow) {
-                Ok(()) => return Ok(()),
-                Err(Errno::EEXIST) => return Err(Error::system("make", Errno::EEXIST)),
-                Err(_) => {}
-            }
-        }
-        let file = self.open(OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_EXCL, 0o600)?;
-        let done = give(&file, like)
-            .and_then(|()| file.write_all_at(content, 0).map_err(failed))
-            .and_then(|()| file.sync_all().map_err(failed));
-        if done.is_err() {
-            let _ = self.unlink();
-        }
-        done
+            file.sync_all().map_err(failed)
+        })?;
+        Ok(made.is_some())
     }
 }
 
@@ -231,10 +209,8 @@ fn make_lock(place: &Place) -> Result<()> {
     if !is_file(&like) {
         return Err(Error::not_found("not a regular file"));
     }
-    match place.make_like(&like, &[]) {
-        Ok(()) => {}
-        Err(error) if error.kind() == ErrorKind::Exists => return Ok(()),
-        Err(error) => return Err(error),
+    if !place.make_like(&like, &[])? {
+        return Ok(());
     }
     if !place.has(&object)? {
         // Destroyed at that moment, and SoftHSM did not find a lock file to delete.
@@ -286,10 +262,8 @@ fn make_generation(place: &Place, patience: Patience) -> Result<()> {
     let now = SystemTime::now().duration_since(UNIX_EPOCH);
     let count = now.map_or(1, |since| u64::try_from(since.as_micros()).unwrap_or(1));
     let count = count.to_be_bytes();
-    match place.make_like(&like, &count) {
-        Ok(()) => return place.sync(),
-        Err(error) if error.kind() == ErrorKind::Exists => {}
-        Err(error) => return Err(error),
+    if place.make_like(&like, &count)? {
+        return place.sync();
     }
     let file = place.open(OFlag::O_RDWR, 0)?;
     lock::lock_exclusive(&file, patience)?;

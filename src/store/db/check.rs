@@ -8,8 +8,9 @@ use nix::sys::stat::{Mode, lstat};
 use nix::unistd::read;
 use rusqlite::Connection;
 
+use super::companions::journal_of;
 use super::connection::{Database, stat};
-use super::failure::{Failure, classify, journal_of};
+use super::failure::{Failure, classify};
 use super::{DbToken, PAUSES, TAKEN};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::Patience;

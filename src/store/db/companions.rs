@@ -33,6 +33,11 @@ const BEGINNINGS: [(&str, &[&[u8]]); 3] = [
     ("-shm", &[]),
 ];
 
+/// The journal that belongs to a database.
+pub(crate) fn journal_of(path: &Path) -> PathBuf {
+    with(path, BEGINNINGS[0].0)
+}
+
 /// How often a journal that begins otherwise is looked at again, and how long after: whoever writes it may be about to sync it, or to delete it.
 const AGAIN: usize = 5;
 const PAUSE: Duration = Duration::from_millis(1);
@@ -109,7 +114,7 @@ mod tests {
     fn what_is_somebody_elses_has_to_look_like_what_it_is_called() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("sqlite3.db");
-        let journal = with(&path, "-journal");
+        let journal = journal_of(&path);
         std::fs::write(&path, b"").unwrap();
         let mut database = lstat(&path).unwrap();
         assert!(check(&path, &database).is_ok());

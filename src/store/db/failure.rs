@@ -14,6 +14,7 @@ use nix::unistd::{AccessFlags, eaccess};
 use rusqlite::ErrorCode;
 use rusqlite::ffi;
 
+use super::companions::journal_of;
 use crate::error::{Error, ErrorKind};
 
 /// Why a read did not come about.
@@ -140,13 +141,6 @@ fn no_room(path: &Path) -> Option<Error> {
         .and_then(|()| probe.sync_all());
     let errno = Errno::from_raw(written.err()?.raw_os_error()?);
     is_it(errno).map(said)
-}
-
-/// The journal that belongs to a database.
-pub(crate) fn journal_of(path: &Path) -> std::path::PathBuf {
-    let mut journal = path.as_os_str().to_owned();
-    journal.push("-journal");
-    journal.into()
 }
 
 fn left_journal(path: &Path) -> Error {

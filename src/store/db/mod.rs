@@ -46,10 +46,10 @@ use std::time::{Duration, SystemTime};
 
 use nix::sys::stat::{FileStat, SFlag, lstat};
 
+pub(crate) use self::companions::journal_of;
 use self::connection::{Database, Stamp, stat};
 use self::exclusive::Exclusive;
 use self::failure::Failure;
-pub(crate) use self::failure::journal_of;
 use self::read::{Outcome, Seen, Version};
 use self::snapshot::Snapshot;
 use self::uuid::Derived;
@@ -247,13 +247,15 @@ impl DbToken {
         // Before SQLite touches the file that it has open: it would take the journal of the one that is now at the path
         // for its own, roll it back and delete it.
         let identity = Stamp::of(before).identity;
-        companions::check(&self.path, before)?;
         slot.database.take_if(|open| open.identity != identity);
         let fresh = slot.database.is_none();
         if fresh {
             slot.opened += 1;
             let read_only = self.options.read_only;
             slot.database = Some(Database::open(&self.path, before, read_only, slot.opened)?);
+        } else {
+            // Who opens one looks as well.
+            companions::check(&self.path, before)?;
         }
         Ok(fresh)
     }

@@ -10,7 +10,7 @@ use nix::fcntl::OFlag;
 
 use super::DbToken;
 use super::check::Journal;
-use super::failure::journal_of;
+use super::companions::journal_of;
 use crate::error::{Error, Result};
 use crate::store::{Patience, Token};
 

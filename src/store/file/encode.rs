@@ -1,6 +1,9 @@
 //! `.object` files: from attributes to bytes. [`super::decode`] draws the layout.
 
 use std::collections::BTreeSet;
+use std::hash::Hasher;
+
+use siphasher::sip128::{Hasher128, SipHasher13};
 
 use super::{CKA_TOKENFS_FILLER, KIND_BOOLEAN, KIND_BYTES, KIND_MAP, KIND_MECHANISMS, KIND_ULONG};
 use crate::store::attribute::{Attributes, Value};
@@ -13,6 +16,16 @@ pub fn encode(generation: u64, attributes: &Attributes) -> Vec<u8> {
     ulong(&mut out, generation);
     entries(&mut out, attributes);
     out
+}
+
+/// By this a value is known again, whatever it is called: a hash of its bytes as SoftHSM would write them.
+#[must_use]
+pub fn digest(value: &Value) -> u128 {
+    let mut alone = Attributes::new();
+    alone.insert(0, value.clone());
+    let mut hasher = SipHasher13::new();
+    hasher.write(&encode(0, &alone));
+    hasher.finish128().as_u128()
 }
 
 /// How many bytes [`encode`] makes of an object.

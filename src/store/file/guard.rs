@@ -2,20 +2,20 @@
 
 use std::fs::File;
 use std::io::Write;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 use std::path::Path;
 
 use nix::errno::Errno;
-use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, openat};
+use nix::fcntl::{AtFlags, OFlag, openat};
 use nix::sys::stat::{FileStat, Mode, fstat, fstatat};
-use nix::unistd::{UnlinkatFlags, linkat, unlinkat};
+use nix::unistd::{UnlinkatFlags, unlinkat};
 
 use super::attire::{create_flags, set_access_if_possible};
 use super::read::{is_named, open_regular};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::crash::point;
 use crate::store::metadata::is_file;
-use crate::store::{Access, Patience, lock};
+use crate::store::{Access, Patience, lock, whole};
 
 /// An object's lock file, locked exclusively as in a SoftHSM transaction.
 #[derive(Debug)]
@@ -61,12 +61,6 @@ impl Transaction {
         }
     }
 
-    /// Makes a lock file that was left of another object look like one of a new object, whose owner could not open it otherwise. What may be something else that
-    /// somebody has given this name is left as it is.
-    pub fn dress_lonely(&self, access: Access) {
-        dress_lock_file(&self.file, access);
-    }
-
     /// Whether it was made for somebody who cannot use it: neither his, nor of the group of the file that it stands beside.
     pub fn is_foreign_to(&self, stat: &FileStat) -> bool {
         let is_foreign = |own: FileStat| own.st_uid != stat.st_uid && own.st_gid != stat.st_gid;
@@ -89,42 +83,18 @@ pub(super) fn dress_lock_file(file: &File, access: Access) {
     }
 }
 
-/// Makes a lock file that looks like `access`; nothing if there is something of that name. It gets its name last where the file
-/// system can do that, so that a crash leaves no lock file that the object's owner cannot open.
+/// Makes a lock file that looks like `access`; nothing if there is something of that name.
 fn make_lock_file(directory: BorrowedFd<'_>, name: &Path, access: Access) -> Result<Option<File>> {
-    let private = Mode::from_bits_truncate(0o600);
-    let unnamed = OFlag::O_RDWR | OFlag::O_TMPFILE | OFlag::O_CLOEXEC;
-    if let Ok(fd) = openat(directory, ".", unnamed, private) {
-        let file = File::from(fd);
-        set_access_if_possible(&file, access);
-        // For the first who sees it, it is locked already.
-        lock::lock_exclusive(&file, Patience::Now)?;
-        let own = format!("/proc/self/fd/{}", file.as_raw_fd());
-        match linkat(
-            AT_FDCWD,
-            own.as_str(),
-            directory,
-            name,
-            AtFlags::AT_SYMLINK_FOLLOW,
-        ) {
-            Ok(()) => {
-                point("file.lock.ready");
-                return Ok(Some(file));
-            }
-            Err(Errno::EEXIST) => return Ok(None),
-            Err(_) => {}
-        }
+    let made = whole::make(directory, name, |file| {
+        set_access_if_possible(file, access);
+        // For the first who sees it, it is locked already, if it has its name last: then nobody else can have it.
+        let _ = lock::lock_exclusive(file, Patience::Now);
+        Ok(())
+    })?;
+    if made.is_some() {
+        point("file.lock.ready");
     }
-    match openat(directory, name, create_flags(), private) {
-        Ok(fd) => {
-            let file = File::from(fd);
-            set_access_if_possible(&file, access);
-            point("file.lock.ready");
-            Ok(Some(file))
-        }
-        Err(Errno::EEXIST) => Ok(None),
-        Err(errno) => Err(Error::system("make the lock file", errno)),
-    }
+    Ok(made)
 }
 
 /// A file that goes again unless it is kept.

@@ -15,7 +15,9 @@ use super::FileToken;
 use super::attire::{access_of, apply, apply_to_open, set_access, set_mtime};
 use super::change::{check_storable, encode_checked, following};
 use super::generation::{Generation, Locked, microseconds};
-use super::guard::{Temporary, Transaction, exists, stat_regular, sync, unlink_if_there};
+use super::guard::{
+    Temporary, Transaction, dress_lock_file, exists, stat_regular, sync, unlink_if_there,
+};
 use super::names::{Names, too_long};
 use super::read::{Reading, is_named, open_regular, read_locked, settled};
 use crate::error::{Error, ErrorKind, Result};
@@ -48,7 +50,8 @@ impl FileToken {
         let lock_name = names.lock().unwrap_or(Path::new(""));
         let transaction = Transaction::take(directory, lock_name, new.access, patience)?;
         if !transaction.made && !exists(directory, names.object()) {
-            transaction.dress_lonely(new.access);
+            // It was left of another one, and the owner of this one could not open it.
+            dress_lock_file(&transaction.file, new.access);
         }
         let departed = self.arrive(name);
         match self.make_locked(&names, new, &bytes, patience) {

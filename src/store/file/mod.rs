@@ -43,7 +43,7 @@ mod token;
 
 pub(crate) use attire::{apply_to_open, set_access};
 pub use decode::{Decoded, decode};
-pub use encode::{encode, encoded_length};
+pub use encode::{digest, encode, encoded_length};
 pub(crate) use recover::is_known;
 pub use token::FileToken;
 pub(crate) use token::object_name;

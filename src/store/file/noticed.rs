@@ -5,12 +5,9 @@
 //! change. What is remembered of a value is a hash.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
-use std::hash::Hasher;
 use std::time::{Duration, Instant};
 
-use siphasher::sip128::{Hasher128, SipHasher13};
-
-use super::encode::encode;
+use super::encode::digest;
 use crate::store::ObjectId;
 use crate::store::attribute::{AttributeType, Attributes};
 
@@ -162,12 +159,7 @@ impl Changes {
 
 /// The hash of the value that an object has of a type.
 pub(super) fn trace(attributes: &Attributes, attribute_type: AttributeType) -> Trace {
-    let value = attributes.of_type(attribute_type)?;
-    let mut alone = Attributes::new();
-    alone.insert(attribute_type, value.clone());
-    let mut hasher = SipHasher13::new();
-    hasher.write(&encode(0, &alone));
-    Some(hasher.finish128().as_u128())
+    attributes.of_type(attribute_type).map(digest)
 }
 
 /// What an attribute is called in a message.

@@ -388,11 +388,15 @@ impl Store {
                 let content = Content::of(directory)?;
                 self.has_object(name, directory, &content)
             };
-            let named = match is_found(name) {
-                Err(error) if error.kind() == ErrorKind::NotFound => mark::staging(name)?,
-                _ => name.clone(),
+            let (named, found) = match is_found(name) {
+                Err(error) if error.kind() == ErrorKind::NotFound => {
+                    let staging = mark::staging(name)?;
+                    let found = is_found(&staging);
+                    (staging, found)
+                }
+                found => (name.clone(), found),
             };
-            if is_found(&named).unwrap_or(false) {
+            if found.unwrap_or(false) {
                 // A SoftHSM that has a session made one after the last look.
                 if named != *name {
                     mark::rename_directory(tokendir, &named, name)?;
