@@ -363,7 +363,6 @@ impl Tree {
                 stored: None,
             });
         }
-        let held = lock(&self.drafts).get(&key).cloned();
         let metadata = self.object_metadata(token, &key.1, patience)?;
         let mut last = Attributes::new();
         let mut whole = None;
@@ -384,11 +383,11 @@ impl Tree {
                     }
                     last = stored?.clone();
                     whole = Some(last.clone());
-                    for (slot, then) in held.iter().flat_map(|draft| &draft.removed) {
-                        slot.remove_unchanged(&mut last, then);
-                    }
                     // What has been done in it since it was looked at counts, too.
                     let now = lock(&self.drafts).get(&key).cloned();
+                    for (slot, then) in now.iter().flat_map(|draft| &draft.removed) {
+                        slot.remove_unchanged(&mut last, then);
+                    }
                     check(now.as_ref(), &last)
                 };
                 token.remove_if(object, &mut check, patience)

@@ -227,9 +227,16 @@ impl Tree {
         let mut kept = Vec::new();
         let mut remove = |attributes: &mut Attributes| {
             let before = attributes.clone();
-            let changed = unlinked
+            // Of what stays somebody may have been shown another value while this has waited.
+            let now = lock(&self.drafts)
+                .get(key)
+                .filter(|now| now.number == draft.number)
+                .map(|now| now.removed.clone())
+                .unwrap_or_default();
+            let held = unlinked
                 .iter()
-                .filter(|(slot, then)| !slot.remove_unchanged(attributes, then));
+                .filter(|(slot, then)| now.get(slot) == Some(then));
+            let changed = held.filter(|(slot, then)| !slot.remove_unchanged(attributes, then));
             kept = changed.map(|(slot, _)| *slot).collect();
             self.check_remaining(key, &before, attributes)
         };
