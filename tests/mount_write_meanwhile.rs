@@ -130,6 +130,67 @@ fn reader(file: &Path, mode: &str, written: usize) -> std::process::Child {
 }
 
 both_backends! {
+    fn a_copy_that_is_held_up_is_not_taken_for_finished(backend) {
+        let bench = Bench::new(backend);
+        let objects = [&bench.data, &bench.public, &bench.private];
+        let copy = |at: usize| format!("00000000-0000-4000-8000-00000000000{at}");
+        let mut missing = Vec::new();
+        for (at, object) in objects.into_iter().enumerate() {
+            let (from, to) = (bench.at(object), bench.at(copy(at)));
+            fs::create_dir(&to).unwrap();
+            let mut files: Vec<_> = fs::read_dir(&from).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+            // One that it could be made without by hand, and is made with by SoftHSM.
+            let last = if at == 0 { "CKA_OBJECT_ID" } else { "CKA_EC_PARAMS" };
+            files.retain(|file| file != last);
+            for file in files {
+                let (from, to) = (from.join(&file), to.join(&file));
+                if from.is_dir() {
+                    fs::create_dir(to).unwrap();
+                } else {
+                    fs::write(to, fs::read(from).unwrap()).unwrap();
+                }
+            }
+            missing.push((from.join(last), to.join(last)));
+        }
+        // The same by a process that has ended, which means that it is so.
+        let ended = copy(9);
+        bench.quiet(&format!("mkdir {ended} && echo false >{ended}/CKA_PRIVATE && echo CKO_DATA >{ended}/CKA_CLASS"));
+        eventually(SOON, "what was left alone by who has ended", || bench.has(&ended));
+        thread::sleep(HELD * 2);
+        for (at, object) in objects.into_iter().enumerate() {
+            assert!(!bench.has(&copy(at)), "{object} was taken for finished");
+        }
+        for (from, to) in missing {
+            fs::write(to, fs::read(from).unwrap()).unwrap();
+        }
+        // It is whole, and left alone.
+        for (at, object) in objects.into_iter().enumerate() {
+            eventually(SOON, "what is complete", || bench.has(&copy(at)));
+            bench.quiet(&format!("diff -r {object} {}", copy(at)));
+        }
+        bench.settle();
+        assert_eq!(bench.log(), "");
+    }
+
+    fn a_token_that_is_held_up_is_not_taken_for_finished(backend) {
+        let bench = Bench::new(backend);
+        let backup = bench.outside.path().join("backup");
+        bench.quiet("cp -a . $out/backup && cd .. && rm -r $t");
+        fs::create_dir(bench.directory()).unwrap();
+        fs::create_dir(bench.at("token")).unwrap();
+        for entry in fs::read_dir(backup.join("token")).unwrap() {
+            let entry = entry.unwrap();
+            fs::write(bench.at("token").join(entry.file_name()), fs::read(entry.path()).unwrap()).unwrap();
+        }
+        thread::sleep(HELD * 2);
+        assert!(bench.softhsm.read().is_empty(), "it was taken for finished");
+        // Whoever goes on with it says when it is.
+        bench.quiet("cp -a $out/backup/. $t/");
+        bench.quiet("diff -r $out/backup $t");
+        eventually(SOON, "the token", || !bench.softhsm.read().is_empty());
+        assert_eq!(bench.softhsm.read()[&bench.token].objects.len(), 3);
+    }
+
     /// What has been shown once is not removed for what was unlinked before, although it is the same again.
     fn what_is_set_after_an_unlink_and_seen_stays(backend) {
         let mut bench = Bench::new(backend);

@@ -45,7 +45,8 @@ pub fn run(args: &UmountArgs) -> Result<(), Failure> {
         && !server.has_ended_within(LONGEST)
     {
         eprintln!(
-            "tokenfs: warning: unmounted, but the server (process {}) has not ended after {} s, and keeps the store in use",
+            "tokenfs: warning: unmounted, but the server (process {}) has not ended after {} s, and keeps the store in use: perhaps the mount goes on elsewhere, in a container or \
+             through a bind mount",
             server.number,
             LONGEST.as_secs()
         );

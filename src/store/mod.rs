@@ -12,6 +12,7 @@
 mod acl;
 pub mod attribute;
 pub mod check;
+pub mod classes;
 pub mod convert;
 pub mod crash;
 mod damaged;

@@ -10,13 +10,19 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant, SystemTime};
 
 use super::body::Bytes;
+use super::makers::Makers;
 use super::slot::Slot;
 use crate::pkcs11;
 use crate::store::attribute::{AttributeKey, Attributes, Value};
+use crate::store::classes;
 use crate::store::{Access, Metadata, Object, ObjectId, TokenName};
 
 /// How long something has to be left alone to be taken for finished.
 pub(super) const LEFT_ALONE: Duration = Duration::from_millis(200);
+
+/// How long something has to be left alone while who makes it lives and has not said that it is finished: what copies it can be held up by where it
+/// copies it from.
+pub(super) const BEING_MADE: Duration = Duration::from_secs(10);
 
 /// How long a new object has to be left alone that has no `CKA_PRIVATE` before the log says so.
 const UNDECIDED: Duration = Duration::from_secs(5);
@@ -30,6 +36,20 @@ pub(super) const TRY_AGAIN: Duration = Duration::from_secs(1);
 
 /// How long a `token` directory stays away that was removed from a token which is still there: its `rm -r` did not finish.
 const HALF_REMOVED: Duration = Duration::from_secs(5);
+
+/// When what was `touched` last has been left alone for long enough, or is to be looked at again, as it `is_being_made`.
+pub(super) fn left_alone(
+    touched: Instant,
+    now: Instant,
+    is_being_made: impl FnOnce() -> bool,
+) -> Instant {
+    let (due, limit) = (touched + LEFT_ALONE, touched + BEING_MADE);
+    if (due..limit).contains(&now) && is_being_made() {
+        limit.min(now + LEFT_ALONE)
+    } else {
+        due
+    }
+}
 
 /// Which object.
 pub(super) type Key = (TokenName, ObjectId);
@@ -46,8 +66,8 @@ pub(super) struct New {
     /// What was to be written into it and could not, for lack of space: whoever copies it may not care, and it would be a part of what was
     /// meant.
     pub unwritten: BTreeSet<Slot>,
-    /// The processes that have made its directory, or given that a time: one of them says when it is finished.
-    pub makers: BTreeSet<u32>,
+    /// Who makes it.
+    pub makers: Makers,
 }
 
 impl New {
@@ -77,6 +97,11 @@ impl New {
     pub fn is_nothing(&self) -> bool {
         let is_empty = |value: &Value| matches!(value, Value::Map(entries) if entries.is_empty());
         self.unwritten.is_empty() && self.attributes.iter().all(|(_, value)| is_empty(value))
+    }
+
+    /// Whether who makes it can still go on, and it lacks something that SoftHSM's own objects have.
+    fn is_being_made(&self) -> bool {
+        !classes::is_complete(&self.attributes) && self.makers.are_at_it()
     }
 
     /// Of the files that it would have.
@@ -265,11 +290,11 @@ impl Draft {
 
     /// Whether it has been left alone for long enough to be written.
     pub fn is_due(&self, now: Instant, is_open: bool) -> bool {
-        self.due(is_open).is_some_and(|due| due <= now)
+        self.due(now, is_open).is_some_and(|due| due <= now)
     }
 
-    /// When it is to be written, if it is left alone until then. Something in it can be open for writing.
-    pub fn due(&self, is_open: bool) -> Option<Instant> {
+    /// When it is to be written, or to be looked at again, if it is left alone until then. Something in it can be open for writing.
+    pub fn due(&self, now: Instant, is_open: bool) -> Option<Instant> {
         if self.busy || self.new.is_none() && self.attended > 0 {
             return None;
         }
@@ -281,8 +306,12 @@ impl Draft {
                 if is_undecided && self.not_before.is_some_and(|failed| failed > self.touched) {
                     return None;
                 }
-                let wait = if is_undecided { UNDECIDED } else { LEFT_ALONE };
-                (has(pkcs11::CKA_CLASS) && !is_open).then_some(self.touched + wait)
+                let due = if is_undecided {
+                    self.touched + UNDECIDED
+                } else {
+                    left_alone(self.touched, now, || new.is_being_made())
+                };
+                (has(pkcs11::CKA_CLASS) && !is_open).then_some(due)
             }
             None if self.gone => Some(self.touched + HALF_REMOVED),
             None => {

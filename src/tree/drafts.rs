@@ -2,12 +2,13 @@
 //!
 //! Knows nothing of the store. Contract: `docs/tree.md`, "Writing".
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Instant, SystemTime};
 
 use super::body::Bytes;
-use super::draft::{Draft, Key, LEFT_ALONE, New, TRY_AGAIN};
+use super::draft::{Draft, Key, New, TRY_AGAIN, left_alone};
+use super::makers::Makers;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::attribute::Attributes;
 use crate::store::file;
@@ -26,8 +27,8 @@ pub(super) struct Build {
     pub finished: bool,
     /// The times that its directory is to have.
     pub mtime: Option<SystemTime>,
-    /// The processes that have made its directories, or given them a time, as in [`New::makers`].
-    pub makers: BTreeSet<u32>,
+    /// Who makes its directories.
+    pub makers: Makers,
     touched: Instant,
     not_before: Option<Instant>,
 }
@@ -274,7 +275,7 @@ impl Drafts {
             own_finished: false,
             finished: false,
             mtime: None,
-            makers: BTreeSet::from([pid]),
+            makers: Makers::new(Some(pid)),
             touched: Instant::now(),
             not_before: None,
         };
@@ -379,17 +380,16 @@ impl Drafts {
             }
         };
         for (key, draft) in &self.objects {
-            if let Some(due) = draft.due(open.contains(key)) {
+            if let Some(due) = draft.due(now, open.contains(key)) {
                 sort(due, &mut || keys.push(key.clone()));
             }
         }
         for (token, build) in &self.builds {
-            let wait = if self.is_finished(token) {
-                Duration::ZERO
+            let due = if self.is_finished(token) {
+                build.touched
             } else {
-                LEFT_ALONE
+                left_alone(build.touched, now, || build.makers.are_at_it())
             };
-            let due = build.touched + wait;
             let due = build.not_before.map_or(due, |limit| limit.max(due));
             if build.is_token() {
                 sort(due, &mut || tokens.push(token.clone()));

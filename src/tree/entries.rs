@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex};
 use super::body::{Body, Bytes};
 use super::draft::New;
 use super::handle::State;
+use super::makers::Makers;
 use super::node::{Ino, Node};
 use super::place::Place;
 use super::scratch::Content;
@@ -382,7 +383,7 @@ impl Tree {
             access,
             mtime: None,
             unwritten: BTreeSet::new(),
-            makers: maker.into_iter().collect(),
+            makers: Makers::new(maker),
         };
         self.check_entries()?;
         let key = (token.clone(), ObjectId::Object(object.clone()));

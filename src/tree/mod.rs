@@ -8,7 +8,7 @@
 //! `object` has objects as the mount shows them, `read` the operations that read, `listing` directories that are read, `opened` what they say of a file to whoever has an old version of it open, and `stale` what becomes of answers when the store changes.
 //!
 //! Writing: `write` has the descriptors, `cut` what cuts and extends, `body` what a file holds while it is written, `early` what can be told of a text by then, `close` what becomes of them, `commit` how a value
-//! gets into its object, `follow` what an open file follows; `place`, `entries`, `remove`, `rename`, `publish` and `setattr` have what is made, removed, renamed and set, `rights` who may do that where the kernel cannot tell; `draft` (what is pending of one object), `drafts` (all that is) and `scratch` hold what the store does not
+//! gets into its object, `follow` what an open file follows; `place`, `entries`, `remove`, `rename`, `publish` and `setattr` have what is made, removed, renamed and set, `rights` who may do that where the kernel cannot tell; `draft` (what is pending of one object), `drafts` (all that is), `makers` (by whom) and `scratch` hold what the store does not
 //! have, `due` says when it is time to write that, `settle` writes it, `dates` has the times that attributes have beside the store's, and `building` keeps others off a token at the moment that it is published.
 //!
 //! Locks: each table (inodes, handles, labels, drafts, dates, scratch, spots, files that are being closed) has one. None is held while the store is asked, and
@@ -33,6 +33,7 @@ pub mod inode;
 pub mod label;
 mod layout;
 mod listing;
+mod makers;
 pub mod mode;
 pub mod name;
 pub mod node;

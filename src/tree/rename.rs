@@ -8,6 +8,7 @@ use super::commit::always;
 use super::draft::{Key, New};
 use super::due::AT_LEAST;
 use super::entries::{Caller, exists};
+use super::makers::Makers;
 use super::name;
 use super::node::{Ino, Node};
 use super::place::Place;
@@ -366,7 +367,7 @@ impl Tree {
             access: removed.access,
             mtime: removed.mtime,
             unwritten: BTreeSet::new(),
-            makers: BTreeSet::new(),
+            makers: Makers::default(),
         };
         {
             let mut drafts = lock(&self.drafts);

@@ -253,7 +253,7 @@ impl Tree {
                 new.access.uid = change.uid.unwrap_or(new.access.uid);
                 new.access.gid = change.gid.unwrap_or(new.access.gid);
             }
-            Ok(Some(new.makers.contains(&pid)))
+            Ok(Some(new.makers.contains(pid)))
         })?;
         let Some(is_maker) = maker else {
             let outcome = self.set_stored(&key, slot, change, patience);

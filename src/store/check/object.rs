@@ -9,24 +9,13 @@
 use super::finding::{COMPARE, RESTORE};
 use super::{Category, Finding};
 use crate::pkcs11::{
-    self, CKA_ALLOWED_MECHANISMS, CKA_CERTIFICATE_TYPE, CKA_CLASS, CKA_COPYABLE, CKA_DESTROYABLE,
-    CKA_EC_POINT, CKA_KEY_TYPE, CKA_MODULUS, CKA_PRIVATE, CKA_PRIVATE_EXPONENT, CKA_URL, CKA_VALUE,
-    CKC_X_509, CKK_DSA, CKK_EC, CKK_EC_EDWARDS, CKK_RSA, CKO_CERTIFICATE, CKO_DATA,
-    CKO_DOMAIN_PARAMETERS, CKO_PRIVATE_KEY, CKO_PUBLIC_KEY, CKO_SECRET_KEY,
+    self, CKA_CERTIFICATE_TYPE, CKA_CLASS, CKA_EC_POINT, CKA_KEY_TYPE, CKA_MODULUS, CKA_PRIVATE,
+    CKA_PRIVATE_EXPONENT, CKA_URL, CKA_VALUE, CKC_X_509, CKK_DSA, CKK_EC, CKK_EC_EDWARDS, CKK_RSA,
+    CKO_CERTIFICATE, CKO_PRIVATE_KEY, CKO_PUBLIC_KEY, CKO_SECRET_KEY,
 };
 use crate::store::attribute::{AttributeType, Attributes, Value};
+use crate::store::classes::{OF_ALL, of_class};
 use crate::store::validate::{is_possible_ciphertext, too_long};
-
-/// What every object of SoftHSM's has (`P11Object::init`).
-const OF_ALL: &[AttributeType] = &[
-    CKA_CLASS,
-    pkcs11::CKA_TOKEN,
-    CKA_PRIVATE,
-    pkcs11::CKA_LABEL,
-    pkcs11::CKA_MODIFIABLE,
-    CKA_COPYABLE,
-    CKA_DESTROYABLE,
-];
 
 /// Of a token's flags: the user has a PIN (PKCS #11 2.40, `CK_TOKEN_INFO`).
 const CKF_USER_PIN_INITIALIZED: u64 = 0x8;
@@ -39,66 +28,6 @@ const RESTORE_OR_REMOVE: &str = "bring the object back from a backup, or remove 
 
 /// What SoftHSM never encrypts.
 const DATES: [AttributeType; 2] = [pkcs11::CKA_START_DATE, pkcs11::CKA_END_DATE];
-
-/// What is added in each class, whatever the type of key or certificate. Types that depend on that are left out: the last ones of
-/// a class do not, and a cut anywhere loses those.
-fn of_class(class: u64) -> &'static [AttributeType] {
-    match class {
-        CKO_DATA => &[pkcs11::CKA_APPLICATION, CKA_VALUE, pkcs11::CKA_OBJECT_ID],
-        CKO_CERTIFICATE => &[
-            CKA_CERTIFICATE_TYPE,
-            pkcs11::CKA_TRUSTED,
-            pkcs11::CKA_CERTIFICATE_CATEGORY,
-            pkcs11::CKA_CHECK_VALUE,
-            pkcs11::CKA_START_DATE,
-            pkcs11::CKA_END_DATE,
-        ],
-        CKO_PUBLIC_KEY => &[
-            pkcs11::CKA_TRUSTED,
-            CKA_KEY_TYPE,
-            pkcs11::CKA_ID,
-            pkcs11::CKA_ENCRYPT,
-            pkcs11::CKA_VERIFY,
-            pkcs11::CKA_DERIVE,
-            pkcs11::CKA_LOCAL,
-            pkcs11::CKA_KEY_GEN_MECHANISM,
-            pkcs11::CKA_WRAP_TEMPLATE,
-            CKA_ALLOWED_MECHANISMS,
-        ],
-        CKO_PRIVATE_KEY => &[
-            CKA_KEY_TYPE,
-            pkcs11::CKA_ID,
-            pkcs11::CKA_SENSITIVE,
-            pkcs11::CKA_DECRYPT,
-            pkcs11::CKA_SIGN,
-            pkcs11::CKA_DERIVE,
-            pkcs11::CKA_EXTRACTABLE,
-            pkcs11::CKA_LOCAL,
-            pkcs11::CKA_KEY_GEN_MECHANISM,
-            pkcs11::CKA_ALWAYS_AUTHENTICATE,
-            pkcs11::CKA_WRAP_WITH_TRUSTED,
-            pkcs11::CKA_UNWRAP_TEMPLATE,
-            CKA_ALLOWED_MECHANISMS,
-        ],
-        CKO_SECRET_KEY => &[
-            CKA_KEY_TYPE,
-            pkcs11::CKA_ID,
-            pkcs11::CKA_SENSITIVE,
-            pkcs11::CKA_ENCRYPT,
-            pkcs11::CKA_DECRYPT,
-            pkcs11::CKA_DERIVE,
-            pkcs11::CKA_EXTRACTABLE,
-            pkcs11::CKA_LOCAL,
-            pkcs11::CKA_KEY_GEN_MECHANISM,
-            pkcs11::CKA_WRAP_WITH_TRUSTED,
-            pkcs11::CKA_WRAP_TEMPLATE,
-            pkcs11::CKA_UNWRAP_TEMPLATE,
-            CKA_ALLOWED_MECHANISMS,
-        ],
-        CKO_DOMAIN_PARAMETERS => &[CKA_KEY_TYPE, pkcs11::CKA_LOCAL],
-        _ => &[],
-    }
-}
 
 /// Where each attribute of a file begins, in the order of the file.
 pub(super) type Places = Vec<(AttributeType, u64)>;
@@ -382,6 +311,7 @@ impl Finding {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::pkcs11::CKO_DATA;
     use crate::store::file::{Decoded, decode, encode};
     use std::collections::BTreeSet;
 

@@ -153,11 +153,11 @@ impl FileToken {
         let said = [
             (
                 lost.values,
-                "with its older copy; make it again, unless somebody has set the earlier value on purpose",
+                "with what looks like its older copy; make it again, unless somebody has set the earlier value on purpose",
             ),
             (
                 lost.removals,
-                "with its older copy, or since objects of this class have it: what was removed is back",
+                "with what looks like its older copy, or since objects of this class have it: what was removed is back",
             ),
         ];
         for (types, how) in said {
