@@ -96,6 +96,19 @@ both_backends! {
         }
     }
 
+    fn what_is_put_in_the_place_of_a_damaged_object_has_none_of_its_scratch(backend) {
+        for line in ["rmdir $k && cp -a $out/backup/$k .", "cp -a $out/backup/$k .new && mv -T .new $k"] {
+            let bench = Bench::new(backend);
+            bench.quiet("cp -a . $out/backup; touch $k/.x $k/CKA_UNWRAP_TEMPLATE/.x");
+            damage(&bench);
+            eventually(SOON, "the damage to be seen", || fs::read_dir(bench.at(&bench.private)).is_err());
+            bench.quiet(line);
+            for left in [".x", "CKA_UNWRAP_TEMPLATE/.x"] {
+                assert!(!bench.at(&bench.private).join(left).exists(), "{line}: {left}");
+            }
+        }
+    }
+
     fn what_would_hide_the_damage_or_lose_more_is_an_error(backend) {
         let bench = damaged(backend, &MountOptions::new());
         let before = bench.softhsm.snapshot();
@@ -109,6 +122,11 @@ both_backends! {
         before.assert_same(&bench.softhsm.snapshot());
         let hint = format!("rmdir '{}/{}' in the mount", bench.token, bench.private);
         assert!(bench.log().contains(&hint), "{}", bench.log());
+        // Nothing is no object that could take its place.
+        let said = bench.fails("mkdir -p .n/CKA_UNWRAP_TEMPLATE && mv -T .n $k");
+        assert!(said.contains("cannot move"), "{said}");
+        bench.quiet("rm -r .n");
+        before.assert_same(&bench.softhsm.snapshot());
         // Nothing of it can be kept, so that it cannot come back as an object without attributes.
         bench.quiet("mv $k .gone");
         assert_says_io_error(&bench, "mv .gone $k");

@@ -841,6 +841,12 @@ print(open(sys.argv[1]).read())"
         let refused = libc::EINVAL;
         assert_eq!(write(&own, "0000000000000001"), refused);
         assert_logged(&bench, &["CKA_OS_TOKENSERIAL", "slot 1"]);
+        // However it gets there.
+        bench.quiet("printf 0000000000000001 >token/0x80001234.bytes; printf 0000000000000001 >token/.serial");
+        for line in ["mv token/0x80001234.bytes token/CKA_OS_TOKENSERIAL", "mv token/.serial token/CKA_OS_TOKENSERIAL"] {
+            assert!(bench.fails(line).contains("cannot move"), "{line}");
+        }
+        bench.quiet("rm token/0x80001234.bytes token/.serial");
         assert_works(&bench.softhsm, "the number of the empty slot beside one token was refused");
         // That of the one beside two is well as long as there are not two.
         assert_eq!(write(&own, "0000000000000002"), 0);

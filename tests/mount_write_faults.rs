@@ -263,6 +263,9 @@ both_backends! {
             std::thread::sleep(HELD);
             // Not even a part of it.
             mount_common::assert_same(&before, &mount_common::expected(&bench.softhsm));
+            // Nor when it has been somewhere else.
+            let said = bench.fails("mv 00000000-0000-4000-8000-000000000001 .aside");
+            assert!(said.contains("No space left"), "{line}: {said}");
             bench.quiet("rm -r 00000000-0000-4000-8000-000000000001; rm -rf $out/copy; mkdir $out/copy; cp -a $o $out/copy/00000000-0000-4000-8000-000000000001; head -c 800000 /dev/zero >$out/copy/00000000-0000-4000-8000-000000000001/CKA_VALUE");
         }
         assert_explained(&bench, &["room"]);

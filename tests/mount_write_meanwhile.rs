@@ -15,6 +15,7 @@ use std::process::Stdio;
 use std::thread;
 use std::time::Duration;
 
+use mount_common::{assert_same, expected};
 use support::template::{boolean, bytes, ulong};
 use support::*;
 use tokenfs::store::attribute::{Attributes, Value};
@@ -170,6 +171,66 @@ both_backends! {
         }
         bench.settle();
         assert_eq!(bench.log(), "");
+    }
+
+    fn a_map_that_is_filled_while_another_one_is_renamed_over_it_stays(backend) {
+        let bench = Bench::new(backend);
+        bench.quiet("mkdir $o/CKA_WRAP_TEMPLATE $o/CKA_UNWRAP_TEMPLATE; echo true >$o/CKA_WRAP_TEMPLATE/CKA_TOKEN");
+        let entries = Value::Map([(0x162, Value::Bool(true))].into_iter().collect::<std::collections::BTreeMap<_, _>>().into());
+        let output = beside(&bench, "mv -T $o/CKA_WRAP_TEMPLATE $o/CKA_UNWRAP_TEMPLATE", 0x4000_0212, &entries);
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(said.contains("not empty"), "{output:?}");
+        bench.settle();
+        assert_eq!(bench.stored_data("CKA_UNWRAP_TEMPLATE/CKA_EXTRACTABLE").unwrap(), b"true\n");
+        assert_eq!(bench.stored_data("CKA_WRAP_TEMPLATE/CKA_TOKEN").unwrap(), b"true\n");
+    }
+
+    fn scratch_of_an_object_that_softhsm_destroys_goes_with_it(backend) {
+        let mut bench = Bench::new(backend);
+        let full = |directory: &str| format!("for n in 1 2 3; do head -c 60000000 /dev/zero >{directory}/.big$n; done");
+        bench.quiet(&full("$o"));
+        bench.quiet("cp -a $o $out/backup");
+        let (data, ..) = bench.handles;
+        bench.client.destroy(data).unwrap();
+        eventually(SOON, "the object to go", || !bench.at(&bench.data).exists());
+        // It takes no room that somebody needs.
+        bench.quiet(&full("$p"));
+        bench.quiet("rm $p/.big1 $p/.big2 $p/.big3; touch $p/.x; cp -a $p $out/public");
+        let (_, public, _) = bench.handles;
+        bench.client.destroy(public).unwrap();
+        eventually(SOON, "the object to go", || !bench.at(&bench.public).exists());
+        // And another one gets none of it.
+        bench.quiet("cp -a $out/public $p");
+        assert!(!bench.at(&bench.public).join(".x").exists());
+    }
+
+    fn what_could_not_come_back_is_not_taken_away(backend) {
+        let bench = Bench::new(backend);
+        // It has no value yet, and none that is empty.
+        bench.quiet("touch $o/CKA_TRUSTED");
+        let said = bench.fails("mv $o .gone");
+        assert!(said.contains("cannot move"), "{said}");
+        assert!(bench.log().contains("CKA_TRUSTED has no value yet"), "{}", bench.log());
+        bench.quiet("rm $o/CKA_TRUSTED; mv $o .gone; mv .gone $o");
+        // A text in the clear in a private object.
+        let held = Held::data_of(&bench);
+        match held {
+            Held::File(_lock, object) => {
+                let decoded = decode(&fs::read(&object).unwrap()).unwrap();
+                let mut attributes: Attributes = decoded.attributes;
+                attributes.insert(2, Value::Bool(true));
+                fs::write(&object, encode(decoded.generation.unwrap() + 1, &attributes)).unwrap();
+            }
+            Held::Db(opened) => {
+                let data = "(select object_id from attribute_integer where type = 0 and value = 0)";
+                opened.execute_batch(&format!("update attribute_boolean set value = 1 where type = 2 and object_id = {data}; commit")).unwrap();
+            }
+        }
+        eventually(SOON, "the change", || fs::read(bench.of_data("CKA_PRIVATE")).is_ok_and(|text| text == b"true\n"));
+        let before = expected(&bench.softhsm);
+        bench.fails("mv $o .gone");
+        assert!(bench.log().contains("it could not be put back as it is (CKA_LABEL of a private object is a ciphertext"), "{}", bench.log());
+        assert_same(&before, &expected(&bench.softhsm));
     }
 
     fn a_token_that_is_held_up_is_not_taken_for_finished(backend) {

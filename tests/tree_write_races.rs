@@ -1193,7 +1193,8 @@ fn nothing_is_no_object() {
     f.tree.sync_dir(made, patient()).unwrap();
     f.date(made, SystemTime::now());
     assert!(!is_stored(NAMES[0]));
-    f.make_dir(f.token, ".n");
+    let scratch = f.make_dir(f.token, ".n");
+    f.make_dir(scratch, "CKA_WRAP_TEMPLATE");
     let (from, to) = ((f.token, os(".n")), (f.token, os(NAMES[1])));
     let renamed = f.tree.rename(from, to, RenameHow::default(), patient());
     renamed.unwrap();

@@ -121,10 +121,27 @@ impl Attributes {
     /// The value of a type, whatever its kind: the one of the lowest kind if there are several.
     #[must_use]
     pub fn of_type(&self, attribute_type: AttributeType) -> Option<&Value> {
-        self.0
-            .iter()
-            .find(|(stored, _)| *stored == attribute_type)
-            .map(|(_, value)| value)
+        let (_, value) = self.all_of_type(attribute_type).next()?;
+        Some(value)
+    }
+
+    /// The values of a type, one of each kind with which it is stored.
+    pub fn all_of_type(
+        &self,
+        attribute_type: AttributeType,
+    ) -> impl Iterator<Item = (AttributeKey, &Value)> {
+        let first = self
+            .0
+            .partition_point(|(stored, _)| *stored < attribute_type);
+        let there = self.0.iter().skip(first);
+        let there = there.take_while(move |(stored, _)| *stored == attribute_type);
+        there.map(|(attribute_type, value)| {
+            let key = AttributeKey {
+                attribute_type: *attribute_type,
+                kind: value.kind(),
+            };
+            (key, value)
+        })
     }
 
     /// The value of a type if it is stored as a boolean.
@@ -187,6 +204,16 @@ impl Attributes {
     pub fn remove(&mut self, key: AttributeKey) -> Option<Value> {
         let index = self.position(key).ok()?;
         Some(Arc::make_mut(&mut self.0).remove(index).1)
+    }
+
+    /// Keeps what is `wanted`.
+    pub fn retain(&mut self, wanted: impl Fn(AttributeKey) -> bool) {
+        Arc::make_mut(&mut self.0).retain(|(attribute_type, value)| {
+            wanted(AttributeKey {
+                attribute_type: *attribute_type,
+                kind: value.kind(),
+            })
+        });
     }
 
     /// The entries of an attribute map, to be changed.

@@ -43,6 +43,42 @@ impl Tree {
     /// # Errors
     /// [`ErrorKind::NoSpace`] beyond the limit.
     pub(super) fn check_memory(&self, more: u64) -> Result<()> {
+        let outcome = self.take_memory(more);
+        if outcome.is_err() && self.drop_lost_scratch() {
+            return self.take_memory(more);
+        }
+        outcome
+    }
+
+    /// Takes away the scratch in the directories of objects and tokens that somebody else has removed: nobody can name it any more. Whether there was any.
+    pub(super) fn drop_lost_scratch(&self) -> bool {
+        let directories: HashSet<Node> = lock(&self.scratch).outside().cloned().collect();
+        let is_gone = |directory: &Node| {
+            let found = match (directory.object(), directory.token()) {
+                (Some((token, id)), _)
+                    if !lock(&self.drafts).is_new(&(token.clone(), id.clone())) =>
+                {
+                    self.stored(token, id, Patience::Now).map(drop)
+                }
+                (None, Some(token)) => self.token(token).map(drop),
+                _ => Ok(()),
+            };
+            matches!(found, Err(error) if error.kind() == ErrorKind::NotFound)
+        };
+        let gone: HashSet<Node> = directories.into_iter().filter(is_gone).collect();
+        lock(&self.scratch).clear_all(|directory| gone.contains(directory));
+        !gone.is_empty()
+    }
+
+    /// If there are too many scratch files, perhaps there are some that nobody can name.
+    pub(super) fn make_room_for_scratch(&self) {
+        let is_full = lock(&self.scratch).is_full();
+        if is_full {
+            self.drop_lost_scratch();
+        }
+    }
+
+    fn take_memory(&self, more: u64) -> Result<()> {
         let mut budget = lock(&self.budget);
         let wanted = budget.at_most.saturating_add(more);
         if wanted <= MOST_BYTES {

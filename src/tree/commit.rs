@@ -29,6 +29,20 @@ struct Commit<'a> {
     is_wanted: &'a dyn Fn() -> bool,
 }
 
+/// That what is to be replaced is no attribute map that somebody has put something into since it was looked at.
+///
+/// # Errors
+/// [`ErrorKind::NotEmpty`].
+pub(super) fn check_still_empty(there: Option<&Value>) -> Result<()> {
+    match there {
+        Some(Value::Map(present)) if !present.is_empty() => {
+            let detail = "there is something in it by now";
+            Err(Error::new(ErrorKind::NotEmpty, detail))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// What is always wanted.
 pub(super) fn always() -> bool {
     true
@@ -193,11 +207,7 @@ impl Tree {
         self.replacing_all(&[node], None, &always, patience, &mut |attributes| {
             match slot.get(attributes) {
                 Some(_) if !replaces => return Err(exists()),
-                Some(Value::Map(present)) if !present.is_empty() => {
-                    let detail = "there is something in it by now";
-                    return Err(Error::new(ErrorKind::NotEmpty, detail));
-                }
-                _ => {}
+                there => check_still_empty(there)?,
             }
             slot.set(attributes, Value::Map(entries.clone()))
         })
@@ -347,13 +357,12 @@ impl Tree {
         if in_draft {
             return Ok(());
         }
-        let taken = match Slot::of(node) {
-            Some((token, ObjectId::Token, slot))
-                if slot.key.attribute_type == pkcs11::CKA_OS_TOKENSERIAL =>
-            {
-                Some(self.slots_of_others(token, patience)?)
-            }
-            _ => None,
+        // Whichever of them gets another value.
+        let is_serial = |slot: &Slot| slot.key.attribute_type == pkcs11::CKA_OS_TOKENSERIAL;
+        let taken = if *id == ObjectId::Token && coming.slots.iter().any(is_serial) {
+            Some(self.slots_of_others(token, patience)?)
+        } else {
+            None
         };
         self.begin_dating(&key, mtime, patience)?;
         let mut is_late = false;
@@ -375,7 +384,7 @@ impl Tree {
             self.give_up_dating(&key);
             return if is_late { Ok(()) } else { Err(error) };
         }
-        self.end_dating(&key, slot.as_slice(), mtime, patience);
+        self.end_dating(&key, coming.slots, mtime, patience);
         if *id == ObjectId::Token
             && let Some(build) = lock(&self.drafts).build_mut(token)
         {

@@ -37,6 +37,12 @@ pub(super) const TRY_AGAIN: Duration = Duration::from_secs(1);
 /// How long a `token` directory stays away that was removed from a token which is still there: its `rm -r` did not finish.
 const HALF_REMOVED: Duration = Duration::from_secs(5);
 
+/// Whether there is nothing but directories.
+pub(super) fn is_nothing(attributes: &Attributes) -> bool {
+    let is_empty = |value: &Value| matches!(value, Value::Map(entries) if entries.is_empty());
+    attributes.iter().all(|(_, value)| is_empty(value))
+}
+
 /// When what was `touched` last has been left alone for long enough, or is to be looked at again, as it `is_being_made`.
 pub(super) fn left_alone(
     touched: Instant,
@@ -95,8 +101,7 @@ impl New {
 
     /// Whether nothing was put into it, but directories.
     pub fn is_nothing(&self) -> bool {
-        let is_empty = |value: &Value| matches!(value, Value::Map(entries) if entries.is_empty());
-        self.unwritten.is_empty() && self.attributes.iter().all(|(_, value)| is_empty(value))
+        self.unwritten.is_empty() && is_nothing(&self.attributes)
     }
 
     /// Whether who makes it can still go on, and it lacks something that SoftHSM's own objects have.

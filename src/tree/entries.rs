@@ -197,6 +197,7 @@ impl Tree {
             }
             Place::Scratch => {
                 let access = self.access(directory, how.mode, 0o666, caller, patience)?;
+                self.make_room_for_scratch();
                 let made = lock(&self.scratch).make(
                     directory,
                     name,
@@ -357,6 +358,7 @@ impl Tree {
             }
             Place::Scratch => {
                 let access = self.access_of_directory(directory, mode, caller, patience)?;
+                self.make_room_for_scratch();
                 let made = lock(&self.scratch).make(directory, name, None, access)?;
                 Ok(Node::Scratch(made))
             }

@@ -127,9 +127,10 @@ impl Tree {
     }
 
     /// The object `key` is gone, or none was there: what is made in its place is another one, which gets nothing of what anybody has open of this
-    /// one, nor the times of its attributes.
+    /// one, nor its scratch, nor the times of its attributes.
     pub(super) fn abandon(&self, key: &Key) {
         self.writers_moved(key, |_| Some(Place::Gone));
+        lock(&self.scratch).move_along(key, |_, _| None);
         self.forget_dates(key);
     }
 
@@ -142,6 +143,7 @@ impl Tree {
                 *lock(&writer.place) = Place::Gone;
             }
         }
+        lock(&self.scratch).clear_all(|directory| directory.token() == Some(token));
         self.forget_dates_of(token);
     }
 

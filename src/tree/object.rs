@@ -1,5 +1,6 @@
 //! Objects as the mount shows them: what the store has of them, and what it does not have yet.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::SystemTime;
 
@@ -43,35 +44,45 @@ impl Tree {
         id: &ObjectId,
         patience: Patience,
     ) -> Result<Arc<Object>> {
+        // Not all of it: there can be many files without a value.
         let draft = lock(&self.drafts)
             .get(&(token.clone(), id.clone()))
-            .cloned();
+            .map(|draft| (draft.number, draft.new.clone(), draft.removed.clone()));
         if *id == ObjectId::Token && !self.has_own(token) {
             return Err(Error::not_found("the directory token is gone"));
         }
-        let Some(draft) = draft else {
+        let Some((number, new, removed)) = draft else {
             return self.stored(token, id, patience);
         };
-        if let Some(new) = &draft.new {
+        if let Some(new) = &new {
             return Ok(Arc::new(Object {
                 metadata: self.new_metadata(token, new, patience)?,
                 ..new.object()
             }));
         }
         let stored = self.stored(token, id, patience)?;
-        if draft.removed.is_empty() {
+        if removed.is_empty() {
             return Ok(stored);
         }
         let mut object = Object::clone(&stored);
         let mut set_anew = Vec::new();
-        for (slot, then) in &draft.removed {
-            let is_set = slot.get(&stored.attributes).is_some();
-            if !slot.remove_unchanged(&mut object.attributes, then) && is_set {
-                set_anew.push((*slot, then));
+        let mut gone = HashSet::new();
+        for (slot, then) in &removed {
+            let value = slot.get(&stored.attributes);
+            if value != slot.get(then) {
+                set_anew.extend(value.map(|_| (*slot, then)));
+            } else if slot.map.is_some() {
+                slot.remove(&mut object.attributes);
+            } else {
+                gone.insert(slot.key);
             }
         }
+        // All at once: each would move all those behind it.
+        if !gone.is_empty() {
+            object.attributes.retain(|key| !gone.contains(&key));
+        }
         if !set_anew.is_empty() {
-            self.keep_what_was_set(&(token.clone(), id.clone()), draft.number, &set_anew);
+            self.keep_what_was_set(&(token.clone(), id.clone()), number, &set_anew);
         }
         Ok(Arc::new(object))
     }

@@ -1,9 +1,11 @@
 //! From scratch to an attribute or an object, in one step, and back.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 
 use super::body::Body;
+use super::draft::{Draft, Key, is_nothing};
 use super::entries::{ScratchFile, hands_on};
 use super::name::{self, Name};
 use super::node::Node;
@@ -14,8 +16,7 @@ use super::slot::Slot;
 use super::text::{self, Context};
 use super::{FileKind, Tree, lock, view};
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::Object;
-use crate::store::attribute::{AttributeKey, Attributes, Kind, Value};
+use crate::store::attribute::{AttributeKey, AttributeType, Attributes, Kind, Value};
 use crate::store::{
     Access, Backend, NewObject, ObjectId, ObjectName, Patience, TokenName, validate,
 };
@@ -97,6 +98,13 @@ impl Tree {
     ) -> Result<()> {
         let node = Node::Scratch(id);
         let attributes = self.parse_directory(token, &node, false)?;
+        let is_nothing = is_nothing(&attributes);
+        if is_nothing && replaces_damaged {
+            return Err(Error::new(
+                ErrorKind::Invalid,
+                "there is nothing in it, and what it would replace is a damaged object; rmdir removes that",
+            ));
+        }
         validate::check_finished(None, &attributes)?;
         let (access, mtime) = {
             let scratch = lock(&self.scratch);
@@ -127,11 +135,15 @@ impl Tree {
         } else {
             self.make_room(&key, object, false, patience)?
         };
-        if attributes.is_empty() && !replaces_damaged {
+        if is_nothing {
             // Nothing was put into it, as into a directory that was just made.
             let begun = self.begin_object(token, object, access, None, patience);
             if begun.is_err() {
                 self.give_back(&key, removed);
+            } else if let Some(draft) = lock(&self.drafts).get_mut(&key)
+                && let Some(new) = draft.new.as_mut()
+            {
+                new.attributes = attributes;
             }
             return begun;
         }
@@ -160,6 +172,7 @@ impl Tree {
     fn parse_directory(&self, token: &TokenName, node: &Node, is_map: bool) -> Result<Attributes> {
         let opened = self.token(token)?;
         let mut attributes = Attributes::new();
+        let mut values = Vec::new();
         let files = self.scratch_files(node)?;
         // What others depend on comes first: CKA_PARAMETER_SET is spelled by the CKA_KEY_TYPE beside it.
         for with_context in [false, true] {
@@ -194,10 +207,73 @@ impl Tree {
                         ));
                     }
                 };
-                slot.set(&mut attributes, value)?;
+                if with_context {
+                    slot.set(&mut attributes, value)?;
+                } else {
+                    values.push((key.attribute_type, value));
+                }
+            }
+            if !with_context {
+                attributes = one_of_each(std::mem::take(&mut values))?;
             }
         }
         Ok(attributes)
+    }
+
+    /// That an object can be made one again as it is, by a rename: who takes it away is to be able to put it back.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`].
+    pub(super) fn check_can_come_back(
+        &self,
+        (token, object): (&TokenName, &ObjectName),
+        draft: Option<&Draft>,
+        attributes: &Attributes,
+    ) -> Result<()> {
+        let opened = self.token(token)?;
+        let can = || {
+            opened.check_name(object)?;
+            let values = attributes.iter();
+            one_of_each(
+                values
+                    .map(|(key, value)| (key.attribute_type, value.clone()))
+                    .collect(),
+            )?;
+            validate::check_finished(None, attributes)?;
+            validate::check(None, attributes)?;
+            let fresh = draft.into_iter().flat_map(|draft| draft.fresh.keys());
+            for slot in fresh {
+                text::parse(slot.key, &[], Context::default()).map_err(|_| {
+                    let name = name::file_name(slot.key);
+                    Error::new(ErrorKind::Invalid, format!("{name} has no value yet"))
+                })?;
+            }
+            Ok(())
+        };
+        can().map_err(|error: Error| {
+            let detail =
+                format!("it could not be put back as it is ({error}); copy it, and remove it then");
+            Error::new(ErrorKind::Invalid, detail)
+        })
+    }
+
+    /// That there was room for all of an object, if it is new: a part of it is none.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NoSpace`].
+    pub(super) fn check_is_written(&self, key: &Key) -> Result<()> {
+        let drafts = lock(&self.drafts);
+        let new = drafts.get(key).and_then(|draft| draft.new.as_ref());
+        match new.and_then(|new| new.unwritten.first()) {
+            Some(slot) => Err(Error::new(
+                ErrorKind::NoSpace,
+                format!(
+                    "there was no room for its {}; write that again, or remove it",
+                    name::file_name(slot.key)
+                ),
+            )),
+            None => Ok(()),
+        }
     }
 
     /// Makes a copy in scratch of what `take_away` removes from its place, which says what an object held when it went: if that is something else by then
@@ -233,6 +309,14 @@ impl Tree {
         } else {
             self.copy_to_scratch(node, aside, patience)?
         };
+        let fresh: BTreeSet<Slot> = node
+            .object()
+            .and_then(|(token, id)| {
+                let drafts = lock(&self.drafts);
+                let draft = drafts.get(&(token.clone(), id.clone()))?;
+                Some(draft.fresh.keys().copied().collect())
+            })
+            .unwrap_or_default();
         let last = match take_away() {
             Ok(last) => last,
             Err(error) => {
@@ -240,40 +324,39 @@ impl Tree {
                 return Err(error);
             }
         };
-        if let (Some(last), Some(seen)) = (last, seen)
-            && last != seen.attributes
-        {
+        // Somebody else may have changed it while it was copied, once or more.
+        if let (Some(last), Some(seen)) = (last, seen) {
             let access = access_of(&view::file(&seen.metadata, self.settings.mask));
             match Slot::of(node) {
-                Some((_, _, slot)) => self.refill_slot(made, slot, &last, &seen, access)?,
-                None => self.refill(made, &last, access)?,
+                Some((_, _, slot)) => self.refill_slot(made, slot, &last, (access, &fresh))?,
+                None => self.refill(made, (None, &last), (access, &fresh))?,
             }
         }
         lock(&self.scratch).rename((aside.directory, aside.name), (to.directory, to.name))?;
         Ok(made)
     }
 
-    /// Puts what was taken away into the copy of it, if somebody else had given it another value since it was `seen`.
+    /// Puts what was taken away into the copy of it, where that is something else.
     fn refill_slot(
         &self,
         made: ScratchId,
         slot: Slot,
         last: &Attributes,
-        seen: &Object,
-        access: Access,
+        access: (Access, &BTreeSet<Slot>),
     ) -> Result<()> {
-        let value = slot.get(last);
-        if value.is_none() || value == slot.get(&seen.attributes) {
-            return Ok(());
-        }
-        match value {
-            Some(Value::Map(entries)) => self.refill(made, entries, access),
+        match slot.get(last) {
+            Some(Value::Map(entries)) => {
+                self.refill(made, (Some(slot.key.attribute_type), entries), access)
+            }
             Some(value) => {
                 let context = slot.siblings(last).map(Context::of).unwrap_or_default();
-                let text = text::render(slot.key.attribute_type, value, context)?.into_owned();
+                let text = text::render(slot.key.attribute_type, value, context)?;
                 let scratch = lock(&self.scratch);
                 if let Content::File(bytes) = &scratch.get(made)?.content {
-                    lock(bytes).set(text);
+                    let mut bytes = lock(bytes);
+                    if **bytes != *text {
+                        bytes.set(text.into_owned());
+                    }
                 }
                 Ok(())
             }
@@ -281,27 +364,56 @@ impl Tree {
         }
     }
 
-    /// Puts the files of these attributes into a scratch directory, in the place of all that is in it.
-    fn refill(&self, directory: ScratchId, attributes: &Attributes, access: Access) -> Result<()> {
+    /// Makes a scratch directory one of these attributes, which are those of an object or of one of its maps, and of the files that are `fresh` there.
+    fn refill(
+        &self,
+        directory: ScratchId,
+        (map, attributes): (Option<AttributeType>, &Attributes),
+        (access, fresh): (Access, &BTreeSet<Slot>),
+    ) -> Result<()> {
         let node = Node::Scratch(directory);
         let context = Context::of(attributes);
         let mut scratch = lock(&self.scratch);
-        let names: Vec<_> = scratch.names(&node).into_iter().flatten().collect();
-        let names: Vec<_> = names.into_iter().map(|(name, _)| name.clone()).collect();
-        for name in names {
-            scratch.remove(&node, &name);
+        let names = scratch.names(&node).into_iter().flatten();
+        let names: Vec<_> = names.map(|(name, id)| (name.clone(), *id)).collect();
+        for (name, _) in names {
+            let stays = match name::parse(name.as_bytes()) {
+                Name::Attribute(key) => {
+                    attributes.get(key).is_some() || fresh.contains(&Slot { map, key })
+                }
+                Name::Scratch | Name::Impossible => false,
+            };
+            if !stays {
+                scratch.remove(&node, &name);
+            }
         }
         let in_directory = scratch.get(directory)?.access;
         drop(scratch);
         for (key, value) in attributes.iter() {
             let name = name::file_name(key);
             let name = OsStr::new(&*name);
+            let mut scratch = lock(&self.scratch);
+            let there = scratch.find(&node, name);
             if let Value::Map(entries) = value {
-                let made = lock(&self.scratch).put(&node, name, None, in_directory)?;
-                self.refill(made, entries, access)?;
-            } else {
-                let content = text::render(key.attribute_type, value, context)?.into_owned();
-                lock(&self.scratch).put(&node, name, Some(Body::new(content)), access)?;
+                let made = match there {
+                    Some(there) => there,
+                    None => scratch.put(&node, name, None, in_directory)?,
+                };
+                drop(scratch);
+                let map = Some(key.attribute_type);
+                self.refill(made, (map, entries), (access, fresh))?;
+                continue;
+            }
+            let content = text::render(key.attribute_type, value, context)?;
+            let is_same =
+                there.is_some_and(
+                    |there| match scratch.get(there).map(|entry| &entry.content) {
+                        Ok(Content::File(bytes)) => **lock(bytes) == *content,
+                        _ => false,
+                    },
+                );
+            if !is_same {
+                scratch.put(&node, name, Some(Body::new(content.into_owned())), access)?;
             }
         }
         Ok(())
@@ -353,6 +465,33 @@ impl Tree {
             entry.given = Some(mtime);
         }
     }
+}
+
+/// Attributes of which none has the type of another one.
+///
+/// # Errors
+/// [`ErrorKind::Exists`]: SoftHSM knows one value of each type.
+fn one_of_each(mut values: Vec<(AttributeType, Value)>) -> Result<Attributes> {
+    // All at once: each that comes between others would move those behind it.
+    values.sort_by_key(|(attribute_type, _)| *attribute_type);
+    let twice = values.windows(2).find_map(|pair| match pair {
+        [(one, _), (other, value)] if one == other => Some((*one, value.kind())),
+        _ => None,
+    });
+    if let Some((attribute_type, kind)) = twice {
+        let key = AttributeKey {
+            attribute_type,
+            kind,
+        };
+        return Err(Error::new(
+            ErrorKind::Exists,
+            format!(
+                "an object has one value of each type, and there is another one beside {}",
+                name::file_name(key)
+            ),
+        ));
+    }
+    Ok(values.into_iter().collect::<BTreeMap<_, _>>().into())
 }
 
 /// Mode and owner that `stat` says.

@@ -23,8 +23,8 @@ pub(super) enum Expected {
     Damaged,
     /// There is nothing in it, for those who see it through the mount.
     Nothing,
-    /// Whatever it holds.
-    Anything,
+    /// It can be made an object again as it is, by a rename.
+    ToComeBack,
 }
 
 impl Expected {
@@ -346,13 +346,16 @@ impl Tree {
                     "somebody has put something into it meanwhile",
                 ))
             }
-            _ => Ok(()),
+            Expected::ToComeBack => self.check_can_come_back((token, object), draft, attributes),
+            Expected::Nothing | Expected::Damaged => Ok(()),
         };
         let was_new = self.with_drafts(&key, patience, |drafts| {
             let Some(attributes) = drafts.new_attributes(&key) else {
                 return Ok(None);
             };
-            check(None, &attributes)?;
+            if !matches!(expected, Expected::ToComeBack) {
+                check(None, &attributes)?;
+            }
             drafts.remove(&key);
             drafts.touch(&key);
             Ok(Some(attributes))
@@ -370,7 +373,7 @@ impl Tree {
         let is_file = self.token(token)?.backend() == Backend::File;
         self.ask(token, patience, |token| match expected {
             Expected::Damaged => token.replace_damaged(object, None, patience),
-            Expected::Nothing | Expected::Anything => {
+            Expected::Nothing | Expected::ToComeBack => {
                 let mut check = |stored: Result<&Attributes>| {
                     if is_file {
                         let now = token.object_metadata(&key.1, Patience::Now)?;

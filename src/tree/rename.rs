@@ -4,7 +4,7 @@
 use std::collections::{BTreeSet, HashSet};
 use std::ffi::OsStr;
 
-use super::commit::always;
+use super::commit::{always, check_still_empty};
 use super::draft::{Key, New};
 use super::due::AT_LEAST;
 use super::entries::{Caller, exists};
@@ -215,9 +215,6 @@ impl Tree {
                 });
                 let key = (token.clone(), id.clone());
                 let mut scratch = lock(&self.scratch);
-                // What was out of sight in the one that it replaces is gone with that.
-                let replaced = (token.clone(), to_id.clone());
-                scratch.move_along(&replaced, |_, _| None);
                 scratch.move_along(&key, |_, map| {
                     Some(match map {
                         Some(map) => Node::Attribute(token.clone(), to_id.clone(), map_key(map)),
@@ -246,11 +243,12 @@ impl Tree {
                     })?;
                 }
                 self.check_may_take(&node, how.by, patience)?;
+                self.check_is_written(&key)?;
                 let made = self.move_to_scratch((&node, is_damaged), to, patience, || {
                     let expected = if is_damaged {
                         Expected::Damaged
                     } else {
-                        Expected::Anything
+                        Expected::ToComeBack
                     };
                     self.remove_object(token, object, expected, patience)
                         .map(|removed| Some(removed.shown))
@@ -419,6 +417,7 @@ impl Tree {
                 let content = text::render(source.key.attribute_type, &value, before)?;
                 text::parse(target.key, &content, context(target, attributes))?
             };
+            check_still_empty(target.get(attributes))?;
             target.set(attributes, value)
         })?;
         self.cut_off(to);

@@ -157,7 +157,7 @@ impl Scratch {
         content: Option<Body>,
         access: Access,
     ) -> Result<ScratchId> {
-        if self.entries.len() >= MOST_ENTRIES {
+        if self.is_full() {
             return Err(full());
         }
         self.put(directory, name, content, access)
@@ -275,6 +275,24 @@ impl Scratch {
         {
             self.drop_entry(id);
         }
+    }
+
+    /// The same of all such directories.
+    pub fn clear_all(&mut self, is_gone: impl Fn(&Node) -> bool) {
+        let gone = self.outside.keys().filter(|directory| is_gone(directory));
+        for directory in gone.cloned().collect::<Vec<_>>() {
+            self.clear(&directory);
+        }
+    }
+
+    /// The directories of the store in which there is any.
+    pub fn outside(&self) -> impl Iterator<Item = &Node> {
+        self.outside.keys()
+    }
+
+    /// Whether there is so much of it that no more is made.
+    pub fn is_full(&self) -> bool {
+        self.entries.len() >= MOST_ENTRIES
     }
 
     /// What is in the directory of an object, and in its maps, goes along when that becomes another directory: `place` says which its own, or

@@ -71,10 +71,9 @@ impl Slot {
         let siblings = self
             .siblings_mut(attributes)
             .ok_or_else(|| Error::not_found("the attribute map is gone"))?;
-        let other = siblings
-            .iter()
-            .find(|(key, _)| key.attribute_type == self.key.attribute_type && *key != self.key);
-        if let Some((other, _)) = other {
+        let there = siblings.all_of_type(self.key.attribute_type);
+        let other = there.map(|(key, _)| key).find(|key| *key != self.key);
+        if let Some(other) = other {
             return Err(Error::new(
                 ErrorKind::Exists,
                 format!(

@@ -1,6 +1,7 @@
 //! From a node to what it is: its attributes, its children, its content.
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
@@ -339,13 +340,24 @@ impl Tree {
     ) {
         let drafts = lock(&self.drafts);
         if let Some(draft) = drafts.get(&(token.clone(), id.clone())) {
-            for slot in draft.fresh.keys().filter(|slot| slot.map == map) {
-                let node = slot.node(token, id);
-                if !listed.iter().any(|(_, _, known)| *known == node) {
+            let fresh = draft.fresh.keys().filter(|slot| slot.map == map);
+            let mut more: BTreeMap<OsString, Node> = fresh
+                .map(|slot| {
                     let name = OsString::from(&*name::file_name(slot.key));
-                    listed.push((name, FileKind::File, node));
-                }
+                    (name, slot.node(token, id))
+                })
+                .collect();
+            if more.is_empty() {
+                return;
             }
+            // What has a value by now is listed already.
+            for (name, _, _) in &*listed {
+                more.remove(name);
+            }
+            listed.extend(
+                more.into_iter()
+                    .map(|(name, node)| (name, FileKind::File, node)),
+            );
         }
     }
 
