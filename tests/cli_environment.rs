@@ -135,3 +135,44 @@ fn mount_and_fstab_know_the_type() {
         " - fuse.tokenfs\n1\n"
     );
 }
+
+/// As in most containers.
+#[test]
+fn a_second_signal_where_no_connection_can_be_ended_writes_what_is_pending() {
+    let place = Place::new();
+    let output = place.apart(
+        "mount -t tmpfs none /sys/fs/fuse/connections
+         ./tokenfs mount -f --tokendir tokens m 2>said & server=$!
+         until mountpoint -q m; do sleep .01; done
+         python3 - $server <<'END'
+import os, signal, sys, time
+server = int(sys.argv[1])
+os.makedirs('m/x/token')
+for name, text in [('FLAGS', '0'), ('LABEL', 'x' * 32), ('SERIAL', '0' * 13 + 'abc')]:
+    with open('m/x/token/CKA_OS_TOKEN' + name, 'w') as file:
+        file.write(text)
+user = os.open('m', os.O_RDONLY)
+os.kill(server, signal.SIGTERM)
+while os.path.ismount('m'):
+    time.sleep(.01)
+time.sleep(.2)
+os.kill(server, signal.SIGTERM)
+def is_alive():
+    try:
+        return open(f'/proc/{server}/stat').read().rsplit(')', 1)[1].split()[0] != 'Z'
+    except OSError:
+        return False
+while is_alive():
+    time.sleep(.01)
+END
+         wait $server || cat said >&2
+         ls tokens/x",
+    );
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(said.contains("ending at once"), "{said}");
+    let listed = String::from_utf8_lossy(&output.stdout);
+    assert!(
+        listed.lines().any(|name| name == "token.object"),
+        "{listed}"
+    );
+}

@@ -233,6 +233,39 @@ both_backends! {
         assert_same(&before, &expected(&bench.softhsm));
     }
 
+    fn signals_at_the_end_take_nothing_away(backend) {
+        let bench = Bench::new(backend);
+        // Pending for as long as this thread lives, but for the end of the mount.
+        fs::create_dir(bench.at(OTHER)).unwrap();
+        for (name, text) in [("CKA_PRIVATE", "false\n"), ("CKA_CLASS", "CKO_DATA\n")] {
+            fs::write(bench.at(OTHER).join(name), text).unwrap();
+        }
+        fs::remove_file(bench.of_data("CKA_LABEL")).unwrap();
+        let held = Held::data_of(&bench);
+        // It is being written, and waits.
+        thread::sleep(HELD);
+        let server = nix::unistd::Pid::from_raw(bench.mount.pid().cast_signed());
+        run(tool("umount").arg(bench.mount.path()));
+        for _ in 0..3 {
+            thread::sleep(Duration::from_millis(300));
+            let _ = nix::sys::signal::kill(server, nix::sys::signal::Signal::SIGTERM);
+        }
+        drop(held);
+        eventually(SOON, "the end of the server", || nix::sys::signal::kill(server, None).is_err());
+        assert!(bench.has(OTHER), "what was pending is lost: {}", bench.mount.said());
+        assert_eq!(bench.stored_data("CKA_LABEL"), None);
+    }
+
+    fn who_has_inherited_a_descriptor_may_close_it(backend) {
+        let bench = Bench::new(backend);
+        let script = "import os,sys; f=os.open(sys.argv[1],os.O_WRONLY|os.O_TRUNC); os.setuid(65534); os.write(f,b'by nobody'); os.close(f)";
+        run(tool("python3").args(["-c", script]).arg(bench.of_data("CKA_LABEL")));
+        assert_eq!(bench.stored_data("CKA_LABEL").unwrap(), b"by nobody");
+        // And nobody else sees what is in the mount.
+        let said = run_to_fail(as_user(BOB, "cat").arg(bench.of_data("CKA_LABEL")));
+        assert!(said.contains("Permission denied"), "{said}");
+    }
+
     fn a_token_that_is_held_up_is_not_taken_for_finished(backend) {
         let bench = Bench::new(backend);
         let backup = bench.outside.path().join("backup");

@@ -881,6 +881,33 @@ fn a_file_that_is_closed_empty_takes_no_value_away() {
     }
 }
 
+/// The kernel drops what it was about to tell of when the last one who uses a mount that is out of sight lets go: that a file was closed for good.
+#[test]
+fn what_was_closed_when_the_mount_ended_is_closed() {
+    let f = fixture();
+    let label = f.find(f.object, "CKA_LABEL");
+    let how = OpenForWriting {
+        truncate: true,
+        ..OpenForWriting::default()
+    };
+    // Somebody is in the middle of writing that: he has cut it, and goes on.
+    let open = f.tree.open_for_writing(label, how, patient()).unwrap();
+    f.tree.write(open, 0, b"a part", patient()).unwrap();
+    let made = f.create(f.object, "CKA_APPLICATION");
+    f.tree.flush(made, patient()).unwrap();
+    f.tree.finish();
+    assert_eq!(label_of(&f, "key"), b"old");
+    let bytes = fs::read(f.dir.path().join("t/key.object")).unwrap();
+    let stored = tokenfs::store::file::decode(&bytes).unwrap().attributes;
+    assert_eq!(stored.bytes(0x10), Some(&b""[..]));
+    let f = fixture();
+    let label = f.find(f.object, "CKA_LABEL");
+    let cut = f.tree.open_for_writing(label, how, patient()).unwrap();
+    f.tree.flush(cut, patient()).unwrap();
+    f.tree.finish();
+    assert_eq!(label_of(&f, "key"), b"");
+}
+
 /// `: >f; rm f`: the first would be refused, of which nobody hears, and perhaps it is its turn only when the second has been done: then it is nothing.
 #[test]
 fn what_is_unlinked_while_something_is_refused_for_it_is_gone() {

@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Once};
 use std::time::Duration;
 
 use fuser::Notifier;
@@ -148,6 +148,21 @@ fn serve(
     }
     let tree = Arc::new(Tree::new(store, settings, diagnostics));
     let filesystem = Adapter::new(Arc::clone(&tree));
+    // What was written into the mount is not all in the store yet when that ends.
+    let end = {
+        let (tree, filesystem, once) = (Arc::clone(&tree), filesystem.clone(), Once::new());
+        let limit = 2 * plan.store.lock_wait + Duration::from_secs(1);
+        Arc::new(move || {
+            once.call_once(|| {
+                filesystem.drain(limit);
+                tree.finish();
+            });
+        })
+    };
+    signals.before_the_end({
+        let end = Arc::clone(&end);
+        move || end()
+    });
     let outcome = session::serve(
         filesystem.clone(),
         &plan.request,
@@ -163,9 +178,7 @@ fn serve(
             Ok(watcher)
         },
     );
-    // The mount is gone, but what was written into it is not all in the store yet.
-    filesystem.drain(2 * plan.store.lock_wait + Duration::from_secs(1));
-    tree.finish();
+    end();
     outcome
 }
 

@@ -19,7 +19,8 @@ use crate::tree::{CONTROL, LAYOUT, LOG, TOKEN};
 /// How long the server may take to say who it is, which needs no lock and no disk.
 const ANSWER: Duration = Duration::from_secs(10);
 
-/// How long the end of the server is waited for. It is busy for `2 × lock_wait` and a second at most, unless the mount is seen
+/// How long the end of the server is waited for. It is busy for `4 × lock_wait` and a second at most (for what somebody still waits for, what SoftHSM has
+/// overwritten, and what is pending), unless the mount is seen
 /// elsewhere, in another container, and goes on there.
 const LONGEST: Duration = Duration::from_secs(30);
 

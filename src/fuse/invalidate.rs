@@ -83,7 +83,10 @@ pub fn start(tree: &Arc<Tree>, notifier: Notifier) -> Result<Invalidation> {
                             // From now on nothing is covered; what the kernel has was answered while it was.
                             drop(watcher);
                             tree.diagnostics().error(&error);
-                            send(&tree, &notifier, &[Change::Everything], Patience::Now);
+                            let all = [Change::Everything];
+                            let repeat = send(&tree, &notifier, &all, Patience::Now);
+                            thread::sleep(REPEAT_AFTER);
+                            notify(&notifier, &repeat);
                             break;
                         }
                     }

@@ -2,14 +2,14 @@
 
 use std::path::Path;
 
-use fuser::{Config, Filesystem, Notifier, Session};
+use fuser::{Config, Filesystem, Notifier, Session, SessionACL};
 
 use super::mount::{
     Request, acl, check_ordinary_user, explain_fusermount, fuser_options, mount_as_root,
     open_device,
 };
 use super::mountinfo::{self, Mount};
-use super::signals::{Signals, is_there};
+use super::signals::{Signals, abort, is_there};
 use super::unmount::{Unmount, unmount};
 use crate::error::{Error, Result};
 
@@ -41,6 +41,12 @@ pub fn serve<FS: Filesystem, Guard, Kept>(
     let outcome = session
         .run()
         .map_err(|error| Error::io("the FUSE session failed", &error).at(&request.point));
+    // From here on a signal would take away what is not ours any more, or end the process before what was written is in the store.
+    signals.ended();
+    if outcome.is_err() {
+        // Nobody answers any more, and who waits for an answer would hold up the end.
+        abort(&mount);
+    }
     // It ends well only when the kernel has ended it. What is mounted there by now is somebody else's, and may have got the
     // device number that ours had.
     cleanup.is_over = outcome.is_ok();
@@ -59,7 +65,9 @@ fn start<FS: Filesystem>(
     let device = open_device()?;
     let session = if mount_as_root(request, &device)?.is_some() {
         cleanup.mount = Some(made(&request.point)?);
-        Session::from_fd(filesystem, device, config.acl, config).map_err(|error| {
+        // The kernel has been told whom to let in (`allow_other`), and is better at it: `fuser` would refuse the `close` of a descriptor that
+        // somebody else has inherited.
+        Session::from_fd(filesystem, device, SessionACL::All, config).map_err(|error| {
             Error::io("the kernel and tokenfs cannot agree", &error).at(&request.point)
         })?
     } else {

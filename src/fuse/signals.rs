@@ -3,8 +3,9 @@
 //! The signals are blocked in all threads, and one thread waits for them. It does nothing that a signal handler could not
 //! do, and so can do everything: unmounting waits for answers that the other threads give.
 
+use std::fmt;
 use std::fs;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 
 use nix::sys::signal::{SigSet, Signal};
@@ -30,6 +31,16 @@ enum State {
 #[derive(Clone, Debug)]
 pub struct Signals {
     state: Arc<Mutex<State>>,
+    end: Arc<OnceLock<End>>,
+}
+
+/// What is to be done before the process ends.
+struct End(Box<dyn Fn() + Send + Sync>);
+
+impl fmt::Debug for End {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("End")
+    }
 }
 
 impl Signals {
@@ -51,6 +62,7 @@ impl Signals {
             .map_err(|errno| Error::system("cannot block signals", errno))?;
         let signals = Self {
             state: Arc::new(Mutex::new(State::Starting)),
+            end: Arc::default(),
         };
         let waiting = signals.clone();
         thread::Builder::new()
@@ -65,6 +77,19 @@ impl Signals {
             })
             .map_err(|error| Error::io("cannot start a thread", &error))?;
         Ok(signals)
+    }
+
+    /// Has that done before a signal ends the process in the middle of the session, which it does where the kernel cannot be told to end that: in a
+    /// container that does not have `/sys/fs/fuse/connections`.
+    pub fn before_the_end(&self, end: impl Fn() + Send + Sync + 'static) {
+        // Nobody gives two.
+        let _ = self.end.set(End(Box::new(end)));
+    }
+
+    fn at_last(&self) {
+        if let Some(End(end)) = self.end.get() {
+            end();
+        }
     }
 
     /// Makes the mount with `make`, during which a signal waits, and takes it away at a signal from then on.
@@ -99,6 +124,7 @@ impl Signals {
             State::Detached(mount) => {
                 log::warn!("{signal} again: ending at once, whoever uses the mount gets errors");
                 if !abort(mount) {
+                    self.at_last();
                     std::process::exit(1);
                 }
             }
@@ -152,7 +178,7 @@ pub(super) fn is_there(mount: &Mount) -> bool {
 }
 
 /// Tells the kernel to end the connection, if its control file system is mounted.
-fn abort(mount: &Mount) -> bool {
+pub(super) fn abort(mount: &Mount) -> bool {
     // A FUSE mount has no block device, so its major number is 0 and its connection has the minor number for a name.
     let Some(minor) = mount.device.strip_prefix("0:") else {
         return false;

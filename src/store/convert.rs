@@ -202,13 +202,20 @@ fn build(
         watch,
     );
     drop(token);
-    if let Err(error) = filled.and_then(|()| target.publish_token(name, patience(target))) {
-        let mut failures = vec![error];
-        // What stays is none, and the next writer removes it.
-        failures.extend(target.abandon_token(name, patience(target)).err());
-        return Err(failures);
+    let published = filled.and_then(|()| target.publish_token(name, patience(target)));
+    match published {
+        Err(error) if target.is_building(name) => {
+            let mut failures = vec![error];
+            // What stays is none, and the next writer removes it.
+            failures.extend(target.abandon_token(name, patience(target)).err());
+            Err(failures)
+        }
+        // It is a token, and perhaps not after a power failure.
+        published => {
+            let dressed = dress(name, &directory, look.directory, target);
+            Ok(published.err().or(dressed.err()))
+        }
     }
-    Ok(dress(name, &directory, look.directory, target).err())
 }
 
 fn with_bits(access: Access, bits: u32) -> Access {

@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::commit::Text;
+use super::due::BRIEFLY;
 use super::handle::{Handle, HandleId, State, Writer};
 use super::node::Node;
 use super::opened::are_same;
@@ -38,8 +39,33 @@ impl Tree {
         if let Ok(writer) = self.writer(handle) {
             let mut state = lock(&writer.state);
             state.flushed = state.resized && !state.written && !state.refused;
+            state.closed = Some(state.version);
         }
         Ok(())
+    }
+
+    /// The mount has ended, and the kernel tells of no more files that are closed for good: what it was about to tell of is done. A file that
+    /// somebody was in the middle of writing is not closed.
+    pub(super) fn release_closed(&self) {
+        let mut was_busy = false;
+        let open = lock(&self.handles).writer_ids();
+        for (handle, writer) in open {
+            let is_closed = {
+                let state = lock(&writer.state);
+                state.closed == Some(state.version) || state.closed.is_some() && state.paged
+            };
+            if is_closed {
+                let node = self.committed_as(&writer);
+                let patience = if was_busy {
+                    Patience::at_most(BRIEFLY)
+                } else {
+                    self.patience()
+                };
+                let released = self.release(handle, patience);
+                was_busy = matches!(&released, Err(error) if error.kind() == ErrorKind::Busy);
+                let _ = self.noted_write(node.as_ref().unwrap_or(&writer.node), released);
+            }
+        }
     }
 
     /// A descriptor is synced: all that was done through it is committed, also that the file was cut or extended, and what could not be committed

@@ -27,7 +27,7 @@ const AT_ONCE: usize = 64;
 pub(super) const AT_LEAST: Duration = Duration::from_secs(1);
 
 /// How long one waits for a lock that another one has waited for in vain.
-const BRIEFLY: Duration = Duration::from_millis(20);
+pub(super) const BRIEFLY: Duration = Duration::from_millis(20);
 
 /// How long one waits for work at a time.
 const FOREVER: Duration = Duration::from_secs(3600);
@@ -179,7 +179,7 @@ impl Tree {
     }
 
     /// How long each thing that is due waits.
-    fn patience(&self) -> Patience {
+    pub(super) fn patience(&self) -> Patience {
         Patience::at_most(self.store.options().lock_wait.max(AT_LEAST))
     }
 
@@ -282,6 +282,7 @@ impl Tree {
                 token.look_after_all(patience);
             }
         }
+        self.release_closed();
         let mut keys = lock(&self.drafts).keys(None);
         keys.retain(|key| self.is_to_be_written(key));
         let (shared, own): (Vec<Key>, Vec<Key>) =

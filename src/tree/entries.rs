@@ -340,12 +340,18 @@ impl Tree {
             Place::Token(token) => {
                 let access = self.access_of_directory(directory, mode, caller, patience)?;
                 self.check_owner(access)?;
+                if matches!(patience, Patience::Now) {
+                    // And for what a crash has left of one of that name.
+                    let detail = "it has to be waited for the disk";
+                    return Err(Error::new(ErrorKind::WouldBlock, detail));
+                }
                 let files = Access {
                     mode: access.mode & 0o666,
                     ..access
                 };
-                self.drop_pending(&token);
                 let made = self.store.create_token(&token, access, files)?;
+                // Of another one of that name.
+                self.drop_pending(&token);
                 let mut drafts = lock(&self.drafts);
                 drafts.insert_build(token.clone(), caller.pid);
                 // What is written into it a moment after its maker has finished is no change of the directory: rsync, which takes a

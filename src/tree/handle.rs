@@ -184,6 +184,8 @@ pub(super) struct State {
     /// It was flushed after it was cut or extended, with nothing written, or what is written comes from a mapping: perhaps it is closed for good by
     /// now, of which one hears later.
     pub flushed: bool,
+    /// After how many writes it was flushed last.
+    pub closed: Option<u64>,
     /// Pages of a mapping are among what was written: the kernel writes them through any descriptor by which the file is mapped.
     pub paged: bool,
     /// Counts the writes, so that one that falls into a commit is not taken for committed.
@@ -257,6 +259,7 @@ impl State {
             error: self.error.take().filter(|_| refused),
             committing: self.committing,
             changing: self.changing,
+            closed: self.closed,
             version: self.version,
             stored: self.stored,
             ..Self::default()
@@ -393,6 +396,14 @@ impl Handles {
     /// All that files are written through.
     pub(super) fn writers(&self) -> Vec<Arc<Writer>> {
         self.writers.values().map(Arc::clone).collect()
+    }
+
+    /// The same with the descriptors.
+    pub(super) fn writer_ids(&self) -> Vec<(HandleId, Arc<Writer>)> {
+        let writers = self.writers.iter();
+        writers
+            .map(|(id, writer)| (*id, Arc::clone(writer)))
+            .collect()
     }
 
     /// What the file `ino` is written through.

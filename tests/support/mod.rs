@@ -926,6 +926,7 @@ impl Mount {
                     "left processes {left:?} behind, which did not end by themselves"
                 );
                 for pid in left {
+                    let _ = write!(trouble, "; {pid}: {}", threads_of(pid));
                     let _ = kill(Pid::from_raw(pid.cast_signed()), Signal::SIGKILL);
                 }
                 if let Some(child) = &mut self.child {
@@ -955,6 +956,18 @@ impl Drop for Mount {
     fn drop(&mut self) {
         self.take_down();
     }
+}
+
+/// What the threads of a process wait for in the kernel: `fuser` in `fuse_dev_do_read` means that somebody still has the mount, in another mount
+/// namespace say.
+fn threads_of(pid: u32) -> String {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task"));
+    let tasks = tasks.into_iter().flatten().flatten();
+    let told = tasks.map(|task| {
+        let read = |name| fs::read_to_string(task.path().join(name)).unwrap_or_default();
+        format!("{} in {}", read("comm").trim(), read("wchan"))
+    });
+    told.collect::<Vec<_>>().join(", ")
 }
 
 /// Whether something is mounted exactly there.
