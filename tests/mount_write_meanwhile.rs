@@ -266,6 +266,68 @@ both_backends! {
         assert!(said.contains("Permission denied"), "{said}");
     }
 
+    fn what_is_unlinked_does_not_come_back_by_a_rename(backend) {
+        let bench = Bench::new(backend);
+        bench.quiet("mkdir $o/CKA_WRAP_TEMPLATE; cd $o/CKA_WRAP_TEMPLATE; echo true >CKA_EXTRACTABLE; echo true >CKA_TOKEN");
+        bench.settle();
+        let listed = bench.quiet("rm $o/CKA_WRAP_TEMPLATE/CKA_EXTRACTABLE && mv $o/CKA_WRAP_TEMPLATE $o/.t && ls $o/.t");
+        assert_eq!(listed, "CKA_TOKEN\n");
+        // Nor what stands in its place and has no value yet.
+        assert_eq!(bench.quiet("rm $o/CKA_MODIFIABLE; touch $o/CKA_MODIFIABLE; mv $o/CKA_MODIFIABLE $o/.x; cat $o/.x"), "");
+        bench.quiet("rm $o/.x; mv $o/.t $o/CKA_WRAP_TEMPLATE");
+        bench.settle();
+        assert_eq!(bench.stored_data("CKA_MODIFIABLE"), None);
+        assert_eq!(bench.stored_data("CKA_WRAP_TEMPLATE/CKA_EXTRACTABLE"), None);
+        assert_eq!(bench.stored_data("CKA_WRAP_TEMPLATE/CKA_TOKEN").unwrap(), b"true\n");
+    }
+
+    fn what_is_being_written_for_the_first_time_is_nobody_elses(backend) {
+        let bench = Bench::alone(backend);
+        let begin = |path: &Path| {
+            let mut file = File::options().append(true).create_new(true).open(path).unwrap();
+            file.write_all(b"half").unwrap();
+            file
+        };
+        let value = |name: &str| bench.stored_data(name).map(|text| String::from_utf8(text).unwrap());
+        // `touch`.
+        let file = bench.of_data("CKA_URL");
+        let mut writer = begin(&file);
+        drop(File::options().write(true).open(&file).unwrap());
+        thread::sleep(Duration::from_millis(100));
+        assert_eq!(value("CKA_URL"), None);
+        writer.write_all(b"rest").unwrap();
+        drop(writer);
+        eventually(SOON, "the value", || value("CKA_URL").as_deref() == Some("halfrest"));
+        // `mv`, there and back.
+        let (file, aside) = (bench.of_data("CKA_ISSUER"), bench.of_data(".x"));
+        let mut writer = begin(&file);
+        fs::rename(&file, &aside).unwrap();
+        writer.write_all(b"rest").unwrap();
+        drop(writer);
+        fs::rename(&aside, &file).unwrap();
+        eventually(SOON, "the value", || value("CKA_ISSUER").as_deref() == Some("halfrest"));
+        // `truncate`.
+        let file = bench.of_data("CKA_SERIAL_NUMBER");
+        let mut writer = begin(&file);
+        nix::unistd::truncate(&file, 2).unwrap();
+        writer.write_all(b"rest").unwrap();
+        drop(writer);
+        eventually(SOON, "the value", || value("CKA_SERIAL_NUMBER").as_deref() == Some("harest"));
+    }
+
+    fn append_can_be_turned_off_and_on(backend) {
+        let bench = Bench::new(backend);
+        let script = "import fcntl,os,sys; f=os.open(sys.argv[1],os.O_WRONLY|os.O_APPEND); fcntl.fcntl(f,fcntl.F_SETFL,0); os.pwrite(f,b'D',0);             fcntl.fcntl(f,fcntl.F_SETFL,os.O_APPEND); os.pwrite(f,b'!',0); os.close(f)";
+        run(tool("python3").args(["-c", script]).arg(bench.of_data("CKA_LABEL")));
+        assert_eq!(bench.stored_data("CKA_LABEL").unwrap(), b"Data!");
+        // A scratch file that is cut has been changed now.
+        assert_ne!(bench.quiet("echo long >$o/.x; touch -d @1000000000 $o/.x; truncate -s 2 $o/.x; stat -c %Y $o/.x"), "1000000000\n");
+        assert_ne!(bench.quiet("touch -d @1000000000 $o/.x; : >$o/.x; stat -c %Y $o/.x"), "1000000000\n");
+        // What takes long to be read is no value.
+        let said = bench.fails("yes 1 | head -c 1100000 >$o/CKA_ALLOWED_MECHANISMS");
+        assert!(said.contains("File too large"), "{said}");
+    }
+
     fn a_token_that_is_held_up_is_not_taken_for_finished(backend) {
         let bench = Bench::new(backend);
         let backup = bench.outside.path().join("backup");

@@ -895,6 +895,7 @@ fn what_was_closed_when_the_mount_ended_is_closed() {
     f.tree.write(open, 0, b"a part", patient()).unwrap();
     let made = f.create(f.object, "CKA_APPLICATION");
     f.tree.flush(made, patient()).unwrap();
+    f.tree.release_closed();
     f.tree.finish();
     assert_eq!(label_of(&f, "key"), b"old");
     let bytes = fs::read(f.dir.path().join("t/key.object")).unwrap();
@@ -904,6 +905,7 @@ fn what_was_closed_when_the_mount_ended_is_closed() {
     let label = f.find(f.object, "CKA_LABEL");
     let cut = f.tree.open_for_writing(label, how, patient()).unwrap();
     f.tree.flush(cut, patient()).unwrap();
+    f.tree.release_closed();
     f.tree.finish();
     assert_eq!(label_of(&f, "key"), b"");
 }

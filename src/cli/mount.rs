@@ -152,16 +152,19 @@ fn serve(
     let end = {
         let (tree, filesystem, once) = (Arc::clone(&tree), filesystem.clone(), Once::new());
         let limit = 2 * plan.store.lock_wait + Duration::from_secs(1);
-        Arc::new(move || {
+        Arc::new(move |end: session::End| {
             once.call_once(|| {
                 filesystem.drain(limit);
+                if end == session::End::Unmounted {
+                    tree.release_closed();
+                }
                 tree.finish();
             });
         })
     };
     signals.before_the_end({
         let end = Arc::clone(&end);
-        move || end()
+        move || end(session::End::Aborted)
     });
     let outcome = session::serve(
         filesystem.clone(),
@@ -178,8 +181,8 @@ fn serve(
             Ok(watcher)
         },
     );
-    end();
-    outcome
+    end(*outcome.as_ref().unwrap_or(&session::End::Aborted));
+    outcome.map(drop)
 }
 
 /// Has the kernel told of changes, where that can be. Without, its memory is short, and nothing else is amiss.

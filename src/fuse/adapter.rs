@@ -519,7 +519,7 @@ impl Filesystem for Adapter {
         offset: u64,
         data: &[u8],
         write_flags: WriteFlags,
-        _flags: OpenFlags,
+        flags: OpenFlags,
         _owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
@@ -528,6 +528,7 @@ impl Filesystem for Adapter {
         if !is_page {
             // A page is written by the kernel, whoever has changed it.
             self.tree.used_by(handle, request.pid());
+            self.tree.appends(handle, flags.0 & libc::O_APPEND != 0);
         }
         let write = move |tree: &Tree, data: &[u8], patience| {
             if is_page {

@@ -13,6 +13,15 @@ use super::signals::{Signals, abort, is_there};
 use super::unmount::{Unmount, unmount};
 use crate::error::{Error, Result};
 
+/// How a session has ended well.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// It was unmounted, and nobody uses it any more.
+    Unmounted,
+    /// Somebody may have files of it open, and gets errors.
+    Aborted,
+}
+
 /// Mounts `filesystem` and serves it until it is unmounted: with umount, by a signal, or because the server fails. On
 /// return the mount is gone.
 ///
@@ -27,7 +36,7 @@ pub fn serve<FS: Filesystem, Guard, Kept>(
     signals: &Signals,
     on_start: impl FnOnce(Notifier) -> Result<Guard>,
     on_ready: impl FnOnce(&Mount) -> Result<Kept>,
-) -> Result<()> {
+) -> Result<End> {
     // Dropped last to first: the session ends before the mount is looked for.
     let mut cleanup = Cleanup {
         mount: None,
@@ -41,16 +50,24 @@ pub fn serve<FS: Filesystem, Guard, Kept>(
     let outcome = session
         .run()
         .map_err(|error| Error::io("the FUSE session failed", &error).at(&request.point));
-    // From here on a signal would take away what is not ours any more, or end the process before what was written is in the store.
-    signals.ended();
-    if outcome.is_err() {
-        // Nobody answers any more, and who waits for an answer would hold up the end.
-        abort(&mount);
+    let mut is_aborted = true;
+    // If it has failed nobody answers any more, and who waits for an answer would hold up the end.
+    if outcome.is_ok() || abort(&mount) {
+        // From here on a signal would take away what is not ours any more, or end the process before what was written is in the store.
+        let was_aborted = signals.ended();
+        // What is there without anybody who serves it was ended by somebody else (`umount -f`).
+        is_aborted = was_aborted || outcome.is_err() || is_there(&mount);
     }
     // It ends well only when the kernel has ended it. What is mounted there by now is somebody else's, and may have got the
     // device number that ours had.
     cleanup.is_over = outcome.is_ok();
-    outcome
+    outcome.map(|()| {
+        if is_aborted {
+            End::Aborted
+        } else {
+            End::Unmounted
+        }
+    })
 }
 
 /// Mounts, and shakes hands with the kernel.
@@ -65,9 +82,13 @@ fn start<FS: Filesystem>(
     let device = open_device()?;
     let session = if mount_as_root(request, &device)?.is_some() {
         cleanup.mount = Some(made(&request.point)?);
-        // The kernel has been told whom to let in (`allow_other`), and is better at it: `fuser` would refuse the `close` of a descriptor that
-        // somebody else has inherited.
-        Session::from_fd(filesystem, device, SessionACL::All, config).map_err(|error| {
+        // Where the kernel keeps all others out it is better at it: `fuser` would refuse the `close` of a descriptor that somebody else has
+        // inherited.
+        let acl = match config.acl {
+            SessionACL::Owner => SessionACL::All,
+            acl => acl,
+        };
+        Session::from_fd(filesystem, device, acl, config).map_err(|error| {
             Error::io("the kernel and tokenfs cannot agree", &error).at(&request.point)
         })?
     } else {

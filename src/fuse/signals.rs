@@ -23,6 +23,8 @@ enum State {
     Mounted(Mount),
     /// Out of sight, and in use.
     Detached(Mount),
+    /// The kernel has been told to end it.
+    Aborted,
     /// Gone.
     Ended,
 }
@@ -103,9 +105,10 @@ impl Signals {
         Ok((made, mount))
     }
 
-    /// The mount is gone.
-    pub(super) fn ended(&self) {
-        *self.lock() = State::Ended;
+    /// The session has ended. Whether that was for a second signal.
+    pub(super) fn ended(&self) -> bool {
+        let before = std::mem::replace(&mut *self.lock(), State::Ended);
+        matches!(before, State::Aborted)
     }
 
     fn received(&self, signal: Signal) {
@@ -127,8 +130,9 @@ impl Signals {
                     self.at_last();
                     std::process::exit(1);
                 }
+                *state = State::Aborted;
             }
-            State::Ended => {}
+            State::Aborted | State::Ended => {}
         }
     }
 

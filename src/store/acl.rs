@@ -28,10 +28,10 @@ pub(crate) fn narrow(mode: u32, ask: impl FnOnce(&mut [u8]) -> Result<usize, Err
             // One that cannot be understood lets in the owner.
             mode & !0o077 | allowed(list).unwrap_or(0)
         }
-        // More entries than the buffer holds.
-        Err(Errno::RANGE) => mode & !0o077,
         // No list, or no lists at all on this file system.
-        Err(_) => mode,
+        Err(Errno::NODATA | Errno::OPNOTSUPP | Errno::NOSYS | Errno::NOENT) => mode,
+        // Nobody knows whom it keeps out, or it has more entries than the buffer holds.
+        Err(_) => mode & !0o077,
     }
 }
 

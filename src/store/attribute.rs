@@ -77,9 +77,10 @@ pub struct AttributeKey {
 /// Attributes in ascending order of type, then kind.
 ///
 /// A clone costs nothing until one of the two is changed, and is equal to the other without a look at the values: a commit to
-/// one object of a database gives all the others new times, and nothing else.
+/// one object of a database gives all the others new times, and nothing else. What is not changed is shared by both from then on,
+/// too: of an object with a large value there can be many versions that differ in small ones.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Attributes(Arc<Vec<(AttributeType, Value)>>);
+pub struct Attributes(Arc<Vec<(AttributeType, Arc<Value>)>>);
 
 impl Attributes {
     /// No attributes.
@@ -107,7 +108,7 @@ impl Attributes {
                 attribute_type: *attribute_type,
                 kind: value.kind(),
             };
-            (key, value)
+            (key, &**value)
         })
     }
 
@@ -115,7 +116,7 @@ impl Attributes {
     #[must_use]
     pub fn get(&self, key: AttributeKey) -> Option<&Value> {
         let index = self.position(key).ok()?;
-        self.0.get(index).map(|(_, value)| value)
+        self.0.get(index).map(|(_, value)| &**value)
     }
 
     /// The value of a type, whatever its kind: the one of the lowest kind if there are several.
@@ -140,7 +141,7 @@ impl Attributes {
                 attribute_type: *attribute_type,
                 kind: value.kind(),
             };
-            (key, value)
+            (key, &**value)
         })
     }
 
@@ -184,26 +185,28 @@ impl Attributes {
     }
 
     /// Sets an attribute, and returns what it was before with that kind.
-    pub fn insert(&mut self, attribute_type: AttributeType, value: Value) -> Option<Value> {
+    pub fn insert(&mut self, attribute_type: AttributeType, value: Value) -> Option<Arc<Value>> {
         let kind = value.kind();
         match self.position(AttributeKey {
             attribute_type,
             kind,
         }) {
-            Ok(index) => Arc::make_mut(&mut self.0)
-                .get_mut(index)
-                .map(|(_, old)| std::mem::replace(old, value)),
+            Ok(index) => {
+                let old = Arc::make_mut(&mut self.0).get_mut(index);
+                old.map(|(_, old)| std::mem::replace(old, Arc::new(value)))
+            }
             Err(index) => {
-                Arc::make_mut(&mut self.0).insert(index, (attribute_type, value));
+                Arc::make_mut(&mut self.0).insert(index, (attribute_type, Arc::new(value)));
                 None
             }
         }
     }
 
     /// Removes an attribute, and returns what it was.
-    pub fn remove(&mut self, key: AttributeKey) -> Option<Value> {
+    pub fn remove(&mut self, key: AttributeKey) -> Option<Arc<Value>> {
         let index = self.position(key).ok()?;
-        Some(Arc::make_mut(&mut self.0).remove(index).1)
+        let (_, value) = Arc::make_mut(&mut self.0).remove(index);
+        Some(value)
     }
 
     /// Keeps what is `wanted`.
@@ -225,8 +228,9 @@ impl Attributes {
                 kind,
             })
             .ok()?;
-        match Arc::make_mut(&mut self.0).get_mut(index) {
-            Some((_, Value::Map(entries))) => Some(entries),
+        let (_, value) = Arc::make_mut(&mut self.0).get_mut(index)?;
+        match Arc::make_mut(value) {
+            Value::Map(entries) => Some(entries),
             _ => None,
         }
     }
@@ -243,6 +247,8 @@ impl Attributes {
 
 impl From<BTreeMap<AttributeType, Value>> for Attributes {
     fn from(attributes: BTreeMap<AttributeType, Value>) -> Self {
-        Self(Arc::new(attributes.into_iter().collect()))
+        let values = attributes.into_iter();
+        let values = values.map(|(attribute_type, value)| (attribute_type, Arc::new(value)));
+        Self(Arc::new(values.collect()))
     }
 }

@@ -12,6 +12,9 @@ use super::acl;
 /// kernels before multigrain timestamps (Linux 6.13), with room for a clock that is stepped a little.
 const CLOCK_TICK: Duration = Duration::from_millis(50);
 
+/// The same where times have no fraction of a second.
+const COARSE_TICK: Duration = Duration::from_millis(2100);
+
 /// What `stat` says of a backing file or directory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Metadata {
@@ -137,9 +140,19 @@ impl Stamp {
     #[must_use]
     pub fn is_racy(&self, read_at: SystemTime) -> bool {
         match read_at.duration_since(self.ctime) {
-            Ok(age) => age < CLOCK_TICK,
+            Ok(age) => age < self.tick(),
             // A time in the future says nothing.
             Err(_) => true,
+        }
+    }
+
+    /// How long a tick of the file system's clock can be: ext4 with small inodes has whole seconds, and vfat has two.
+    fn tick(&self) -> Duration {
+        let since = self.ctime.duration_since(UNIX_EPOCH);
+        if since.is_ok_and(|since| since.subsec_nanos() == 0) {
+            COARSE_TICK
+        } else {
+            CLOCK_TICK
         }
     }
 

@@ -115,6 +115,11 @@ impl Body {
         self.writing > 0 && !self.has_been_closed
     }
 
+    /// What it holds now, as it is kept for those who read it.
+    pub fn share(&self) -> Arc<Vec<u8>> {
+        Arc::clone(&self.now)
+    }
+
     /// How much memory it takes, in bytes.
     pub fn size(&self) -> u64 {
         let closed = self.closed.as_ref();

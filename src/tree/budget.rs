@@ -54,13 +54,17 @@ impl Tree {
     pub(super) fn drop_lost_scratch(&self) -> bool {
         let directories: HashSet<Node> = lock(&self.scratch).outside().cloned().collect();
         let is_gone = |directory: &Node| {
+            // It is being renamed, or used.
+            let Ok(_shut) = self.shut(self.spot_of(directory), Patience::Now) else {
+                return false;
+            };
             let found = match (directory.object(), directory.token()) {
                 (Some((token, id)), _)
                     if !lock(&self.drafts).is_new(&(token.clone(), id.clone())) =>
                 {
                     self.stored(token, id, Patience::Now).map(drop)
                 }
-                (None, Some(token)) => self.token(token).map(drop),
+                (None, Some(token)) if self.is_gone(token) => return true,
                 _ => Ok(()),
             };
             matches!(found, Err(error) if error.kind() == ErrorKind::NotFound)

@@ -39,14 +39,15 @@ impl Tree {
         if let Ok(writer) = self.writer(handle) {
             let mut state = lock(&writer.state);
             state.flushed = state.resized && !state.written && !state.refused;
-            state.closed = Some(state.version);
+            // Somebody may have written since.
+            state.closed = (!state.written).then_some(state.version);
         }
         Ok(())
     }
 
-    /// The mount has ended, and the kernel tells of no more files that are closed for good: what it was about to tell of is done. A file that
-    /// somebody was in the middle of writing is not closed.
-    pub(super) fn release_closed(&self) {
+    /// The mount has ended since nobody uses it any more, and the kernel tells of no more files that are closed for good: what it was about to tell
+    /// of is done.
+    pub fn release_closed(&self) {
         let mut was_busy = false;
         let open = lock(&self.handles).writer_ids();
         for (handle, writer) in open {
@@ -373,7 +374,9 @@ impl Tree {
         if let Some((_, _, slot)) = Slot::of(&node)
             && !is_scratch
             && self.is_fresh(&node)
-            && text::parse(slot.key, &lock(&writer.content), Context::default()).is_ok()
+            // What has been written so far by who is at it is nothing that anybody else means.
+            && lock(&writer.content).is_empty()
+            && text::parse(slot.key, &[], Context::default()).is_ok()
         {
             return self.commit_writer(writer, patience, |_| true);
         }

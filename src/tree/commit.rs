@@ -10,6 +10,7 @@ use super::draft::Key;
 use super::drafts::Drafts;
 use super::entries::exists;
 use super::node::Node;
+use super::publish::BRIEF;
 use super::scratch::{Content, ScratchId};
 use super::slot::Slot;
 use super::text::Context;
@@ -76,6 +77,16 @@ impl Tree {
         let Some((_, _, slot)) = Slot::of(node) else {
             return Err(Error::new(ErrorKind::IsADirectory, "a directory"));
         };
+        let length = match text {
+            Text::Whole(text) | Text::Cut(text, _) | Text::Appended(text) | Text::First(text) => {
+                text.len()
+            }
+            Text::Resized(size, _) => *size,
+        };
+        if length > BRIEF && matches!(patience, Patience::Now) {
+            let detail = "it takes a moment to read so long a text";
+            return Err(Error::new(ErrorKind::WouldBlock, detail));
+        }
         let mut is_same = false;
         self.replacing_all(&[node], mtime, is_wanted, patience, &mut |attributes| {
             let siblings = slot.siblings(attributes);

@@ -134,6 +134,8 @@ impl Tree {
             let scratch = lock(&self.scratch);
             scratch.get(*id)?;
             lock(&bytes).set_len(as_index(size));
+            drop(scratch);
+            self.touch(node);
             return Ok(());
         }
         let (_, object) = self.describe(node, patience)?;
@@ -143,6 +145,15 @@ impl Tree {
         let (mut content, is_fresh) = match content {
             Ok(Some(Some(content))) => (content, false),
             Ok(Some(None)) => return Err(Error::new(ErrorKind::IsADirectory, "a directory")),
+            _ if self.is_being_written(node) => {
+                // It has no value yet, and gets what is left of it from who is writing it.
+                for (handle, writer) in self.written_as(node) {
+                    if writer.size() > size {
+                        self.resize_open(handle, size, patience)?;
+                    }
+                }
+                return Ok(());
+            }
             _ => (self.fresh_content(node).unwrap_or_default(), true),
         };
         if content.len() as u64 == size {

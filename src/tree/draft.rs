@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant, SystemTime};
 
 use super::body::Bytes;
-use super::makers::Makers;
+use super::makers::{Alive, Makers};
 use super::slot::Slot;
 use crate::pkcs11;
 use crate::store::attribute::{AttributeKey, Attributes, Value};
@@ -105,8 +105,8 @@ impl New {
     }
 
     /// Whether who makes it can still go on, and it lacks something that SoftHSM's own objects have.
-    fn is_being_made(&self) -> bool {
-        !classes::is_complete(&self.attributes) && self.makers.are_at_it()
+    fn is_being_made(&self, alive: &mut Alive) -> bool {
+        !classes::is_complete(&self.attributes) && self.makers.are_at_it(alive)
     }
 
     /// Of the files that it would have.
@@ -295,11 +295,12 @@ impl Draft {
 
     /// Whether it has been left alone for long enough to be written.
     pub fn is_due(&self, now: Instant, is_open: bool) -> bool {
-        self.due(now, is_open).is_some_and(|due| due <= now)
+        let due = self.due(now, is_open, &mut Alive::default());
+        due.is_some_and(|due| due <= now)
     }
 
     /// When it is to be written, or to be looked at again, if it is left alone until then. Something in it can be open for writing.
-    pub fn due(&self, now: Instant, is_open: bool) -> Option<Instant> {
+    pub fn due(&self, now: Instant, is_open: bool, alive: &mut Alive) -> Option<Instant> {
         if self.busy || self.new.is_none() && self.attended > 0 {
             return None;
         }
@@ -314,7 +315,7 @@ impl Draft {
                 let due = if is_undecided {
                     self.touched + UNDECIDED
                 } else {
-                    left_alone(self.touched, now, || new.is_being_made())
+                    left_alone(self.touched, now, || new.is_being_made(alive))
                 };
                 (has(pkcs11::CKA_CLASS) && !is_open).then_some(due)
             }

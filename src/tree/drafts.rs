@@ -8,7 +8,7 @@ use std::time::{Instant, SystemTime};
 
 use super::body::Bytes;
 use super::draft::{Draft, Key, New, TRY_AGAIN, left_alone};
-use super::makers::Makers;
+use super::makers::{Alive, Makers};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::attribute::Attributes;
 use crate::store::file;
@@ -370,6 +370,7 @@ impl Drafts {
         open: &HashSet<Key>,
     ) -> (Vec<Key>, Vec<TokenName>, Option<Instant>) {
         let mut next: Option<Instant> = None;
+        let mut alive = Alive::default();
         let mut keys = Vec::new();
         let mut tokens = Vec::new();
         let mut sort = |due: Instant, add: &mut dyn FnMut()| {
@@ -380,7 +381,7 @@ impl Drafts {
             }
         };
         for (key, draft) in &self.objects {
-            if let Some(due) = draft.due(now, open.contains(key)) {
+            if let Some(due) = draft.due(now, open.contains(key), &mut alive) {
                 sort(due, &mut || keys.push(key.clone()));
             }
         }
@@ -388,7 +389,7 @@ impl Drafts {
             let due = if self.is_finished(token) {
                 build.touched
             } else {
-                left_alone(build.touched, now, || build.makers.are_at_it())
+                left_alone(build.touched, now, || build.makers.are_at_it(&mut alive))
             };
             let due = build.not_before.map_or(due, |limit| limit.max(due));
             if build.is_token() {

@@ -282,7 +282,6 @@ impl Tree {
                 token.look_after_all(patience);
             }
         }
-        self.release_closed();
         let mut keys = lock(&self.drafts).keys(None);
         keys.retain(|key| self.is_to_be_written(key));
         let (shared, own): (Vec<Key>, Vec<Key>) =

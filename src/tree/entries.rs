@@ -349,9 +349,19 @@ impl Tree {
                     mode: access.mode & 0o666,
                     ..access
                 };
-                let made = self.store.create_token(&token, access, files)?;
-                // Of another one of that name.
-                self.drop_pending(&token);
+                // Another one of that name, which somebody else has removed. (Not one that somebody else has just made.)
+                if self.is_gone(&token) {
+                    self.drop_pending(&token);
+                }
+                let made = self.store.create_token(&token, access, files);
+                if matches!(&made, Err(error) if error.kind() == ErrorKind::Exists)
+                    && self.token(&token).is_err()
+                {
+                    self.diagnostics.warning(format!(
+                        "{token}: the tokendir has something of that name that is no token; `tokenfs check` says what it is"
+                    ));
+                }
+                let made = made?;
                 let mut drafts = lock(&self.drafts);
                 drafts.insert_build(token.clone(), caller.pid);
                 // What is written into it a moment after its maker has finished is no change of the directory: rsync, which takes a

@@ -1,7 +1,7 @@
 //! What becomes of an open file that is renamed, unlinked or replaced, and of what was unlinked and is held back when something
 //! is written beside it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
@@ -200,9 +200,10 @@ impl Tree {
         // And who has opened one, or made it, meanwhile.
         self.follow_published(&last);
         self.rebind_published(&last, &maps, target);
+        let seen: HashMap<&Node, &Published> =
+            files.iter().map(|file| (&file.node, file)).collect();
         for file in &last {
-            let seen = files.iter().find(|seen| seen.node == file.node);
-            self.commit_late(file, seen.map(|seen| &*seen.seen));
+            self.commit_late(file, seen.get(&file.node).map(|seen| &*seen.seen));
         }
     }
 
@@ -237,16 +238,20 @@ impl Tree {
         // Most have become attributes, and are not scratch again.
         let is_scratch = |node: &Node| matches!(node, Node::Scratch(_));
         let became = lock(&self.scratch).all_that_became(is_scratch);
-        for file in files {
-            for (id, _) in became.iter().filter(|(_, node)| *node == file.node) {
-                lock(&self.scratch).becomes(*id, file.becomes.clone());
+        let files: HashMap<&Node, &Node> = files
+            .iter()
+            .map(|file| (&file.node, &file.becomes))
+            .collect();
+        for (id, node) in &became {
+            if let Some(becomes) = files.get(node) {
+                lock(&self.scratch).becomes(*id, Node::clone(becomes));
             }
-            for writer in &writers {
-                let is_its = writer.node == file.node
-                    || self.committed_as(writer).as_ref() == Some(&file.node);
-                if is_its {
-                    *lock(&writer.place) = Place::Moved(file.becomes.clone());
-                }
+        }
+        for writer in &writers {
+            let opened_as = files.get(&writer.node).copied();
+            let becomes = opened_as.or_else(|| files.get(&self.committed_as(writer)?).copied());
+            if let Some(becomes) = becomes {
+                *lock(&writer.place) = Place::Moved(becomes.clone());
             }
         }
     }

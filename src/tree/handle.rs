@@ -1,7 +1,7 @@
 //! Open files and directories.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
-use std::sync::atomic::AtomicU32;
+use std::sync::atomic::{AtomicBool, AtomicU32};
 use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
 
@@ -55,8 +55,8 @@ pub(super) struct Writer {
     pub node: Node,
     /// What `stat` said then.
     pub attributes: Attributes,
-    /// Every write goes to the end (`O_APPEND`).
-    pub append: bool,
+    /// Every write goes to the end (`O_APPEND`, which `fcntl(2)` can change).
+    pub append: AtomicBool,
     /// What it was opened for.
     pub opened_for: OpenedFor,
     /// What is in the file as this descriptor sees it.
@@ -77,7 +77,7 @@ impl Writer {
 
     /// What is in the file as this descriptor sees it.
     fn copy(&self) -> Arc<Vec<u8>> {
-        Arc::new(lock(&self.content).to_vec())
+        lock(&self.content).share()
     }
 
     /// It is going to be changed through this descriptor. What is scratch is so for all who have it open.
@@ -473,29 +473,41 @@ impl Handles {
 
     /// What somebody who has the file `ino` open sees of it now: a version that nobody is at first, and of those that of one who reads it.
     pub(super) fn open_content(&self, ino: Ino) -> Option<OpenContent> {
-        let content = |(_, open): (HandleId, &Open)| {
-            let (state, content, told) = match &open.handle {
-                Handle::Content(content, told) => (Whole::Read, Arc::clone(content), *told),
+        let judged = |(_, open): (HandleId, &Open)| {
+            let whole = match &open.handle {
+                Handle::Content(..) => Whole::Read,
                 // It is written in place, for all who have it open.
-                Handle::Shared(writer) => (Whole::Written, writer.copy(), writer.attributes),
-                Handle::Writer(writer) => {
-                    let content = writer.copy();
-                    let is_whole = lock(&writer.state).is_whole();
-                    let state = if is_whole { Whole::Written } else { Whole::No };
-                    (state, content, writer.attributes)
-                }
+                Handle::Shared(_) => Whole::Written,
+                Handle::Writer(writer) if lock(&writer.state).is_whole() => Whole::Written,
+                Handle::Writer(_) => Whole::No,
                 Handle::Listing(..) => return None,
             };
-            let told = Attributes { ino, ..told };
-            Some((state, content, told))
+            Some((whole, open.handle.clone()))
         };
-        let found = self.of(ino).filter_map(content);
-        let (state, content, told) = found.max_by_key(|(state, ..)| *state)?;
+        let found = self.of(ino).filter_map(judged);
+        let (whole, handle) = found.max_by_key(|(whole, _)| *whole)?;
+        let (content, told) = match handle {
+            Handle::Content(content, told) => (content, told),
+            Handle::Shared(writer) | Handle::Writer(writer) => (writer.copy(), writer.attributes),
+            Handle::Listing(..) => return None,
+        };
         Some(OpenContent {
             content,
-            told,
-            is_whole: state != Whole::No,
+            told: Attributes { ino, ..told },
+            is_whole: whole != Whole::No,
         })
+    }
+
+    /// How much memory is taken by the versions that are open for reading and have at least so many bytes, in bytes.
+    pub(super) fn read_size(&self, least: usize) -> u64 {
+        let large = self.open.values().filter_map(|open| match &open.handle {
+            Handle::Content(content, _) if content.len() >= least => Some(content),
+            _ => None,
+        });
+        let distinct: HashMap<_, _> = large
+            .map(|content| (Arc::as_ptr(content), content.len() as u64))
+            .collect();
+        distinct.values().sum()
     }
 
     /// What is read through the descriptor of `ino` that was opened last for that.

@@ -81,7 +81,7 @@ impl Tree {
             ..view::file(&metadata, self.settings.mask)
         };
         self.check_told(ino, &attributes)?;
-        let handle = self.open_handle(Handle::Content(self.shared(ino, content), attributes));
+        let handle = self.open_handle(Handle::Content(self.shared(ino, content)?, attributes));
         self.tell_of_opened(ino, attributes.size);
         Ok(handle)
     }

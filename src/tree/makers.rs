@@ -2,7 +2,7 @@
 //!
 //! A copy that pauses looks like one that is finished. While who made its directory lives, and has not said that it is finished, it is being made.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::fs;
 
 /// The processes that have made a directory, or given it a time: one of them says when it is finished.
@@ -32,9 +32,24 @@ impl Makers {
         self.all.contains(&pid)
     }
 
+    /// They have said that it is finished.
+    pub fn are_done(&mut self) {
+        self.last = None;
+    }
+
     /// Whether who is at it can still go on.
-    pub fn are_at_it(&self) -> bool {
-        self.last.is_some_and(is_alive)
+    pub fn are_at_it(&self, alive: &mut Alive) -> bool {
+        self.last.is_some_and(|pid| alive.has(pid))
+    }
+}
+
+/// Which processes there are, each of which is looked for once.
+#[derive(Debug, Default)]
+pub(super) struct Alive(HashMap<u32, bool>);
+
+impl Alive {
+    fn has(&mut self, pid: u32) -> bool {
+        *self.0.entry(pid).or_insert_with(|| is_alive(pid))
     }
 }
 
@@ -56,20 +71,22 @@ mod tests {
     fn who_has_ended_is_not_alive_whether_he_was_waited_for_or_not() {
         let mut child = Command::new("cat").stdin(Stdio::piped()).spawn().unwrap();
         let makers = Makers::new(Some(child.id()));
-        assert!(makers.are_at_it());
+        assert!(makers.are_at_it(&mut Alive::default()));
         // It ends, and is a zombie.
         drop(child.stdin.take());
-        while makers.are_at_it() {
+        while makers.are_at_it(&mut Alive::default()) {
             std::thread::yield_now();
         }
         child.wait().unwrap();
-        assert!(!makers.are_at_it());
-        assert!(!Makers::default().are_at_it());
-        assert!(!Makers::new(Some(0)).are_at_it());
+        assert!(!makers.are_at_it(&mut Alive::default()));
+        assert!(!Makers::default().are_at_it(&mut Alive::default()));
+        assert!(!Makers::new(Some(0)).are_at_it(&mut Alive::default()));
         let mut makers = Makers::new(Some(std::process::id()));
-        assert!(makers.are_at_it());
+        assert!(makers.are_at_it(&mut Alive::default()));
+        makers.are_done();
+        assert!(!makers.are_at_it(&mut Alive::default()));
         // Somebody else has taken it on.
         assert!(makers.insert(0));
-        assert!(!makers.are_at_it() && makers.contains(std::process::id()));
+        assert!(!makers.are_at_it(&mut Alive::default()) && makers.contains(std::process::id()));
     }
 }

@@ -159,8 +159,8 @@ impl Tree {
         }
         let draft = lock(&self.drafts)
             .get(&(token.clone(), id.clone()))
-            .cloned();
-        if let Some(new) = draft.and_then(|draft| draft.new) {
+            .and_then(|draft| draft.new.clone());
+        if let Some(new) = draft {
             // Its own time is now for as long as it is pending.
             let now = SystemTime::now();
             return Ok(Metadata {

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
+use std::sync::Arc;
 
 use super::body::Body;
 use super::draft::{Draft, Key, is_nothing};
@@ -21,10 +22,37 @@ use crate::store::{
     Access, Backend, NewObject, ObjectId, ObjectName, Patience, TokenName, validate,
 };
 
+/// How many bytes are read as values while nobody else is answered.
+pub(super) const BRIEF: usize = 512 * 1024;
+
+/// And how many files.
+const BRIEF_FILES: usize = 1024;
+
 /// How often a file is committed anew that is written while it is committed.
 const ATTEMPTS: usize = 8;
 
 impl Tree {
+    /// That no more than a moment is taken by what a scratch directory holds: who must not wait leaves that to who may.
+    ///
+    /// # Errors
+    /// [`ErrorKind::WouldBlock`].
+    pub(super) fn check_brief(&self, id: ScratchId, patience: Patience) -> Result<()> {
+        if !matches!(patience, Patience::Now) {
+            return Ok(());
+        }
+        let scratch = lock(&self.scratch);
+        let files = scratch.below(id);
+        let size = |id: &ScratchId| match scratch.get(*id).map(|entry| &entry.content) {
+            Ok(Content::File(content)) => lock(content).len(),
+            _ => 0,
+        };
+        if files.len() > BRIEF_FILES || files.iter().map(size).sum::<usize>() > BRIEF {
+            let detail = "there is much in it";
+            return Err(Error::new(ErrorKind::WouldBlock, detail));
+        }
+        Ok(())
+    }
+
     /// Makes a scratch directory an attribute map.
     pub(super) fn publish_map(
         &self,
@@ -309,12 +337,13 @@ impl Tree {
         } else {
             self.copy_to_scratch(node, aside, patience)?
         };
-        let fresh: BTreeSet<Slot> = node
+        let (fresh, unlinked) = node
             .object()
             .and_then(|(token, id)| {
                 let drafts = lock(&self.drafts);
                 let draft = drafts.get(&(token.clone(), id.clone()))?;
-                Some(draft.fresh.keys().copied().collect())
+                let fresh: BTreeSet<Slot> = draft.fresh.keys().copied().collect();
+                Some((fresh, draft.removed.clone()))
             })
             .unwrap_or_default();
         let last = match take_away() {
@@ -324,11 +353,22 @@ impl Tree {
                 return Err(error);
             }
         };
-        // Somebody else may have changed it while it was copied, once or more.
-        if let (Some(last), Some(seen)) = (last, seen) {
+        // Somebody else may have changed it while it was copied.
+        if let (Some(mut last), Some(seen)) = (last, seen) {
             let access = access_of(&view::file(&seen.metadata, self.settings.mask));
             match Slot::of(node) {
-                Some((_, _, slot)) => self.refill_slot(made, slot, &last, (access, &fresh))?,
+                Some((_, _, slot)) => {
+                    let is_changed = slot.get(&last) != slot.get(&seen.attributes);
+                    // What the store has is not what there was, where something is unlinked and held back.
+                    for (held, then) in &unlinked {
+                        if *held == slot || held.is_in(slot) {
+                            held.remove_unchanged(&mut last, then);
+                        }
+                    }
+                    if is_changed {
+                        self.refill_slot(made, slot, &last, (access, &fresh))?;
+                    }
+                }
                 None => self.refill(made, (None, &last), (access, &fresh))?,
             }
         }
@@ -405,14 +445,16 @@ impl Tree {
                 continue;
             }
             let content = text::render(key.attribute_type, value, context)?;
-            let is_same =
-                there.is_some_and(
-                    |there| match scratch.get(there).map(|entry| &entry.content) {
-                        Ok(Content::File(bytes)) => **lock(bytes) == *content,
-                        _ => false,
-                    },
-                );
-            if !is_same {
+            let there = there.and_then(|there| match &scratch.get(there).ok()?.content {
+                Content::File(bytes) => Some(Arc::clone(bytes)),
+                Content::Directory(_) => None,
+            });
+            if let Some(bytes) = there {
+                let mut bytes = lock(&bytes);
+                if **bytes != *content {
+                    bytes.set(content.into_owned());
+                }
+            } else {
                 scratch.put(&node, name, Some(Body::new(content.into_owned())), access)?;
             }
         }
@@ -448,6 +490,8 @@ impl Tree {
         }
         let content = match object.map(|object| view::content(node, &object)) {
             Some(Ok(Some(content))) => content,
+            // Who is in the middle of writing it goes on to write into the copy, all that he has.
+            _ if self.is_being_written(node) => Vec::new(),
             _ => self.fresh_content(node).unwrap_or_default(),
         };
         self.check_memory(content.len() as u64)?;

@@ -1,7 +1,7 @@
 //! The operations that read: what `stat`, `open`, `read` and `readdir` ask.
 
 use std::ffi::{OsStr, OsString};
-use std::sync::atomic::AtomicU32;
+use std::sync::atomic::{AtomicBool, AtomicU32};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -20,6 +20,12 @@ use crate::store::Patience;
 
 /// How long an answer can take to be made, and still be remembered: well below what [`Tree::stale`] says things again after.
 const LONG_AGO: Duration = Duration::from_millis(20);
+
+/// From how many bytes on what is open for reading is counted.
+const LARGE: usize = 1024 * 1024;
+
+/// How much memory that may take, in bytes.
+const MOST_READ: u64 = 1024 * 1024 * 1024;
 
 impl Tree {
     /// Looks `name` up in the directory `parent`. The answer counts as one that has to be taken back with
@@ -295,7 +301,7 @@ impl Tree {
         let handle = self.open_handle(Handle::Writer(Arc::new(Writer {
             node: self.node(ino)?,
             attributes,
-            append: how.append,
+            append: AtomicBool::new(how.append),
             opened_for: OpenedFor::writing(how),
             content: Arc::new(Mutex::new(Body::open(content))),
             state: Mutex::default(),
@@ -347,19 +353,31 @@ impl Tree {
             },
         };
         let size = content.len() as u64;
-        let content = self.shared(ino, content);
+        let content = self.shared(ino, content)?;
         let handle = self.open_handle(Handle::Content(content, attributes));
         self.tell_of_opened(ino, size);
         Ok(handle)
     }
 
     /// The same content for all who read one version of a file, however often it is opened.
-    pub(super) fn shared(&self, ino: Ino, content: Vec<u8>) -> Arc<Vec<u8>> {
+    ///
+    /// # Errors
+    /// `ENOMEM` if what is open for reading would take more memory than that may.
+    pub(super) fn shared(&self, ino: Ino, content: Vec<u8>) -> Result<Arc<Vec<u8>>> {
         let latest = lock(&self.handles).latest_content(ino);
-        match latest {
-            Some(latest) if *latest == content => latest,
-            _ => Arc::new(content),
+        if let Some(latest) = latest.filter(|latest| **latest == content) {
+            return Ok(latest);
         }
+        if content.len() >= LARGE
+            && lock(&self.handles).read_size(LARGE) + content.len() as u64 > MOST_READ
+        {
+            let detail = format!(
+                "what is open for reading has {} MiB at most; close some",
+                MOST_READ / 1024 / 1024
+            );
+            return Err(Error::new(ErrorKind::System(libc::ENOMEM), detail));
+        }
+        Ok(Arc::new(content))
     }
 
     /// That who may open a file was decided by the mode and the owner that it has now. The kernel goes by those that it remembers; who may

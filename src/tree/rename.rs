@@ -152,6 +152,7 @@ impl Tree {
         match (&node, place) {
             (Node::Scratch(id), Place::Attribute(target)) => {
                 if kind == FileKind::Directory {
+                    self.check_brief(*id, patience)?;
                     let files = self.files_below(&node, &target);
                     self.publish_map(*id, &target, patience)?;
                     self.end_scratch((&node, from), &target, &files);
@@ -167,6 +168,7 @@ impl Tree {
             }
             (Node::Scratch(id), Place::Object(token, object)) => {
                 self.check_may_write(&token, how.by, patience)?;
+                self.check_brief(*id, patience)?;
                 let target = Node::Object(token.clone(), ObjectId::Object(object.clone()));
                 let files = self.files_below(&node, &target);
                 self.publish_object(*id, (&token, &object), replaces_damaged, patience)?;
@@ -411,8 +413,8 @@ impl Tree {
             let Some(value) = source.remove(attributes) else {
                 return Err(Error::not_found("the attribute is gone"));
             };
-            let value = if let Value::Map(_) = value {
-                value
+            let value = if let Value::Map(_) = &*value {
+                Value::clone(&value)
             } else {
                 let content = text::render(source.key.attribute_type, &value, before)?;
                 text::parse(target.key, &content, context(target, attributes))?

@@ -90,6 +90,11 @@ impl Tree {
             {
                 return Ok(None);
             }
+            if finished == Finished::Said
+                && let Some(new) = draft.new.as_mut()
+            {
+                new.makers.are_done();
+            }
             draft.busy = true;
             Ok(Some(draft.clone()))
         })?;
@@ -158,7 +163,7 @@ impl Tree {
     }
 
     /// Whether somebody else has removed a token, with its directory: one that is just being put right has that.
-    fn is_gone(&self, token: &TokenName) -> bool {
+    pub(super) fn is_gone(&self, token: &TokenName) -> bool {
         let gone = |error: &Error| error.kind() == ErrorKind::NotFound;
         self.store.token(token).is_err_and(|error| gone(&error)) && !self.store.has_directory(token)
     }

@@ -1,5 +1,7 @@
 //! Where in an object a value stands: at the top, or in one of its attribute maps.
 
+use std::sync::Arc;
+
 use super::node::Node;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::attribute::{AttributeKey, AttributeType, Attributes, Kind, Value};
@@ -92,7 +94,7 @@ impl Slot {
     }
 
     /// Takes the value out, and returns it.
-    pub fn remove(self, attributes: &mut Attributes) -> Option<Value> {
+    pub fn remove(self, attributes: &mut Attributes) -> Option<Arc<Value>> {
         self.siblings_mut(attributes)?.remove(self.key)
     }
 

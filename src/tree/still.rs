@@ -102,7 +102,7 @@ impl Drop for Shut<'_> {
 
 impl Tree {
     /// What moves when `node` does, if it is not alone.
-    fn spot_of(&self, node: &Node) -> Option<Spot> {
+    pub(super) fn spot_of(&self, node: &Node) -> Option<Spot> {
         if let Node::Scratch(id) = node {
             let became = lock(&self.scratch).became(*id);
             return match became {

@@ -68,12 +68,26 @@ pub fn length(attribute_type: AttributeType, value: &Value, context: Context) ->
     Ok(length)
 }
 
+/// How long a text is at most that is no byte string, in bytes: whoever reads it should not take long over it.
+pub const LONGEST_TEXT: usize = 1024 * 1024;
+
+fn too_long(length: usize) -> Error {
+    let detail = format!(
+        "a text of {length} bytes; one that is no byte string has at most {LONGEST_TEXT}, as it is read"
+    );
+    Error::new(ErrorKind::TooLarge, detail)
+}
+
 /// The value that a text means.
 ///
 /// # Errors
+/// [`ErrorKind::TooLarge`] beyond [`LONGEST_TEXT`];
 /// [`ErrorKind::Invalid`] if it is none of that kind, with a sentence about what would be; [`ErrorKind::IsADirectory`]
 /// for a map.
 pub fn parse(key: AttributeKey, text: &[u8], context: Context) -> Result<Value> {
+    if key.kind != Kind::Bytes && text.len() > LONGEST_TEXT {
+        return Err(too_long(text.len()));
+    }
     match key.kind {
         Kind::Bool => parse_bool(key, text).map(Value::Bool),
         Kind::Ulong => parse_ulong(key, text, context).map(Value::Ulong),
@@ -84,7 +98,12 @@ pub fn parse(key: AttributeKey, text: &[u8], context: Context) -> Result<Value> 
                     .ok_or_else(|| bad_line(key, number, Symbols::Mechanisms))
             })
             .collect::<Result<_>>()
-            .map(Value::Mechs),
+            .map(Value::Mechs)
+            .and_then(|set| match length(key.attribute_type, &set, context)? {
+                // What is read has to be what can be written.
+                long if long > LONGEST_TEXT as u64 => Err(too_long(text.len())),
+                _ => Ok(set),
+            }),
         Kind::Map => Err(is_a_directory()),
     }
 }

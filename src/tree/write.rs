@@ -5,7 +5,7 @@
 //! closes the first one before it writes); truncation alone is committed with the last close.
 
 use std::collections::HashSet;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
 
@@ -181,7 +181,7 @@ impl Tree {
         let writer = Writer {
             node,
             attributes,
-            append: how.append,
+            append: AtomicBool::new(how.append),
             opened_for: OpenedFor::writing(how),
             content,
             state: Mutex::new(state),
@@ -251,7 +251,7 @@ impl Tree {
         let writer = Arc::new(Writer {
             node: node.clone(),
             attributes,
-            append: how.append,
+            append: AtomicBool::new(how.append),
             opened_for: for_writing.map_or(OpenedFor::Reading, OpenedFor::writing),
             content: bytes,
             state: Mutex::default(),
@@ -268,8 +268,8 @@ impl Tree {
             self.discard(handle);
             return Err(Error::not_found("it is no scratch any more"));
         }
-        if how.truncate {
-            writer.resize(0, None);
+        if how.truncate && writer.resize(0, None) {
+            self.touch(node);
         }
         Ok(Scratched::Opened(handle))
     }
@@ -280,6 +280,19 @@ impl Tree {
         let drafts = lock(&self.drafts);
         let bytes = drafts.get(&(token.clone(), id.clone()))?.fresh.get(&slot)?;
         Some(lock(bytes).to_vec())
+    }
+
+    /// Through which descriptors `node` is being written, with nothing committed yet of what was written last.
+    pub(super) fn written_as(&self, node: &Node) -> Vec<(HandleId, Arc<Writer>)> {
+        let mut writers = lock(&self.handles).writer_ids();
+        writers.retain(|(_, writer)| {
+            lock(&writer.state).written && self.committed_as(writer).as_ref() == Some(node)
+        });
+        writers
+    }
+
+    pub(super) fn is_being_written(&self, node: &Node) -> bool {
+        !self.written_as(node).is_empty()
     }
 
     pub(super) fn writer(&self, handle: HandleId) -> Result<Arc<Writer>> {
@@ -306,8 +319,16 @@ impl Tree {
         patience: Patience,
     ) -> Result<()> {
         let writer = self.writer(handle)?;
-        let at = (!writer.append).then_some(offset);
+        let append = writer.append.load(Ordering::Relaxed);
+        let at = (!append).then_some(offset);
         self.write_to(&writer, at, data, patience)
+    }
+
+    /// Whether what is written from now on goes to the end: what the descriptor has by now of `O_APPEND`.
+    pub fn appends(&self, handle: HandleId, append: bool) {
+        if let Ok(writer) = self.writer(handle) {
+            writer.append.store(append, Ordering::Relaxed);
+        }
     }
 
     /// Writes back a page of a shared mapping (`mmap(2)`), which knows nothing of appending.

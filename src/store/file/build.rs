@@ -119,19 +119,25 @@ impl FileToken {
         for entry in entries.iter() {
             names.push(entry.map_err(failed)?.file_name().to_owned());
         }
+        let sync_all = || {
+            rustix::fs::syncfs(self.directory())
+                .map_err(|errno| Error::system("sync", Errno::from_raw(errno.raw_os_error())))
+        };
         if names.len() > FEW {
-            return rustix::fs::syncfs(self.directory())
-                .map_err(|errno| Error::system("sync", Errno::from_raw(errno.raw_os_error())));
+            return sync_all();
         }
+        let mut is_all = true;
         for name in names {
             use std::os::unix::ffi::OsStrExt;
             let name = std::ffi::OsStr::from_bytes(name.to_bytes());
             match open_regular(self.directory(), Path::new(name), OFlag::O_RDONLY) {
                 Ok(file) => sync(&file)?,
                 Err(error) if error.kind() == ErrorKind::NotFound => {}
+                // Its mode is not for us to read it.
+                Err(error) if error.kind() == ErrorKind::PermissionDenied => is_all = false,
                 Err(error) => return Err(error),
             }
         }
-        Ok(())
+        if is_all { Ok(()) } else { sync_all() }
     }
 }

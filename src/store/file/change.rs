@@ -1,23 +1,23 @@
 //! Changing an object: the steps of [`crate::store::Token::update`], in their order.
 
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::{MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use nix::errno::Errno;
-use nix::fcntl::{AtFlags, OFlag};
+use nix::fcntl::{AtFlags, OFlag, renameat};
 use nix::sys::stat::{FileStat, fstat, fstatat, stat};
 use rustix::fs::{RenameFlags, renameat_with};
 use rustix::io::Errno as Refusal;
 
-use super::attire::{
-    access_of, apply_to_open, copy, set_access, set_access_if_possible, set_mtime, set_times_to_now,
-};
+use super::attire::{access_of, apply_to_open, copy, set_access, set_mtime, set_times_to_now};
 use super::departed::Departed;
 use super::encode::encode;
+use super::generation::microseconds;
 use super::guard::{Temporary, Transaction, exists, stat_regular, sync, unlink_if_there};
 use super::names::{Names, too_long};
-use super::read::{LARGEST, Reading, open_regular, read_locked, settled};
+use super::read::{LARGEST, Reading, is_named, open_regular, read_locked, settled};
 use super::rewrite::{self, Recovered};
 use super::{CKA_TOKENFS_FILLER, FileToken};
 use crate::error::{Error, ErrorKind, Result};
@@ -255,9 +255,6 @@ impl FileToken {
             self.diagnostics
                 .warning(format!("{error}; it is written all the same"));
         }
-        if let Some(access) = access {
-            set_access_if_possible(&reading.file, access);
-        }
         Ok(true)
     }
 
@@ -304,7 +301,18 @@ impl FileToken {
                 return Err(Error::not_found("SoftHSM has destroyed it meanwhile"));
             }
             Err(Refusal::INVAL | Refusal::NOSYS | Refusal::OPNOTSUPP) => {
-                return Ok(Attempt::InPlace);
+                if access.is_none() {
+                    return Ok(Attempt::InPlace);
+                }
+                // What is damaged need not be kept, and its mode and owner are not those of what takes its place.
+                if !is_named(directory, names.object(), &reading.stat)? {
+                    return Ok(Attempt::Replaced);
+                }
+                renameat(directory, names.next(), directory, names.object())
+                    .map_err(|errno| Error::system("replace", errno))?;
+                new.keep();
+                point("file.update.done");
+                return Ok(Attempt::Done);
             }
             Err(errno) => {
                 let errno = Errno::from_raw(errno.raw_os_error());
@@ -331,6 +339,9 @@ impl FileToken {
             }
             return Ok(Attempt::Replaced);
         }
+        // A SoftHSM may have it open and wait for its lock, to store what the object lacks (`P11Attribute::init`): it would count on from the number
+        // that is in there, to that of the new version, and never read that. If it cannot be written it is as it was.
+        let _ = reading.file.write_all_at(&microseconds().to_be_bytes(), 0);
         drop(new);
         point("file.update.done");
         Ok(Attempt::Done)
@@ -375,7 +386,6 @@ impl FileToken {
         bytes: &[u8],
         mtime: Option<SystemTime>,
     ) -> Result<()> {
-        use std::os::unix::fs::FileExt;
         reading
             .file
             .write_all_at(bytes, 0)

@@ -246,3 +246,23 @@ fn a_change_that_softhsm_overwrote_is_said_once() {
     assert!(last.contains("a change of CKA_LABEL made through tokenfs with what looks like its older copy, or since objects of this class have it"), "{log}");
     assert!(!last.contains("again"), "{log}");
 }
+
+/// A SoftHSM that has the object open and waits for the lock of its file, to store what the object lacks, writes the number after the one that it finds
+/// there, and takes a version with that number for its own.
+#[test]
+fn who_waits_for_the_old_version_cannot_take_the_new_one_for_his() {
+    let fixture = fixture();
+    let old = fs::File::open(fixture.path("a.object")).unwrap();
+    let number = |bytes: &[u8]| u64::from_be_bytes(*bytes.first_chunk().unwrap());
+    let before = fs::read(fixture.path("a.object")).unwrap();
+    set_label(&fixture, &id("a"), b"new").unwrap();
+    let now = fs::read(fixture.path("a.object")).unwrap();
+    let mut found = [0; 8];
+    std::os::unix::fs::FileExt::read_exact_at(&old, &mut found, 0).unwrap();
+    assert_eq!(number(&now), number(&before) + 1);
+    assert!(
+        number(&found) > number(&now) + 1_000_000,
+        "{}",
+        number(&found)
+    );
+}

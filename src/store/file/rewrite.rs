@@ -13,7 +13,7 @@ use std::time::SystemTime;
 
 use nix::fcntl::OFlag;
 use nix::unistd::ftruncate;
-use rustix::fs::{FallocateFlags, fallocate};
+use rustix::fs::{FallocateFlags, fallocate, fremovexattr};
 use rustix::io::Errno as Refusal;
 
 use super::attire::{narrowed, set_access_if_possible, set_mtime};
@@ -46,6 +46,8 @@ pub(super) fn rewrite(
     };
     let mut on_disk = Temporary::new(directory, names.journal())?;
     point("file.rewrite.journal-made");
+    // Not those that the list of the directory lets in (acl(5), "default").
+    let _ = fremovexattr(&on_disk.file, "system.posix_acl_access");
     set_access_if_possible(&on_disk.file, narrowed(&reading.file, &reading.stat));
     on_disk.write(&journal.encode())?;
     point("file.rewrite.journal-written");
@@ -154,6 +156,8 @@ pub(super) fn recover(
     let verdict = journal
         .as_ref()
         .map(|journal| (journal, journal.verdict(&reading.bytes)));
+    // What is there may be there in memory only, and the journal is what it would be put right by.
+    sync(&reading.file)?;
     let recovered = match verdict {
         None | Some((_, Verdict::Keep)) => Recovered::Dropped,
         Some((journal, Verdict::Cut)) => {
