@@ -340,8 +340,11 @@ impl FileToken {
             return Ok(Attempt::Replaced);
         }
         // A SoftHSM may have it open and wait for its lock, to store what the object lacks (`P11Attribute::init`): it would count on from the number
-        // that is in there, to that of the new version, and never read that. If it cannot be written it is as it was.
-        let _ = reading.file.write_all_at(&microseconds().to_be_bytes(), 0);
+        // that is in there, to that of the new version, and never read that. If it cannot be written it is as it was; and what has another name, in a
+        // backup of hard links, stays what it is.
+        if previous.is_ok_and(|previous| previous.st_nlink == 1) {
+            let _ = reading.file.write_all_at(&microseconds().to_be_bytes(), 0);
+        }
         drop(new);
         point("file.update.done");
         Ok(Attempt::Done)

@@ -265,4 +265,8 @@ fn who_waits_for_the_old_version_cannot_take_the_new_one_for_his() {
         "{}",
         number(&found)
     );
+    // What is a backup, too, stays what it is.
+    fs::hard_link(fixture.path("a.object"), fixture.path("backup")).unwrap();
+    set_label(&fixture, &id("a"), b"newer").unwrap();
+    assert_eq!(fs::read(fixture.path("backup")).unwrap(), now);
 }
