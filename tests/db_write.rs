@@ -231,7 +231,7 @@ fn what_cannot_be_is_refused_and_nothing_is_changed() {
 }
 
 #[test]
-fn a_derived_name_goes_back_into_its_row_and_another_one_is_remembered() {
+fn a_derived_name_goes_into_its_row_if_there_was_none_and_another_one_is_remembered() {
     let made = made("");
     let token = made.token();
     let of_3 = derived(token.name(), 3);
@@ -245,12 +245,13 @@ fn a_derived_name_goes_back_into_its_row_and_another_one_is_remembered() {
         .len(),
         0
     );
+    // A SoftHSM that has seen what was there before would take it for that.
     token.create(&name(&of_3), &new("back"), patient()).unwrap();
-    assert_eq!(token.row(&named(&of_3), patient()).unwrap(), 3);
+    assert_eq!(token.row(&named(&of_3), patient()).unwrap(), 5);
     token
         .create(&name(FOREIGN), &new("foreign"), patient())
         .unwrap();
-    assert_eq!(token.row(&named(FOREIGN), patient()).unwrap(), 5);
+    assert_eq!(token.row(&named(FOREIGN), patient()).unwrap(), 6);
     let upper = FOREIGN.to_uppercase();
     token
         .create(&name(&upper), &new("upper"), patient())
@@ -269,7 +270,7 @@ fn a_derived_name_goes_back_into_its_row_and_another_one_is_remembered() {
     assert_eq!(made.log.render(), "");
     let uuids =
         format!("select value from attribute_text where type = {CKA_TOKENFS_UUID} order by id");
-    assert_eq!(query(&made, &uuids), [FOREIGN, &upper]);
+    assert_eq!(query(&made, &uuids), [&*of_3, FOREIGN, &upper]);
 
     // Ids go on from there, and what is remembered goes with its object.
     made.writer(false)
@@ -277,7 +278,7 @@ fn a_derived_name_goes_back_into_its_row_and_another_one_is_remembered() {
         .unwrap();
     assert!(names(&token).contains(&derived(token.name(), 901)));
     token.remove(&name(FOREIGN), patient()).unwrap();
-    assert_eq!(query(&made, &uuids), [&*upper]);
+    assert_eq!(query(&made, &uuids), [&*of_3, &*upper]);
     agree(&made, &token);
     token
         .create(&name(FOREIGN), &new("again"), patient())
@@ -309,7 +310,7 @@ fn names_that_are_fought_for_are_found_out_by_a_scan() {
         .create(&name(&of(&token, 2)), &new("x"), patient())
         .unwrap();
     agree(&made, &token);
-    assert_eq!(token.row(&of_row(&token, 2), patient()).unwrap(), 2);
+    assert_eq!(token.row(&of_row(&token, 2), patient()).unwrap(), 5);
 }
 
 #[test]
@@ -444,7 +445,7 @@ fn many_objects_are_made_together_or_not_at_all() {
     let mut wanted = [before, uuids.to_vec()].concat();
     wanted.sort();
     assert_eq!(names(&token), wanted);
-    for (row, uuid) in [(9, &uuids[0]), (7, &uuids[2]), (2000, &uuids[4])] {
+    for (row, uuid) in [(9, &uuids[0]), (11, &uuids[2]), (2000, &uuids[4])] {
         let id = ObjectId::Object(name(uuid));
         assert_eq!(token.row(&id, patient()).unwrap(), row);
     }

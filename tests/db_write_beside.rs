@@ -325,7 +325,8 @@ fn names_and_times_live_through_softhsms_writes_and_go_with_their_object() {
         token
             .row(&ObjectId::Object(first.clone()), patient())
             .unwrap(),
-        2
+        4,
+        "no row is used twice"
     );
     let mtime =
         |token: &DbToken, id: &ObjectId| token.object(id, patient()).unwrap().metadata.mtime;

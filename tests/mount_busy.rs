@@ -187,7 +187,8 @@ both_backends! {
         // By now they are due, and wait.
         std::thread::sleep(Duration::from_millis(500));
         let new = free.join("00000000-0000-4000-8000-00000000000a");
-        fs::create_dir(mount.join(&new)).unwrap();
+        // By a process that has ended when it is left alone.
+        run(tool("mkdir").arg(mount.join(&new)));
         for (name, text) in [("CKA_PRIVATE", "false\n"), ("CKA_TOKEN", "true\n"), ("CKA_CLASS", "CKO_DATA\n")] {
             fs::write(mount.join(&new).join(name), text).unwrap();
         }

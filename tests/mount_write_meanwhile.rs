@@ -328,6 +328,45 @@ both_backends! {
         assert!(said.contains("File too large"), "{said}");
     }
 
+    fn what_gets_the_name_of_another_one_is_not_taken_for_that(backend) {
+        let mut bench = Bench::new(backend);
+        let make = |bench: &mut Bench, label: &str| {
+            let data = [ulong(0, 0), boolean(1, true), boolean(2, false), bytes(3, label), bytes(CKA_VALUE, label)];
+            bench.client.create(&data).unwrap()
+        };
+        let handles = ["d1", "d2", "d3"].map(|label| make(&mut bench, label));
+        bench.settle();
+        let names = ["d1", "d2", "d3"].map(|label| {
+            let found = bench.quiet(&format!("grep -lx {label} */CKA_LABEL | cut -d/ -f1"));
+            found.trim().to_owned()
+        });
+        let [a, b, c] = &names;
+        let swap = |a: &str, b: &str| bench.quiet(&format!("mv {a} .t; mv {b} {a}; mv .t {b}"));
+        // All have their names again, and then two have not.
+        swap(a, c);
+        swap(a, c);
+        swap(b, a);
+        thread::sleep(HELD);
+        for label in ["d1", "d2", "d3"] {
+            let found = bench.client.find(&[bytes(3, label)]).unwrap();
+            assert_eq!(found.len(), 1, "{label}");
+            let value = bench.client.get_bytes(found[0].handle, CKA_VALUE).unwrap();
+            assert_eq!(value.as_deref(), Some(label.as_bytes()), "a session that has searched again");
+        }
+        if backend == Backend::File {
+            // There a handle is that of a name, whatever has it.
+            return;
+        }
+        // What it knows of the first one is not of another one.
+        let _ = bench.client.destroy(handles[0]);
+        bench.settle();
+        let mut fresh = bench.softhsm.p11();
+        fresh.open("test", Some(PIN)).unwrap();
+        for label in ["d2", "d3"] {
+            assert_eq!(fresh.find(&[bytes(3, label)]).unwrap().len(), 1, "{label} was destroyed by the handle of d1");
+        }
+    }
+
     fn a_token_that_is_held_up_is_not_taken_for_finished(backend) {
         let bench = Bench::new(backend);
         let backup = bench.outside.path().join("backup");
@@ -1209,4 +1248,45 @@ fn a_change_of_the_tokens_own_that_softhsm_overwrites_is_said_at_once() {
         assert!(std::time::Instant::now() < end, "{}", bench.log());
         thread::sleep(Duration::from_millis(20));
     }
+}
+
+/// One that had the token open when that was removed writes its copy of the token's own attributes when it logs in next.
+#[test]
+fn a_token_is_restored_over_what_softhsm_writes_meanwhile() {
+    let bench = Bench::new(Backend::File);
+    bench.quiet("cp -a . $out/backup");
+    let own = bench
+        .softhsm
+        .tokendir
+        .join(&bench.token)
+        .join("token.object");
+    let copy = fs::read(&own).unwrap();
+    for written in [&copy[..], &copy[..copy.len() - 1], b""] {
+        bench.quiet("cd .. && rm -r $t && mkdir $t && cp -a $out/backup/*-* $t/");
+        fs::write(&own, written).unwrap();
+        bench.quiet("cd .. && cp -a $out/backup/token $t/ && touch -r $out/backup $t && sync $t && diff -r $out/backup $t");
+        bench.assert_in_agreement();
+        let log = bench.log();
+        assert!(log.contains("had written its copy"), "{log}");
+        bench.assert_no_leftovers();
+    }
+    // Another token is nobody's copy.
+    let mut other = Attributes::new();
+    other.insert(
+        tokenfs::pkcs11::CKA_OS_TOKENSERIAL,
+        text("0123456789abcdef"),
+    );
+    other.insert(tokenfs::pkcs11::CKA_OS_TOKENFLAGS, Value::Ulong(1));
+    bench.quiet("cd .. && rm -r $t && mkdir $t && cp -a $out/backup/*-* $t/");
+    fs::write(&own, encode(1, &other)).unwrap();
+    bench.quiet("cp -a $out/backup/token .");
+    let said = bench.fails("sync .");
+    assert!(said.contains("File exists"), "{said}");
+    assert!(
+        bench.log().contains("another token in its directory"),
+        "{}",
+        bench.log()
+    );
+    fs::remove_file(&own).unwrap();
+    bench.quiet("sync .");
 }

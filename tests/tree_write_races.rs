@@ -1396,7 +1396,15 @@ fn who_has_a_file_open_follows_it_from_object_to_scratch_to_object() {
 #[test]
 fn a_new_object_is_finished_when_what_was_open_in_it_is_unlinked() {
     let f = fixture();
-    let object = f.make_dir(f.token, NAMES[0]);
+    // By somebody who has ended since.
+    let maker = Caller {
+        pid: u32::MAX - 1,
+        ..me()
+    };
+    let made = f
+        .tree
+        .make_dir(f.token, os(NAMES[0]), 0o700, maker, patient());
+    let object = made.unwrap().attributes.ino;
     f.put(object, "CKA_CLASS", b"CKO_DATA\n");
     f.put(object, "CKA_PRIVATE", b"false\n");
     let open = f.create(object, ".tmp");

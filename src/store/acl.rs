@@ -29,7 +29,7 @@ pub(crate) fn narrow(mode: u32, ask: impl FnOnce(&mut [u8]) -> Result<usize, Err
             mode & !0o077 | allowed(list).unwrap_or(0)
         }
         // No list, or no lists at all on this file system.
-        Err(Errno::NODATA | Errno::OPNOTSUPP | Errno::NOSYS | Errno::NOENT) => mode,
+        Err(Errno::NODATA | Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL | Errno::NOENT) => mode,
         // Nobody knows whom it keeps out, or it has more entries than the buffer holds.
         Err(_) => mode & !0o077,
     }

@@ -13,7 +13,7 @@ use super::acl;
 const CLOCK_TICK: Duration = Duration::from_millis(50);
 
 /// The same where times have no fraction of a second.
-const COARSE_TICK: Duration = Duration::from_millis(2100);
+pub(crate) const COARSE_TICK: Duration = Duration::from_millis(2100);
 
 /// What `stat` says of a backing file or directory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -53,25 +53,30 @@ impl Tree {
     /// Takes away the scratch in the directories of objects and tokens that somebody else has removed: nobody can name it any more. Whether there was any.
     pub(super) fn drop_lost_scratch(&self) -> bool {
         let directories: HashSet<Node> = lock(&self.scratch).outside().cloned().collect();
-        let is_gone = |directory: &Node| {
-            // It is being renamed, or used.
-            let Ok(_shut) = self.shut(self.spot_of(directory), Patience::Now) else {
-                return false;
-            };
-            let found = match (directory.object(), directory.token()) {
-                (Some((token, id)), _)
-                    if !lock(&self.drafts).is_new(&(token.clone(), id.clone())) =>
-                {
-                    self.stored(token, id, Patience::Now).map(drop)
-                }
-                (None, Some(token)) if self.is_gone(token) => return true,
-                _ => Ok(()),
-            };
-            matches!(found, Err(error) if error.kind() == ErrorKind::NotFound)
-        };
-        let gone: HashSet<Node> = directories.into_iter().filter(is_gone).collect();
-        lock(&self.scratch).clear_all(|directory| gone.contains(directory));
-        !gone.is_empty()
+        let mut was_any = false;
+        for directory in directories {
+            // Otherwise it is being renamed, or used.
+            if let Ok(_shut) = self.shut(self.spot_of(&directory), Patience::Now)
+                && self.is_lost(&directory)
+            {
+                lock(&self.scratch).clear(&directory);
+                was_any = true;
+            }
+        }
+        was_any
+    }
+
+    /// Whether somebody else has removed a directory.
+    fn is_lost(&self, directory: &Node) -> bool {
+        match (directory.object(), directory.token()) {
+            (Some((token, id)), _) => {
+                let is_new = lock(&self.drafts).is_new(&(token.clone(), id.clone()));
+                let found = self.stored(token, id, Patience::Now);
+                !is_new && found.is_err_and(|error| error.kind() == ErrorKind::NotFound)
+            }
+            (None, Some(token)) => self.is_gone(token),
+            _ => false,
+        }
     }
 
     /// If there are too many scratch files, perhaps there are some that nobody can name.

@@ -40,7 +40,7 @@ impl Tree {
             let mut state = lock(&writer.state);
             state.flushed = state.resized && !state.written && !state.refused;
             // Somebody may have written since.
-            state.closed = (!state.written).then_some(state.version);
+            state.closed = (!state.written || state.paged).then_some(state.version);
         }
         Ok(())
     }
@@ -356,12 +356,7 @@ impl Tree {
         if state.refused {
             // Nobody can be told, and nothing was meant to be kept but what was refused.
             // Others who have it open may have more luck.
-            let writers = lock(&self.handles).writers();
-            let is_last = !writers.iter().any(|other| {
-                !std::ptr::eq(&raw const **other, writer)
-                    && self.committed_as(other).as_ref() == Some(&node)
-            });
-            if !is_scratch && is_last {
+            if !is_scratch && self.is_last(&node, writer) {
                 self.drop_fresh(&node);
             }
             return Ok(());
@@ -374,13 +369,26 @@ impl Tree {
         if let Some((_, _, slot)) = Slot::of(&node)
             && !is_scratch
             && self.is_fresh(&node)
-            // What has been written so far by who is at it is nothing that anybody else means.
-            && lock(&writer.content).is_empty()
-            && text::parse(slot.key, &[], Context::default()).is_ok()
         {
-            return self.commit_writer(writer, patience, |_| true);
+            if !lock(&writer.content).is_empty() {
+                // What had been written by who was at it is nothing that anybody else means.
+                if self.is_last(&node, writer) {
+                    self.drop_fresh(&node);
+                }
+            } else if text::parse(slot.key, &[], Context::default()).is_ok() {
+                return self.commit_writer(writer, patience, |_| true);
+            }
         }
         Ok(())
+    }
+
+    /// Whether nobody else has `node` open for writing.
+    fn is_last(&self, node: &Node, writer: &Writer) -> bool {
+        let writers = lock(&self.handles).writers();
+        !writers.iter().any(|other| {
+            !std::ptr::eq(&raw const **other, writer)
+                && self.committed_as(other).as_ref() == Some(node)
+        })
     }
 
     /// Waits a moment for those who have cut one of these scratch files, and have closed it perhaps: whether they have is heard a little later

@@ -48,6 +48,14 @@ impl Trace {
     }
 }
 
+/// Nothing can be done through what has just been closed.
+fn closed(outcome: Result<()>) -> Result<()> {
+    match outcome {
+        Err(error) if error.kind() == ErrorKind::System(libc::EBADF) => Ok(()),
+        outcome => outcome,
+    }
+}
+
 fn hash(text: &[u8]) -> u128 {
     let mut hasher = SipHasher13::new();
     hasher.write(text);
@@ -94,11 +102,7 @@ impl Tree {
     pub(super) fn resize_all(&self, ino: Ino, size: u64, patience: Patience) -> Result<()> {
         let writers = lock(&self.handles).writers_of(ino);
         for handle in writers {
-            match self.resize_open(handle, size, patience) {
-                // It has just been closed.
-                Err(error) if error.kind() == ErrorKind::System(libc::EBADF) => {}
-                outcome => outcome?,
-            }
+            closed(self.resize_open(handle, size, patience))?;
         }
         Ok(())
     }
@@ -148,8 +152,8 @@ impl Tree {
             _ if self.is_being_written(node) => {
                 // It has no value yet, and gets what is left of it from who is writing it.
                 for (handle, writer) in self.written_as(node) {
-                    if writer.size() > size {
-                        self.resize_open(handle, size, patience)?;
+                    if writer.size() != size {
+                        closed(self.resize_open(handle, size, patience))?;
                     }
                 }
                 return Ok(());

@@ -350,7 +350,8 @@ impl Tree {
                     ..access
                 };
                 // Another one of that name, which somebody else has removed. (Not one that somebody else has just made.)
-                if self.is_gone(&token) {
+                let found = self.token(&token);
+                if matches!(found, Err(error) if error.kind() == ErrorKind::NotFound) {
                     self.drop_pending(&token);
                 }
                 let made = self.store.create_token(&token, access, files);

@@ -76,7 +76,7 @@ impl Writer {
     }
 
     /// What is in the file as this descriptor sees it.
-    fn copy(&self) -> Arc<Vec<u8>> {
+    fn share(&self) -> Arc<Vec<u8>> {
         lock(&self.content).share()
     }
 
@@ -474,23 +474,22 @@ impl Handles {
     /// What somebody who has the file `ino` open sees of it now: a version that nobody is at first, and of those that of one who reads it.
     pub(super) fn open_content(&self, ino: Ino) -> Option<OpenContent> {
         let judged = |(_, open): (HandleId, &Open)| {
-            let whole = match &open.handle {
-                Handle::Content(..) => Whole::Read,
+            Some(match &open.handle {
+                Handle::Content(content, told) => (Whole::Read, Arc::clone(content), *told),
                 // It is written in place, for all who have it open.
-                Handle::Shared(_) => Whole::Written,
-                Handle::Writer(writer) if lock(&writer.state).is_whole() => Whole::Written,
-                Handle::Writer(_) => Whole::No,
+                Handle::Shared(writer) => (Whole::Written, writer.share(), writer.attributes),
+                Handle::Writer(writer) => {
+                    // Both at once: nobody writes in between.
+                    let content = lock(&writer.content);
+                    let is_whole = lock(&writer.state).is_whole();
+                    let whole = if is_whole { Whole::Written } else { Whole::No };
+                    (whole, content.share(), writer.attributes)
+                }
                 Handle::Listing(..) => return None,
-            };
-            Some((whole, open.handle.clone()))
+            })
         };
         let found = self.of(ino).filter_map(judged);
-        let (whole, handle) = found.max_by_key(|(whole, _)| *whole)?;
-        let (content, told) = match handle {
-            Handle::Content(content, told) => (content, told),
-            Handle::Shared(writer) | Handle::Writer(writer) => (writer.copy(), writer.attributes),
-            Handle::Listing(..) => return None,
-        };
+        let (whole, content, told) = found.max_by_key(|(whole, ..)| *whole)?;
         Some(OpenContent {
             content,
             told: Attributes { ino, ..told },

@@ -267,6 +267,7 @@ impl Tree {
                     .map(|(key, value)| (key.attribute_type, value.clone()))
                     .collect(),
             )?;
+            check_texts(attributes)?;
             validate::check_finished(None, attributes)?;
             validate::check(None, attributes)?;
             let fresh = draft.into_iter().flat_map(|draft| draft.fresh.keys());
@@ -536,6 +537,21 @@ fn one_of_each(mut values: Vec<(AttributeType, Value)>) -> Result<Attributes> {
         ));
     }
     Ok(values.into_iter().collect::<BTreeMap<_, _>>().into())
+}
+
+/// That all texts of an object can be read again.
+///
+/// # Errors
+/// [`ErrorKind::TooLarge`].
+fn check_texts(attributes: &Attributes) -> Result<()> {
+    let context = Context::of(attributes);
+    for (key, value) in attributes.iter() {
+        match value {
+            Value::Map(entries) => check_texts(entries)?,
+            value => text::check_readable(key, value, context)?,
+        }
+    }
+    Ok(())
 }
 
 /// Mode and owner that `stat` says.

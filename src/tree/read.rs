@@ -353,7 +353,8 @@ impl Tree {
             },
         };
         let size = content.len() as u64;
-        let content = self.shared(ino, content)?;
+        let content = self.shared(ino, content);
+        let content = self.noted(content.map_err(|error| error.of(&self.path_of(node))))?;
         let handle = self.open_handle(Handle::Content(content, attributes));
         self.tell_of_opened(ino, size);
         Ok(handle)

@@ -90,11 +90,6 @@ impl Tree {
             {
                 return Ok(None);
             }
-            if finished == Finished::Said
-                && let Some(new) = draft.new.as_mut()
-            {
-                new.makers.are_done();
-            }
             draft.busy = true;
             Ok(Some(draft.clone()))
         })?;
@@ -469,8 +464,9 @@ impl Tree {
             let new = drafts.get_mut(key).and_then(|draft| draft.new.as_mut());
             Ok(new.is_some_and(|new| {
                 let is_filled = !new.is_nothing();
-                if is_filled && mtime.is_some() {
-                    new.mtime = mtime;
+                if is_filled {
+                    new.mtime = mtime.or(new.mtime);
+                    new.makers.are_done();
                 }
                 is_filled
             }))

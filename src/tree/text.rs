@@ -71,6 +71,21 @@ pub fn length(attribute_type: AttributeType, value: &Value, context: Context) ->
 /// How long a text is at most that is no byte string, in bytes: whoever reads it should not take long over it.
 pub const LONGEST_TEXT: usize = 1024 * 1024;
 
+/// That the text of a value is none that [`parse`] refuses for its length.
+///
+/// # Errors
+/// [`ErrorKind::TooLarge`].
+pub fn check_readable(key: AttributeKey, value: &Value, context: Context) -> Result<()> {
+    if key.kind == Kind::Bytes {
+        return Ok(());
+    }
+    let length = length(key.attribute_type, value, context)?;
+    match usize::try_from(length) {
+        Ok(length) if length <= LONGEST_TEXT => Ok(()),
+        length => Err(too_long(length.unwrap_or(usize::MAX))),
+    }
+}
+
 fn too_long(length: usize) -> Error {
     let detail = format!(
         "a text of {length} bytes; one that is no byte string has at most {LONGEST_TEXT}, as it is read"
@@ -99,11 +114,7 @@ pub fn parse(key: AttributeKey, text: &[u8], context: Context) -> Result<Value> 
             })
             .collect::<Result<_>>()
             .map(Value::Mechs)
-            .and_then(|set| match length(key.attribute_type, &set, context)? {
-                // What is read has to be what can be written.
-                long if long > LONGEST_TEXT as u64 => Err(too_long(text.len())),
-                _ => Ok(set),
-            }),
+            .and_then(|set| check_readable(key, &set, context).map(|()| set)),
         Kind::Map => Err(is_a_directory()),
     }
 }

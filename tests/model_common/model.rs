@@ -722,13 +722,12 @@ impl Model {
         let open = self.fds[fd].clone().unwrap();
         if open.how.write && !open.detached {
             let fresh = matches!(self.nodes[open.node], Node::Attribute { value: None, .. });
+            let others = self.fds.iter().enumerate().any(|(other, opened)| {
+                let same =
+                    |opened: &Fd| opened.node == open.node && !opened.detached && opened.how.write;
+                other != fd && opened.as_ref().is_some_and(same)
+            });
             if open.refused {
-                let others = self.fds.iter().enumerate().any(|(other, opened)| {
-                    let same = |opened: &Fd| {
-                        opened.node == open.node && !opened.detached && opened.how.write
-                    };
-                    other != fd && opened.as_ref().is_some_and(same)
-                });
                 if fresh && !open.shared && !others {
                     let (directory, name) = (self.parents[open.node], self.name_of(open.node));
                     self.take_away(directory.unwrap(), &name);
@@ -736,8 +735,13 @@ impl Model {
             } else if open.written || open.resized {
                 let _ = self.commit_fd(fd);
             } else if fresh && !open.shared {
-                let text = self.buffers[open.bytes].now.clone();
-                if parse(self.key_of(open.node), &text, Context::default()).is_ok() {
+                if !self.buffers[open.bytes].now.is_empty() {
+                    // What has been written by who was at it is nothing that anybody else means.
+                    if !others {
+                        let (directory, name) = (self.parents[open.node], self.name_of(open.node));
+                        self.take_away(directory.unwrap(), &name);
+                    }
+                } else if parse(self.key_of(open.node), b"", Context::default()).is_ok() {
                     let _ = self.commit_fd(fd);
                 }
             }
@@ -812,6 +816,14 @@ impl Model {
         if self.is_directory(id) {
             return Err(EISDIR);
         }
+        let writers = self.writers_without_value(id);
+        if !writers.is_empty() {
+            // It gets what is left of it from who is writing it.
+            for fd in writers {
+                self.set_length(fd, length)?;
+            }
+            return Ok(());
+        }
         let mut text = self.text_of(id);
         if text.len() as u64 == length {
             return Ok(());
@@ -823,6 +835,20 @@ impl Model {
             return Ok(());
         }
         self.commit(id, &text)
+    }
+
+    /// Through which descriptors a file is being written that has no value yet.
+    fn writers_without_value(&self, id: Id) -> Vec<usize> {
+        if !matches!(self.nodes[id], Node::Attribute { value: None, .. }) {
+            return Vec::new();
+        }
+        let fds = self.fds.iter().enumerate();
+        fds.filter_map(|(number, fd)| {
+            let fd = fd.as_ref()?;
+            let is_its = fd.node == id && fd.how.write && !fd.detached && fd.written;
+            is_its.then_some(number)
+        })
+        .collect()
     }
 
     pub fn unlink(&mut self, path: &str) -> Answer {
@@ -954,12 +980,39 @@ impl Model {
                 Node::Attribute { .. } | Node::Directory(Role::Map | Role::Object { .. }, _),
                 Place::Scratch,
             ) => {
+                if let Node::Directory(Role::Object { pending: false }, _) = self.nodes[id] {
+                    self.check_can_come_back(id)?;
+                }
                 // Who has a file of it open goes on to write into that.
                 self.become_scratch(id);
                 self.names_mut(from_directory).remove(from_name);
                 self.put_at(to_directory, to_name, id);
             }
             _ => return Err(EXDEV),
+        }
+        Ok(())
+    }
+
+    /// What is taken out of the store can be put back as it is.
+    fn check_can_come_back(&self, object: Id) -> Answer {
+        let values = self.values(object);
+        let checked = validate::check_finished(None, &values);
+        checked
+            .and_then(|()| validate::check(None, &values))
+            .map_err(|_| EINVAL)?;
+        self.check_without_value(object)
+    }
+
+    /// No file in it lacks a value that has none which is empty.
+    fn check_without_value(&self, directory: Id) -> Answer {
+        for id in self.names(directory).unwrap().values() {
+            match &self.nodes[*id] {
+                Node::Attribute { value: None, .. } => {
+                    parse(self.key_of(*id), b"", Context::default()).map_err(|_| EINVAL)?;
+                }
+                Node::Directory(Role::Map, _) => self.check_without_value(*id)?,
+                _ => {}
+            }
         }
         Ok(())
     }
@@ -1064,7 +1117,12 @@ impl Model {
 
     fn become_scratch(&mut self, id: Id) {
         if let Node::Attribute { .. } = self.nodes[id] {
-            let bytes = self.buffer(self.text_of(id));
+            let text = match self.writers_without_value(id).is_empty() {
+                true => self.text_of(id),
+                // They go on to write all of it there.
+                false => Vec::new(),
+            };
+            let bytes = self.buffer(text);
             self.nodes[id] = Node::Scratch { bytes };
         } else {
             let names = self.names(id).cloned().unwrap();

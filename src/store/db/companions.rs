@@ -100,7 +100,8 @@ fn is_none_or_known(path: &Path, database: &FileStat, beginnings: &[&[u8]]) -> b
         .any(|beginning| bytes[..read].starts_with(beginning))
 }
 
-fn with(path: &Path, suffix: &str) -> PathBuf {
+/// The file of a database that has its name and `suffix`.
+pub(super) fn with(path: &Path, suffix: &str) -> PathBuf {
     let mut name = OsString::from(path);
     name.push(suffix);
     name.into()

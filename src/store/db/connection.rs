@@ -14,6 +14,7 @@ use rusqlite::{Connection, OpenFlags};
 use super::companions;
 use super::failure::{Failure, classify};
 use crate::error::{Error, ErrorKind, Result};
+use crate::store::metadata::COARSE_TICK;
 
 /// The longest path that SQLite opens a database under: `MAX_PATHNAME` of its `os_unix.c` (512), less what `openDatabase`
 /// reserves for the name of the journal.
@@ -56,6 +57,11 @@ impl Stamp {
     /// Whether a later change would be certain to give another stamp: the last one is longer ago than `granularity`.
     pub fn is_settled(&self, now: SystemTime, granularity: Duration) -> bool {
         let (seconds, nanoseconds) = self.ctime;
+        let granularity = if nanoseconds == 0 {
+            granularity.max(COARSE_TICK)
+        } else {
+            granularity
+        };
         let since_epoch = now.duration_since(UNIX_EPOCH).unwrap_or_default();
         let now = i128::try_from(since_epoch.as_nanos()).unwrap_or(i128::MAX);
         let changed = i128::from(seconds) * 1_000_000_000 + i128::from(nanoseconds);

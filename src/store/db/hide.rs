@@ -8,6 +8,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use super::companions::with;
 use super::{DATABASE, DbToken};
 use crate::diagnostics::Diagnostics;
 use crate::error::{Error, ErrorKind, Result};
@@ -29,6 +30,11 @@ impl DbToken {
             if !work.snapshot.names.list.is_empty() {
                 let detail = "there are objects in this token";
                 return Err(Error::new(ErrorKind::NotEmpty, detail).into());
+            }
+            // Who has a database with a log open goes on to commit into that, under the name that it had.
+            if with(&self.path, "-wal").exists() {
+                let detail = "the database has a write-ahead log, which SoftHSM never asks for; end all programs that use it, and `pragma journal_mode=delete`";
+                return Err(Error::new(ErrorKind::Busy, detail).into());
             }
             rename()?;
             Ok(None)

@@ -16,6 +16,7 @@ use super::attire::{access_of, create_flags, set_access};
 use super::encode::encode;
 use super::generation::{Generation, microseconds};
 use super::guard::{Temporary, stat_regular, sync};
+use super::own;
 use super::read::open_regular;
 use super::{FileToken, TOKEN_LOCK, TOKEN_OBJECT};
 use crate::diagnostics::Diagnostics;
@@ -24,7 +25,7 @@ use crate::store::attribute::Attributes;
 use crate::store::crash::point;
 use crate::store::rename::rename_to_free;
 use crate::store::sync::sync_directory;
-use crate::store::{Access, ObjectId, Options, TokenName};
+use crate::store::{Access, ObjectId, Options, Patience, TokenName};
 
 /// Up to how many files are synced one by one. Beyond that, the whole file system is, which costs less.
 const FEW: usize = 64;
@@ -98,8 +99,18 @@ impl FileToken {
         self.sync_files()?;
         sync_directory(directory)?;
         point("file.publish.synced");
-        rename_to_free(directory, names.object(), Path::new(TOKEN_OBJECT))
-            .map_err(|errno| Error::system("rename", errno))?;
+        match rename_to_free(directory, names.object(), Path::new(TOKEN_OBJECT)) {
+            Ok(()) => {}
+            Err(Errno::EEXIST) => {
+                let patience = Patience::at_most(self.options.lock_wait);
+                own::replace(directory, names.object(), patience)?;
+                self.diagnostics.warning(format!(
+                    "{}: a SoftHSM that had the token open before that was removed had written its copy of this; what was made takes its place",
+                    self.path.join(TOKEN_OBJECT).display()
+                ));
+            }
+            Err(errno) => return Err(Error::system("rename", errno)),
+        }
         self.building.store(false, Ordering::Release);
         self.cache().clear();
         point("file.publish.renamed");

@@ -1,5 +1,6 @@
 //! Changing an object: the steps of [`crate::store::Token::update`], in their order.
 
+use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::{MutexGuard, PoisonError};
@@ -311,6 +312,9 @@ impl FileToken {
                 renameat(directory, names.next(), directory, names.object())
                     .map_err(|errno| Error::system("replace", errno))?;
                 new.keep();
+                if fstat(&reading.file).is_ok_and(|damaged| damaged.st_nlink == 0) {
+                    disown(&reading.file);
+                }
                 point("file.update.done");
                 return Ok(Attempt::Done);
             }
@@ -343,7 +347,7 @@ impl FileToken {
         // that is in there, to that of the new version, and never read that. If it cannot be written it is as it was; and what has another name, in a
         // backup of hard links, stays what it is.
         if previous.is_ok_and(|previous| previous.st_nlink == 1) {
-            let _ = reading.file.write_all_at(&microseconds().to_be_bytes(), 0);
+            disown(&reading.file);
         }
         drop(new);
         point("file.update.done");
@@ -405,6 +409,11 @@ impl FileToken {
     pub(super) fn unsynced(&self, name: &Path) {
         self.pending().insert(name.as_os_str().to_os_string());
     }
+}
+
+/// Gives a file that is no version of anything any more a number that none has.
+fn disown(file: &File) {
+    let _ = file.write_all_at(&microseconds().to_be_bytes(), 0);
 }
 
 /// The generation after `generation`: 0 is skipped, and a file without one has 0.

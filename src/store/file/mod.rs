@@ -34,6 +34,7 @@ mod layout;
 mod make;
 mod names;
 mod noticed;
+pub(crate) mod own;
 pub mod read;
 mod recover;
 mod rename;

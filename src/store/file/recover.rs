@@ -17,6 +17,7 @@ use super::FileToken;
 use super::attire::access_of;
 use super::guard::{Transaction, exists, stat_regular, unlink_if_there};
 use super::names::{Names, TOKEN_STEM};
+use super::own::{self, Own};
 use super::read::{is_named, open_regular};
 use super::{LOCK_SUFFIX, OBJECT_SUFFIX};
 use crate::error::{Error, ErrorKind, Result};
@@ -169,6 +170,26 @@ impl FileToken {
         let directory = self.directory();
         if !exists(directory, names.object()) {
             return Ok(());
+        }
+        if !exists(directory, names.next()) {
+            return self.recover_journal(&names);
+        }
+        let patience = Patience::at_most(self.options.lock_wait);
+        match own::mend(directory, names.next(), patience)? {
+            Own::Whole => {}
+            Own::Damaged => {
+                return Err(Error::damaged(
+                    "it is damaged, and so is what a crash has left of making or removing the token; bring it back from a backup",
+                )
+                .at(self.path.join(names.object())));
+            }
+            Own::Replaced => {
+                self.diagnostics.warning(format!(
+                    "{}: it was empty or damaged; what a crash had left of making or removing the token has taken its place",
+                    self.path.join(names.object()).display()
+                ));
+                return self.recover_journal(&names);
+            }
         }
         if unlink_if_there(directory, names.next())? {
             point("file.recover.token-cleared");

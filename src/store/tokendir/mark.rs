@@ -261,7 +261,8 @@ pub(super) fn clear(
                 ),
             ));
         }
-        if !with_objects && content.has_object() {
+        // A token may have been copied to where one is being removed.
+        if !with_objects && (content.has_object() || content.has_token()) {
             return Err(not_empty());
         }
         Ok(content)

@@ -197,7 +197,7 @@ impl Store {
         };
         if content.has_token() {
             unmark()?;
-            said("the token is whole; removed what a crash had left of making or removing it");
+            said("there is a token; removed what a crash had left of making or removing it");
             return Ok(true);
         }
         if content.has_object() && (building.is_none() || content.has_objects_alone()) {

@@ -537,3 +537,43 @@ fn leftovers_of_writes_in_tokens_are_put_right() {
         ["a.lock", "a.object", "generation", "token.object"]
     );
 }
+
+/// A SoftHSM that had the token open wrote its copy of the token's own object, or was about to, when a crash came.
+#[test]
+fn what_is_left_of_the_tokens_own_object_takes_the_place_of_what_nobody_could_use() {
+    use crate::pkcs11::{CKA_OS_TOKENFLAGS, CKA_OS_TOKENSERIAL};
+    use crate::store::attribute::Value;
+    let mut own = Attributes::new();
+    own.insert(
+        CKA_OS_TOKENSERIAL,
+        Value::Bytes(b"0123456789abcdef".to_vec()),
+    );
+    own.insert(CKA_OS_TOKENFLAGS, Value::Ulong(42));
+    let whole = encode(7, &own);
+    own.insert(CKA_OS_TOKENFLAGS, Value::Ulong(43));
+    let other = encode(8, &own);
+    let (cut, damaged) = (&whole[..whole.len() - 1], &b"nothing"[..]);
+    for mark in [Some(BUILDING), Some(REMOVING), None] {
+        for (present, left, wanted, stays) in [
+            (&b""[..], &whole[..], &whole[..], false),
+            (cut, &whole, &whole, false),
+            // It is whole, and later perhaps.
+            (&other, &whole, &other, false),
+            (&other, damaged, &other, false),
+            // Nothing is lost that somebody could need.
+            (cut, cut, cut, true),
+        ] {
+            let fixture = fixture();
+            fixture.make("t", &["generation", "token.lock", "x.object", "x.lock"]);
+            fs::write(fixture.path("t/token.object"), present).unwrap();
+            fs::write(fixture.path("t/token.tokenfs-new"), left).unwrap();
+            if let Some(mark) = mark {
+                fs::write(fixture.path("t").join(mark), b"").unwrap();
+            }
+            fixture.store.recover();
+            assert_eq!(fs::read(fixture.path("t/token.object")).unwrap(), wanted);
+            let left = fixture.path("t/token.tokenfs-new").exists();
+            assert_eq!(left, stays, "{mark:?}: {}", fixture.log.render());
+        }
+    }
+}
