@@ -350,8 +350,7 @@ impl Tree {
                     ..access
                 };
                 // Another one of that name, which somebody else has removed. (Not one that somebody else has just made.)
-                let found = self.token(&token);
-                if matches!(found, Err(error) if error.kind() == ErrorKind::NotFound) {
+                if self.is_gone(&token) {
                     self.drop_pending(&token);
                 }
                 let made = self.store.create_token(&token, access, files);
@@ -363,6 +362,8 @@ impl Tree {
                     ));
                 }
                 let made = made?;
+                // And one of which only a directory was left.
+                self.drop_pending(&token);
                 let mut drafts = lock(&self.drafts);
                 drafts.insert_build(token.clone(), caller.pid);
                 // What is written into it a moment after its maker has finished is no change of the directory: rsync, which takes a

@@ -101,7 +101,7 @@ fn is_none_or_known(path: &Path, database: &FileStat, beginnings: &[&[u8]]) -> b
 }
 
 /// The file of a database that has its name and `suffix`.
-pub(super) fn with(path: &Path, suffix: &str) -> PathBuf {
+fn with(path: &Path, suffix: &str) -> PathBuf {
     let mut name = OsString::from(path);
     name.push(suffix);
     name.into()

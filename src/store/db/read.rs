@@ -156,7 +156,7 @@ fn data_version(connection: &Connection) -> rusqlite::Result<i64> {
         .query_row([], |row| row.get(0))
 }
 
-fn journal_mode(connection: &Connection) -> rusqlite::Result<String> {
+pub(super) fn journal_mode(connection: &Connection) -> rusqlite::Result<String> {
     connection
         .prepare_cached("pragma journal_mode")?
         .query_row([], |row| row.get(0))

@@ -52,7 +52,7 @@ impl From<Error> for Stop {
 /// What a change is made with, in its transaction.
 pub(super) struct Work<'a> {
     token: &'a DbToken,
-    connection: &'a Connection,
+    pub(super) connection: &'a Connection,
     /// What is stored now.
     pub snapshot: &'a Snapshot,
     derived: &'a mut Derived,

@@ -99,18 +99,24 @@ impl FileToken {
         self.sync_files()?;
         sync_directory(directory)?;
         point("file.publish.synced");
-        match rename_to_free(directory, names.object(), Path::new(TOKEN_OBJECT)) {
-            Ok(()) => {}
-            Err(Errno::EEXIST) => {
-                let patience = Patience::at_most(self.options.lock_wait);
-                own::replace(directory, names.object(), patience)?;
-                self.diagnostics.warning(format!(
+        let mut renamed = rename_to_free(directory, names.object(), Path::new(TOKEN_OBJECT));
+        while renamed == Err(Errno::EEXIST) {
+            let patience = Patience::at_most(self.options.lock_wait);
+            match own::replace(directory, names.object(), patience) {
+                Ok(()) => renamed = Ok(()),
+                // It has gone again.
+                Err(error) if error.kind() == ErrorKind::NotFound => {
+                    renamed = rename_to_free(directory, names.object(), Path::new(TOKEN_OBJECT));
+                    continue;
+                }
+                Err(error) => return Err(error),
+            }
+            self.diagnostics.warning(format!(
                     "{}: a SoftHSM that had the token open before that was removed had written its copy of this; what was made takes its place",
                     self.path.join(TOKEN_OBJECT).display()
                 ));
-            }
-            Err(errno) => return Err(Error::system("rename", errno)),
         }
+        renamed.map_err(|errno| Error::system("rename", errno))?;
         self.building.store(false, Ordering::Release);
         self.cache().clear();
         point("file.publish.renamed");

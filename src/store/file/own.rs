@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io::Read;
 use std::os::fd::BorrowedFd;
 use std::path::Path;
+use std::time::Duration;
 
 use nix::fcntl::{OFlag, renameat};
 use nix::sys::stat::fstat;
@@ -17,6 +18,9 @@ use crate::pkcs11::CKA_OS_TOKENSERIAL;
 use crate::store::attribute::Attributes;
 use crate::store::sync::sync_directory;
 use crate::store::{Patience, lock, validate};
+
+/// How long a file stays as it is that nobody is writing (`docs/store-format.md`, "How tokenfs reads a file").
+const AT_REST: Duration = Duration::from_millis(1100);
 
 /// What became of a `token.object` for which there is another version.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,14 +43,32 @@ pub(crate) fn mend(directory: BorrowedFd<'_>, other: &Path, patience: Patience) 
         Err(error) if error.kind() == ErrorKind::NotFound => false,
         Err(error) => return Err(error),
     };
-    let present = locked(directory, patience)?;
-    match content(&present)? {
-        Some(own) if !other_is_whole || is_whole(&own) => Ok(Own::Whole),
-        None if !other_is_whole => Ok(Own::Damaged),
-        _ => {
+    let mut before = None;
+    loop {
+        let present = locked(directory, patience)?;
+        let bytes = bytes(&present)?;
+        let damaged = match decode(&bytes) {
+            Ok(decoded) if !other_is_whole || is_whole(&decoded.attributes) => {
+                return Ok(Own::Whole);
+            }
+            Ok(_) => false,
+            Err(_) => true,
+        };
+        // A SoftHSM writes some of it when it has let go of the lock already.
+        if before.as_ref() == Some(&bytes) {
+            if damaged && !other_is_whole {
+                return Ok(Own::Damaged);
+            }
             put(directory, other)?;
-            Ok(Own::Replaced)
+            // It has its place, whatever becomes of this.
+            if let Err(error) = sync_directory(directory) {
+                log::warn!("{error}");
+            }
+            return Ok(Own::Replaced);
         }
+        before = Some(bytes);
+        drop(present);
+        std::thread::sleep(AT_REST);
     }
 }
 
@@ -84,17 +106,20 @@ fn locked(directory: BorrowedFd<'_>, patience: Patience) -> Result<File> {
 
 fn put(directory: BorrowedFd<'_>, other: &Path) -> Result<()> {
     renameat(directory, other, directory, TOKEN_OBJECT)
-        .map_err(|errno| Error::system("rename", errno))?;
-    sync_directory(directory)
+        .map_err(|errno| Error::system("rename", errno))
 }
 
 /// What a file holds, if it is an object.
 fn content(file: &File) -> Result<Option<Attributes>> {
+    Ok(decode(&bytes(file)?).ok().map(|decoded| decoded.attributes))
+}
+
+fn bytes(file: &File) -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
     file.take(LARGEST + 1)
         .read_to_end(&mut bytes)
         .map_err(|error| Error::io("read", &error))?;
-    Ok(decode(&bytes).ok().map(|decoded| decoded.attributes))
+    Ok(bytes)
 }
 
 fn is_whole(own: &Attributes) -> bool {

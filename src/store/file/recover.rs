@@ -171,8 +171,10 @@ impl FileToken {
         if !exists(directory, names.object()) {
             return Ok(());
         }
+        // Before anybody judges it.
+        let recovered = self.recover_journal(&names);
         if !exists(directory, names.next()) {
-            return self.recover_journal(&names);
+            return recovered;
         }
         let patience = Patience::at_most(self.options.lock_wait);
         match own::mend(directory, names.next(), patience)? {
@@ -188,7 +190,7 @@ impl FileToken {
                     "{}: it was empty or damaged; what a crash had left of making or removing the token has taken its place",
                     self.path.join(names.object()).display()
                 ));
-                return self.recover_journal(&names);
+                return recovered;
             }
         }
         if unlink_if_there(directory, names.next())? {
@@ -198,7 +200,7 @@ impl FileToken {
                 self.path.join(names.next()).display()
             ));
         }
-        self.recover_journal(&names)
+        recovered
     }
 
     fn recover_journal(&self, names: &Names) -> Result<()> {

@@ -261,8 +261,7 @@ pub(super) fn clear(
                 ),
             ));
         }
-        // A token may have been copied to where one is being removed.
-        if !with_objects && (content.has_object() || content.has_token()) {
+        if !with_objects && content.has_object() {
             return Err(not_empty());
         }
         Ok(content)
