@@ -1288,5 +1288,10 @@ fn a_token_is_restored_over_what_softhsm_writes_meanwhile() {
         bench.log()
     );
     fs::remove_file(&own).unwrap();
+    // Nor is what is no file.
+    fs::create_dir(&own).unwrap();
+    let said = bench.fails("sync .");
+    assert!(said.contains("File exists"), "{said}");
+    fs::remove_dir(&own).unwrap();
     bench.quiet("sync .");
 }

@@ -27,6 +27,9 @@ use crate::store::rename::rename_to_free;
 use crate::store::sync::sync_directory;
 use crate::store::{Access, ObjectId, Options, Patience, TokenName};
 
+/// How often a `token.object` that is in the way is looked at that has gone by then.
+const ATTEMPTS: usize = 10;
+
 /// Up to how many files are synced one by one. Beyond that, the whole file system is, which costs less.
 const FEW: usize = 64;
 
@@ -99,22 +102,27 @@ impl FileToken {
         self.sync_files()?;
         sync_directory(directory)?;
         point("file.publish.synced");
-        let mut renamed = rename_to_free(directory, names.object(), Path::new(TOKEN_OBJECT));
-        while renamed == Err(Errno::EEXIST) {
-            let patience = Patience::at_most(self.options.lock_wait);
+        let name = Path::new(TOKEN_OBJECT);
+        let patience = Patience::at_most(self.options.lock_wait);
+        let mut renamed = rename_to_free(directory, names.object(), name);
+        for _ in 0..ATTEMPTS {
+            if renamed != Err(Errno::EEXIST) {
+                break;
+            }
             match own::replace(directory, names.object(), patience) {
-                Ok(()) => renamed = Ok(()),
-                // It has gone again.
+                Ok(()) => {
+                    renamed = Ok(());
+                    self.diagnostics.warning(format!(
+                        "{}: a SoftHSM that had the token open before that was removed had written its copy of this; what was made takes its place",
+                        self.path.join(TOKEN_OBJECT).display()
+                    ));
+                }
+                // It has gone again, or is no file.
                 Err(error) if error.kind() == ErrorKind::NotFound => {
-                    renamed = rename_to_free(directory, names.object(), Path::new(TOKEN_OBJECT));
-                    continue;
+                    renamed = rename_to_free(directory, names.object(), name);
                 }
                 Err(error) => return Err(error),
             }
-            self.diagnostics.warning(format!(
-                    "{}: a SoftHSM that had the token open before that was removed had written its copy of this; what was made takes its place",
-                    self.path.join(TOKEN_OBJECT).display()
-                ));
         }
         renamed.map_err(|errno| Error::system("rename", errno))?;
         self.building.store(false, Ordering::Release);

@@ -172,9 +172,9 @@ impl FileToken {
             return Ok(());
         }
         // Before anybody judges it.
-        let recovered = self.recover_journal(&names);
+        self.recover_journal(&names)?;
         if !exists(directory, names.next()) {
-            return recovered;
+            return Ok(());
         }
         let patience = Patience::at_most(self.options.lock_wait);
         match own::mend(directory, names.next(), patience)? {
@@ -190,7 +190,7 @@ impl FileToken {
                     "{}: it was empty or damaged; what a crash had left of making or removing the token has taken its place",
                     self.path.join(names.object()).display()
                 ));
-                return recovered;
+                return Ok(());
             }
         }
         if unlink_if_there(directory, names.next())? {
@@ -200,7 +200,7 @@ impl FileToken {
                 self.path.join(names.next()).display()
             ));
         }
-        recovered
+        Ok(())
     }
 
     fn recover_journal(&self, names: &Names) -> Result<()> {
