@@ -282,36 +282,25 @@ both_backends! {
     }
 
     fn what_is_being_written_for_the_first_time_is_nobody_elses(backend) {
-        let bench = Bench::alone(backend);
-        let begin = |path: &Path| {
-            let mut file = File::options().append(true).create_new(true).open(path).unwrap();
-            file.write_all(b"half").unwrap();
-            file
-        };
+        let bench = Bench::new(backend);
         let value = |name: &str| bench.stored_data(name).map(|text| String::from_utf8(text).unwrap());
+        // One process that starts no other: whoever does has duplicates of all that is open for a moment, and closes them.
+        let write = |name: &str, meanwhile: &str| {
+            let script = format!(
+                "import os,sys,time; p=sys.argv[1]; x=os.path.dirname(p)+'/.x'; f=os.open(p,os.O_WRONLY|os.O_CREAT|os.O_EXCL|os.O_APPEND); \
+                 os.write(f,b'half'); {meanwhile}; time.sleep(.1); os.write(f,b'rest'); os.close(f)"
+            );
+            run(tool("python3").args(["-c", &script]).arg(bench.of_data(name)));
+        };
         // `touch`.
-        let file = bench.of_data("CKA_URL");
-        let mut writer = begin(&file);
-        drop(File::options().write(true).open(&file).unwrap());
-        thread::sleep(Duration::from_millis(100));
-        assert_eq!(value("CKA_URL"), None);
-        writer.write_all(b"rest").unwrap();
-        drop(writer);
+        write("CKA_URL", "os.close(os.open(p,os.O_WRONLY))");
         eventually(SOON, "the value", || value("CKA_URL").as_deref() == Some("halfrest"));
-        // `mv`, there and back.
-        let (file, aside) = (bench.of_data("CKA_ISSUER"), bench.of_data(".x"));
-        let mut writer = begin(&file);
-        fs::rename(&file, &aside).unwrap();
-        writer.write_all(b"rest").unwrap();
-        drop(writer);
-        fs::rename(&aside, &file).unwrap();
+        // `mv`, and back.
+        write("CKA_ISSUER", "os.rename(p,x)");
+        fs::rename(bench.of_data(".x"), bench.of_data("CKA_ISSUER")).unwrap();
         eventually(SOON, "the value", || value("CKA_ISSUER").as_deref() == Some("halfrest"));
         // `truncate`.
-        let file = bench.of_data("CKA_SERIAL_NUMBER");
-        let mut writer = begin(&file);
-        nix::unistd::truncate(&file, 2).unwrap();
-        writer.write_all(b"rest").unwrap();
-        drop(writer);
+        write("CKA_SERIAL_NUMBER", "os.truncate(p,2)");
         eventually(SOON, "the value", || value("CKA_SERIAL_NUMBER").as_deref() == Some("harest"));
     }
 

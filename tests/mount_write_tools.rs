@@ -11,7 +11,7 @@ use std::path::Path;
 
 use mount_common::*;
 use support::independent;
-use support::template::boolean;
+use support::template::{boolean, ulong};
 use support::*;
 use write_common::*;
 
@@ -270,7 +270,10 @@ both_backends! {
             bench.client.destroy(copy).unwrap();
             eventually(SOON, "SoftHSM's removal in the mount", || !bench.at(&name).exists());
             assert!(bench.has(&bench.private) && !bench.has(&name), "`{line}`: the copy is destroyed, and nothing else");
-            bench.assert_signs(bench.handles.2);
+            // What was scratch for a while has to be searched again (`db`).
+            let keys = bench.client.find(&[ulong(0, 3)]).unwrap();
+            assert_eq!(keys.len(), 1, "`{line}`: private keys");
+            bench.assert_signs(keys[0].handle);
         }
         bench.assert_no_leftovers();
     }
