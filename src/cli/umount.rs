@@ -19,8 +19,9 @@ use crate::tree::{CONTROL, LAYOUT, LOG, TOKEN};
 /// How long the server may take to say who it is, which needs no lock and no disk.
 const ANSWER: Duration = Duration::from_secs(10);
 
-/// How long the end of the server is waited for. It is busy for `4 × lock_wait` and a second at most (for what somebody still waits for, what SoftHSM has
-/// overwritten, and what is pending), unless the mount is seen
+/// How long the end of the server is waited for. It is busy for `5 × lock_wait` and a second, if one lock stays
+/// taken all the while: twice for what somebody still waits for, and once each for what SoftHSM has overwritten, for what was closed last and for
+/// what is pending (64 objects at a time). Longer only if the mount is seen
 /// elsewhere, in another container, and goes on there.
 const LONGEST: Duration = Duration::from_secs(30);
 

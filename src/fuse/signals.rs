@@ -33,15 +33,15 @@ enum State {
 #[derive(Clone, Debug)]
 pub struct Signals {
     state: Arc<Mutex<State>>,
-    end: Arc<OnceLock<End>>,
+    end: Arc<OnceLock<AtLast>>,
 }
 
 /// What is to be done before the process ends.
-struct End(Box<dyn Fn() + Send + Sync>);
+struct AtLast(Box<dyn Fn() + Send + Sync>);
 
-impl fmt::Debug for End {
+impl fmt::Debug for AtLast {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("End")
+        f.write_str("AtLast")
     }
 }
 
@@ -85,11 +85,11 @@ impl Signals {
     /// container that does not have `/sys/fs/fuse/connections`.
     pub fn before_the_end(&self, end: impl Fn() + Send + Sync + 'static) {
         // Nobody gives two.
-        let _ = self.end.set(End(Box::new(end)));
+        let _ = self.end.set(AtLast(Box::new(end)));
     }
 
     fn at_last(&self) {
-        if let Some(End(end)) = self.end.get() {
+        if let Some(AtLast(end)) = self.end.get() {
             end();
         }
     }

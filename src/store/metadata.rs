@@ -13,7 +13,17 @@ use super::acl;
 const CLOCK_TICK: Duration = Duration::from_millis(50);
 
 /// The same where times have no fraction of a second.
-pub(crate) const COARSE_TICK: Duration = Duration::from_millis(2100);
+const COARSE_TICK: Duration = Duration::from_millis(2100);
+
+/// How long a tick of the clock can be from which a file has its time, by the fraction of a second that this has: ext4 with small inodes has whole seconds,
+/// and vfat has two.
+pub(crate) fn tick(nanoseconds: u32) -> Duration {
+    if nanoseconds == 0 {
+        COARSE_TICK
+    } else {
+        CLOCK_TICK
+    }
+}
 
 /// What `stat` says of a backing file or directory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -140,19 +150,12 @@ impl Stamp {
     #[must_use]
     pub fn is_racy(&self, read_at: SystemTime) -> bool {
         match read_at.duration_since(self.ctime) {
-            Ok(age) => age < self.tick(),
+            Ok(age) => {
+                let since = self.ctime.duration_since(UNIX_EPOCH);
+                age < tick(since.map_or(0, |since| since.subsec_nanos()))
+            }
             // A time in the future says nothing.
             Err(_) => true,
-        }
-    }
-
-    /// How long a tick of the file system's clock can be: ext4 with small inodes has whole seconds, and vfat has two.
-    fn tick(&self) -> Duration {
-        let since = self.ctime.duration_since(UNIX_EPOCH);
-        if since.is_ok_and(|since| since.subsec_nanos() == 0) {
-            COARSE_TICK
-        } else {
-            CLOCK_TICK
         }
     }
 
@@ -202,5 +205,20 @@ mod tests {
         assert_eq!(time(1, 1), UNIX_EPOCH + Duration::new(1, 1));
         let _ = time(i64::MIN, -1);
         let _ = time(i64::MAX, i64::MAX);
+    }
+
+    #[test]
+    fn a_change_in_the_tick_of_a_read_can_leave_the_same_stamp() {
+        let stamp = |nanoseconds| Stamp {
+            device: 1,
+            inode: 1,
+            size: 1,
+            mtime: time(1000, nanoseconds),
+            ctime: time(1000, nanoseconds),
+        };
+        let at = |milliseconds| UNIX_EPOCH + Duration::from_millis(milliseconds);
+        assert!(stamp(1).is_racy(at(1_000_049)) && !stamp(1).is_racy(at(1_000_051)));
+        // Whole seconds, or two of them.
+        assert!(stamp(0).is_racy(at(1_001_900)) && !stamp(0).is_racy(at(1_002_200)));
     }
 }

@@ -19,7 +19,7 @@ use crate::store::{ObjectId, Patience, TokenName, validate};
 const SHORTEST_TEXT: usize = 4;
 
 /// How long an object is waited for that is being read, or written, by somebody else: a scan of a database, mostly.
-const BRIEFLY: Duration = Duration::from_secs(1);
+const A_MOMENT: Duration = Duration::from_secs(1);
 
 /// The longest text of another kind than bytes that is looked at while it is written, in bytes: a set of some thousand mechanisms.
 const LONGEST_WORD: usize = 64 * 1024;
@@ -142,7 +142,7 @@ impl Tree {
         // Who holds it for longer leaves that to `close`.
         let briefly = match patience {
             Patience::Now => Patience::Now,
-            Patience::Until(until) => Patience::Until(until.min(Instant::now() + BRIEFLY)),
+            Patience::Until(until) => Patience::Until(until.min(Instant::now() + A_MOMENT)),
         };
         self.check_with((token, id), (slot, value), true, briefly)
     }

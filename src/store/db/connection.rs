@@ -14,7 +14,7 @@ use rusqlite::{Connection, OpenFlags};
 use super::companions;
 use super::failure::{Failure, classify};
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::metadata::COARSE_TICK;
+use crate::store::metadata::tick;
 
 /// The longest path that SQLite opens a database under: `MAX_PATHNAME` of its `os_unix.c` (512), less what `openDatabase`
 /// reserves for the name of the journal.
@@ -54,19 +54,15 @@ impl Stamp {
         (self.identity, self.size, self.mtime) != (earlier.identity, earlier.size, earlier.mtime)
     }
 
-    /// Whether a later change would be certain to give another stamp: the last one is longer ago than `granularity`.
-    pub fn is_settled(&self, now: SystemTime, granularity: Duration) -> bool {
+    /// Whether a later change would be certain to give another stamp: the last one is longer ago than a tick of the clock.
+    pub fn is_settled(&self, now: SystemTime) -> bool {
         let (seconds, nanoseconds) = self.ctime;
-        let granularity = if nanoseconds == 0 {
-            granularity.max(COARSE_TICK)
-        } else {
-            granularity
-        };
+        let tick = tick(u32::try_from(nanoseconds).unwrap_or(0));
         let since_epoch = now.duration_since(UNIX_EPOCH).unwrap_or_default();
         let now = i128::try_from(since_epoch.as_nanos()).unwrap_or(i128::MAX);
         let changed = i128::from(seconds) * 1_000_000_000 + i128::from(nanoseconds);
         // A time in the future is never settled.
-        now - changed > i128::try_from(granularity.as_nanos()).unwrap_or(i128::MAX)
+        now - changed > i128::try_from(tick.as_nanos()).unwrap_or(i128::MAX)
     }
 }
 
@@ -180,7 +176,6 @@ mod tests {
         std::fs::write(&path, b"").unwrap();
         let mut stamp = Stamp::of(&stat(&path).unwrap());
         stamp.ctime = (1000, 999_000_000);
-        let granularity = Duration::from_millis(50);
         let at = |milliseconds| UNIX_EPOCH + Duration::from_millis(milliseconds);
         for (now, settled) in [
             (0, false),
@@ -190,7 +185,12 @@ mod tests {
             (1_001_050, true),
             (9_000_000, true),
         ] {
-            assert_eq!(stamp.is_settled(at(now), granularity), settled, "{now}");
+            assert_eq!(stamp.is_settled(at(now)), settled, "{now}");
+        }
+        // The file system knows whole seconds only, or two of them.
+        stamp.ctime = (1000, 0);
+        for (now, settled) in [(1_001_500, false), (1_002_100, false), (1_002_101, true)] {
+            assert_eq!(stamp.is_settled(at(now)), settled, "{now}");
         }
     }
 

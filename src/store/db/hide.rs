@@ -8,7 +8,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use super::read::journal_mode;
+use super::read::has_log;
 use super::{DATABASE, DbToken};
 use crate::diagnostics::Diagnostics;
 use crate::error::{Error, ErrorKind, Result};
@@ -32,8 +32,7 @@ impl DbToken {
                 return Err(Error::new(ErrorKind::NotEmpty, detail).into());
             }
             // Who has a database with a log open goes on to commit into that, under the name that it had.
-            let mode = journal_mode(work.connection);
-            if mode.is_ok_and(|mode| mode.eq_ignore_ascii_case("wal")) {
+            if work.sql(has_log(work.connection))? {
                 let detail = "the database has a write-ahead log, which SoftHSM never asks for; end all programs that use it, and `pragma journal_mode=delete`";
                 return Err(Error::new(ErrorKind::Busy, detail).into());
             }

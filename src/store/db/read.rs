@@ -4,7 +4,7 @@
 //! connection's cache of pages (`pager_reset` in SQLite's `pager.c`). `stat` is taken after that, while nobody can write.
 
 use std::path::Path;
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use nix::sys::stat::FileStat;
 use rusqlite::Connection;
@@ -12,10 +12,6 @@ use rusqlite::Connection;
 use super::connection::{Database, Stamp, stat};
 use super::failure::{Failure, classify};
 use super::scan::{self, Rows};
-
-/// Files take their times from a clock that ticks every 1 to 10 ms (the kernel's `CONFIG_HZ`); two changes within one
-/// tick look the same. Well above that, for the clocks of the servers of network file systems.
-const GRANULARITY: Duration = Duration::from_millis(50);
 
 /// What was read before, and with which connection.
 #[derive(Clone, Copy, Debug)]
@@ -133,9 +129,7 @@ pub(super) fn under_lock(
         return Ok(None);
     }
     // A write-ahead log takes the commits and leaves the database as it is. SoftHSM never asks for one.
-    let log = journal_mode(&database.connection)
-        .map_err(fail)?
-        .eq_ignore_ascii_case("wal");
+    let log = has_log(&database.connection).map_err(fail)?;
     let seen = Seen {
         stat,
         version: Version {
@@ -143,7 +137,7 @@ pub(super) fn under_lock(
             serial: database.serial,
             data_version,
         },
-        settled: !log && stamp.is_settled(now, GRANULARITY),
+        settled: !log && stamp.is_settled(now),
     };
     Ok(Some((seen, log)))
 }
@@ -156,14 +150,16 @@ fn data_version(connection: &Connection) -> rusqlite::Result<i64> {
         .query_row([], |row| row.get(0))
 }
 
-pub(super) fn journal_mode(connection: &Connection) -> rusqlite::Result<String> {
-    connection
+/// Whether the database has a write-ahead log.
+pub(super) fn has_log(connection: &Connection) -> rusqlite::Result<bool> {
+    let mode: String = connection
         .prepare_cached("pragma journal_mode")?
-        .query_row([], |row| row.get(0))
+        .query_row([], |row| row.get(0))?;
+    Ok(mode.eq_ignore_ascii_case("wal"))
 }
 
 /// Whether a failure of the content, met just now in a file of which `stat` was taken before, holds as long as the file
 /// stays as it is.
 pub(super) fn is_settled(stat: &FileStat) -> bool {
-    Stamp::of(stat).is_settled(SystemTime::now(), GRANULARITY)
+    Stamp::of(stat).is_settled(SystemTime::now())
 }

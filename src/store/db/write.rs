@@ -61,7 +61,7 @@ pub(super) struct Work<'a> {
 }
 
 impl Work<'_> {
-    fn sql<T>(&self, result: rusqlite::Result<T>) -> Result<T, Stop> {
+    pub(super) fn sql<T>(&self, result: rusqlite::Result<T>) -> Result<T, Stop> {
         result.map_err(|error| Stop::Failed(classify_write(&error, &self.token.path)))
     }
 
